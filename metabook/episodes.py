@@ -67,9 +67,7 @@ class Episode(NamedTuple):
 
     def to(
         self,
-        device: torch.device
-        | str
-        | None = None,  # where to; `None` leaves the tensors where they are
+        device: torch.device | str | None = None,  # where to; `None` stays
         dtype: torch.dtype | None = None,  # of the floats; integers stay integers
     ) -> Episode:
         "The episode on another device, or in another precision."
@@ -98,6 +96,9 @@ class Tasks:
     kind: Literal["classification", "regression"]
     device = torch.device("cpu")  # where `gather` puts the tensors
     same_shapes = True  # do all draws of equal size have equal shapes?
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     def draw(self, n: int, generator: Generator | None = None) -> Any:
         "What `n` episodes consist of, drawn on the generator's device."
