@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
 import inspect
 import json
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['VERSION', 'NETWORKS', 'METHODS', 'register', 'recorded', 'plain', 'methods', 'lookup', 'build', 'write_atomically',
-           'save', 'read_config', 'load']
+__all__ = ['VERSION', 'NETWORKS', 'METHODS', 'register', 'noting', 'plain', 'registered', 'methods', 'lookup', 'build',
+           'build_argument', 'staged', 'write_atomically', 'save', 'heading', 'checksum', 'read_config', 'load',
+           'read_weights']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 VERSION = 1  # of the layout of a trained folder
@@ -29,55 +32,76 @@ METHODS: dict[str, type[nn.Module]] = {}  # "maml" -> MAML
 
 def register(
     name: str,  # what people type: letters, digits, hyphens
-    registry: dict[str, type[nn.Module]] = METHODS,  # `METHODS`, or `NETWORKS`
+    registry: dict[str, type[nn.Module]] | None = None,  # `METHODS`, or `NETWORKS`
 ) -> Callable[[type], type]:
     """A class decorator: the class can be named on the command line and rebuilt from a trained folder.
 
-    Its constructor's arguments are recorded, so they must be plain values (numbers, strings, booleans,
-    lists, `None`) or registered networks.  Raises `ValueError` where the name is taken.
+    Each instance notes its arguments in `config`.  Those of an instance that is saved must be plain
+    values (numbers, strings, booleans, `None`, lists of them) or registered networks.  Raises
+    `ValueError` where the name is taken, `TypeError` where the constructor takes `*args` or `**kwargs`.
     """
+    registry = METHODS if registry is None else registry
 
     def decorate(cls: type[nn.Module]) -> type[nn.Module]:
         if registry.get(name, cls).__qualname__ != cls.__qualname__:
             raise ValueError(
                 f"{name!r} already names {registry[name].__name__}: choose another name"
             )
+        cls.__init__ = noting(name, cls.__init__)
         registry[name] = cls
-        cls.__init__ = recorded(name, cls.__init__)
         return cls
 
     return decorate
 
 
-def recorded(name: str, init: Callable[..., None]) -> Callable[..., None]:
+def noting(name: str, init: Callable[..., None]) -> Callable[..., None]:
     "The constructor `init`, which also keeps its name and arguments in `self.config`."
     signature = inspect.signature(init)
+    if loose := [
+        str(p) for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]:
+        raise TypeError(
+            f"{name!r} takes {loose[0]}: spell its arguments out, so that they can be saved"
+        )
 
     @functools.wraps(init)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         init(self, *args, **kwargs)
-        given = {k: v for k, v in list(bound.arguments.items())[1:]}
-        self.config = {"name": name, "args": {k: plain(k, v) for k, v in given.items()}}
+        self.config = {"name": name, "args": dict(list(bound.arguments.items())[1:])}
 
     return wrapped
 
+# %% ../nbs/A3_checkpoints.ipynb #00857d7d
+def plain(
+    what: str,  # of what this is the value, for the message
+    value: Any,  # an argument
+) -> Any:  # as JSON has it
+    """A note as JSON: numbers, strings and lists stay, a registered module becomes its name and arguments.
 
-def plain(name: str, value: Any) -> Any:
-    "An argument as JSON has it; a registered network becomes its own configuration."
+    Raises `TypeError` where a value is neither.
+    """
     if isinstance(value, nn.Module):
-        if not hasattr(value, "config"):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}, which cannot be saved by name: decorate the "
-                'class with @register("a-name", NETWORKS), or pass a network of metabook.networks'
-            )
-        return value.config
+        config = registered(what, value)
+        return {"name": config["name"], "args": {k: plain(k, v) for k, v in config["args"].items()}}
     if isinstance(value, list | tuple):
-        return [plain(name, v) for v in value]
+        return [plain(what, v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{name}={value!r} cannot be written as JSON: pass a plain value")
+    raise TypeError(f"{what}={value!r} cannot be written as JSON: pass a plain value")
+
+
+def registered(what: str, module: nn.Module) -> dict[str, Any]:
+    "The note of a module.  Raises `TypeError` unless its very class is registered."
+    config, cls = getattr(module, "config", {"name": None}), type(module)
+    known = [r[config["name"]].__qualname__ for r in (METHODS, NETWORKS) if config["name"] in r]
+    if cls.__qualname__ not in known:
+        raise TypeError(
+            f"{what} is a {cls.__name__}, which cannot be saved by name: decorate the class with "
+            '@register("a-name") if it is a learner, @register("a-name", NETWORKS) if it is a network'
+        )
+    return config
 
 # %% ../nbs/A3_checkpoints.ipynb #135ca439
 def methods() -> dict[str, type[nn.Module]]:
@@ -98,64 +122,103 @@ def lookup(
     "`known[name]`, or a `ValueError` with the nearest name."
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = difflib.get_close_matches(str(name).lower(), known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"unknown {what} {name!r}: {hint}known are {', '.join(sorted(known))}")
 
 
 def build(
-    config: dict[str, Any],  # {"name": ..., "args": {...}} as a registered class records it
-    registry: dict[str, type[nn.Module]] = METHODS,  # where its name is looked up
+    config: dict[str, Any],  # {"name": ..., "args": {...}}
+    registry: dict[str, type[nn.Module]] | None = None,  # where its name is looked up: `METHODS`
 ) -> nn.Module:
-    "A registered class made anew from its configuration; its parameters are freshly initialised."
+    """A registered class made anew from its name and arguments; its parameters are freshly initialised.
+
+    Raises `ValueError` where the name is unknown or the arguments do not fit.
+    """
+    registry = METHODS if registry is None else registry
     cls = lookup(config["name"], registry, "method" if registry is METHODS else "network")
-    args = {k: build(v, NETWORKS) if isinstance(v, dict) else v for k, v in config["args"].items()}
+    args = {k: build_argument(v) for k, v in config["args"].items()}
     try:
         return cls(**args)
-    except TypeError as error:
-        raise ValueError(f"{config['name']!r} cannot be built from {args}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{config['name']!r} cannot be built from {config['args']}: {error}"
+        ) from error
 
-# %% ../nbs/A3_checkpoints.ipynb #668ad176
-def write_atomically(
+
+def build_argument(value: Any) -> Any:
+    "The opposite of `plain`: what names a network becomes one."
+    if isinstance(value, dict):
+        return build(value, NETWORKS)
+    return [build_argument(v) for v in value] if isinstance(value, list) else value
+
+# %% ../nbs/A3_checkpoints.ipynb #44f818b0
+@contextmanager
+def staged(
     path: Path,  # where the file shall be
     data: bytes,  # all of it
-) -> None:
-    "Write under a temporary name in the same folder, then rename: the file is whole or it is not there."
+) -> Iterator[Callable[[], None]]:  # call it to put the file there
+    "The data on the disk under a temporary name in the same folder, ready to be renamed."
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield lambda: os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_atomically(
+    path: Path,  # where the file shall be
+    data: bytes,  # all of it
+) -> None:
+    "Write under a temporary name in the same folder, then rename: the file is whole or it is not there."
+    with staged(path, data) as put:
+        put()
+
+# %% ../nbs/A3_checkpoints.ipynb #668ad176
 def save(
     folder: str | Path,  # made where it is missing
     learner: nn.Module,  # an instance of a registered class
     **more: Any,  # what else belongs to it: data set, preprocessing, scores (JSON values)
-) -> Path:
-    """Write a trained folder: `learner.safetensors`, then `config.json`, each whole or not at all.
+) -> Path:  # the folder
+    """Write a trained folder: `learner.safetensors` and `config.json`, each whole or not at all.
 
-    Raises `TypeError` where the learner's class is not registered: nobody could rebuild it.
+    Both are on the disk before either takes its name, so an error leaves an earlier trained folder as
+    it was.  Raises `TypeError` where the learner's class is not registered (nobody could rebuild it) or
+    `more` is not JSON, and `OSError` where the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
-    import metabook
-
-    folder = Path(folder)
-    config = {"layout": VERSION, "metabook": metabook.__version__, "torch": torch.__version__}
-    config |= {"method": plain("learner", learner)} | more
-    text = json.dumps(config, indent=1)
-    state = {k: v.detach().cpu().contiguous() for k, v in learner.state_dict().items()}
+    folder, method = Path(folder), plain("learner", learner)
+    weights = to_bytes(
+        {k: v.detach().cpu().contiguous().clone() for k, v in learner.state_dict().items()}
+    )
+    config = heading(weights) | {"method": method} | more
+    text = json.dumps(config, indent=1, allow_nan=False).encode()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "learner.safetensors", to_bytes(state))
-    write_atomically(folder / "config.json", text.encode())
+    files = {"learner.safetensors": weights, "config.json": text}
+    with ExitStack() as stack:
+        for put in [stack.enter_context(staged(folder / k, data)) for k, data in files.items()]:
+            put()
     return folder
 
 
+def heading(weights: bytes) -> dict[str, Any]:
+    "What every config.json begins with: layout, versions, and which parameters it belongs to."
+    import metabook
+
+    versions = {"layout": VERSION, "metabook": metabook.__version__, "torch": torch.__version__}
+    return versions | {"weights": checksum(weights)}
+
+
+def checksum(data: bytes) -> str:
+    "SHA-256 in hexadecimal digits."
+    return hashlib.sha256(data).hexdigest()
+
+# %% ../nbs/A3_checkpoints.ipynb #353f30f9
 def read_config(
     folder: str | Path,  # a trained folder
 ) -> dict[str, Any]:
@@ -165,13 +228,15 @@ def read_config(
         raise ValueError(f"{folder} is no trained folder: it has no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        layout = config["layout"]
+        layout, _ = config["layout"], config["weights"] + config["method"]["name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of a trained folder: {error}") from error
+        raise ValueError(
+            f"{path} is not the configuration of a trained folder: {error!r}"
+        ) from error
     if layout != VERSION:
         raise ValueError(
-            f"{path} has layout {layout}, this metabook reads layout {VERSION}: "
-            f"it was written by metabook {config.get('metabook', '?')}"
+            f"{path} has layout {layout}, this metabook reads layout {VERSION}: install the version "
+            f"of metabook that wrote it ({config.get('metabook', 'unknown')}) or a newer one"
         )
     return config
 
@@ -182,19 +247,37 @@ def load(
     """The learner of a trained folder, in evaluation mode, on the CPU.
 
     Nothing in the folder is executed: the method is looked up by name in the registry, and the
-    parameters are plain tensors.  Raises `ValueError` saying what does not fit.
+    parameters are plain tensors.  Nothing outside changes, not even the state of the random numbers.
+    Raises `ValueError` saying what does not fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder, config = Path(folder), read_config(folder)
+    state = read_weights(folder / "learner.safetensors", config["weights"])
     methods()
-    learner = build(config["method"])
     try:
-        learner.load_state_dict(load_file(folder / "learner.safetensors"))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder / 'learner.safetensors'} does not hold the parameters of "
-            f"{config['method']['name']!r} as config.json describes it: {error}"
-        ) from error
+        with torch.random.fork_rng(devices=[]):
+            learner = build(config["method"])
+        learner.to(dtype=next((t.dtype for t in state.values() if t.is_floating_point()), None))
+        learner.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return learner.eval()
+
+
+def read_weights(
+    path: Path,  # a safetensors file
+    expected: str,  # its checksum
+) -> dict[str, Tensor]:
+    "The tensors of a file.  Raises `ValueError` unless it is the very file that the checksum names."
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        data = path.read_bytes()
+        if checksum(data) != expected:
+            raise ValueError("its checksum is not the one in config.json")
+        return from_bytes(data)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} does not hold the parameters that config.json describes: {error}. It is damaged, "
+            "or only one of the two files was replaced: copy both again, or train again"
+        ) from error

@@ -68,6 +68,7 @@ def losses(
     New running averages of `BatchNorm(stats="running")` are the mean over tasks, stored here: nothing
     inside a lift may write.
     """
+    learner.check(episodes.support, episodes.query.x)
     running = {id(m): m for m in batch_norms(learner) if m.stats == "running"}
 
     def one(episode: Episode) -> tuple[Tensor, Statistics]:

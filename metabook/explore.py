@@ -44,7 +44,7 @@ def style() -> None:
         }
     )
     if shell := sys.modules.get("IPython") and sys.modules["IPython"].get_ipython():
-        shell.run_line_magic("config", "InlineBackend.figure_formats = {'retina'}")
+        shell.run_line_magic("config", "InlineBackend.figure_format = 'retina'")
 
 # %% ../nbs/A1_explore.ipynb #1bcc500f
 MAX_FRAMES = 80  # a page with more is slow to build and slow to load
@@ -122,7 +122,7 @@ class Explore:
         *,
         alt: str
         | None = None,  # Alternative text with "{name}" for values; else the docstring's first line
-        **grids: Iterable[Any],  # For each argument, the values of its slider: numbers or strings
+        **grids: Any,  # For each argument, the values of its slider: numbers or strings
     ):
         self.figure, self.grids = figure, _check(figure, grids)
         self.alt = alt or (inspect.getdoc(figure) or "").split("\n")[0]
@@ -131,6 +131,12 @@ class Explore:
                 "the figure has no alternative text: give alt='...', or the figure "
                 "function a docstring that says what the figure shows"
             )
+        try:
+            self.alt.format(**self.grids)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"alt={self.alt!r} names {error}: braces hold names of grids"
+            ) from None
         self._drawn: dict[tuple[int, ...], Frame] = {}
 
     def frame(

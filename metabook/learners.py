@@ -13,12 +13,12 @@ from .episodes import Episode, Examples
 from .networks import batch_norms
 
 try:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
 except ImportError:  # the shapes in signatures are checked by the tests, not at run time
     pass
 
 # %% auto #0
-__all__ = ['Kind', 'Learner', 'task_loss', 'task_score', 'check_match']
+__all__ = ['Kind', 'Learner', 'check_support', 'check_place', 'task_loss', 'task_score', 'check_match']
 
 # %% ../nbs/05_learners.ipynb #b4878f95
 Kind = Literal["classification", "regression"]
@@ -28,12 +28,15 @@ class Learner(nn.Module):
     """A map from a task's support set to a predictor; the base class of every method.
 
     A subclass writes `adapt` and `predict` for ONE task; the engine lifts them over a batch of tasks.
-    The first argument of its constructor is a network.
+    The attributes say what holds for the method, and `metabook.testing.check_learner` tests it.
+    Register a subclass with `metabook.checkpoints.register`, so that it can be saved.
     """
 
     kind: Kind = "classification"  # never inferred from shapes
     head: bool = True  # must the network end in one output for each class (or target)?
     label_equivariant: bool = True  # does renaming the classes only rename the answers?
+    order_invariant: bool = True  # is the support set a set, its order without effect?
+    first_order: bool = False  # does the meta-gradient leave derivatives out, on purpose?
 
     @property
     def transductive(self) -> bool:
@@ -43,14 +46,14 @@ class Learner(nn.Module):
     def adapt(
         self,
         support: Examples,  # of one task
-    ) -> Any:  # the state: any structure of tensors
+    ) -> Any:  # the state: any structure of tensors, all that was learned about the task
         "Learn one task from its support set."
         raise NotImplementedError(f"{type(self).__name__} does not say how it adapts")
 
     def predict(
         self,
         state: Any,  # as `adapt` gave it
-        x: Float[Tensor, "n *features"],  # inputs of the same task
+        x: Shaped[Tensor, "n *features"],  # inputs of the same task
     ) -> Float[Tensor, "n out"]:
         "Logits of the task's classes, or regression predictions."
         raise NotImplementedError(f"{type(self).__name__} does not say how it predicts")
@@ -58,9 +61,10 @@ class Learner(nn.Module):
     def forward(
         self,
         support: Examples,  # of one task
-        query: Float[Tensor, "n *features"],  # inputs of the same task
+        query: Shaped[Tensor, "n *features"],  # inputs of the same task
     ) -> Float[Tensor, "n out"]:
-        "Predictions for the query inputs."
+        "Predictions for the query inputs.  Raises `ValueError` where the two do not fit, see `check`."
+        self.check(support, query)
         return self.predict(self.adapt(support), query)
 
     def loss(
@@ -81,6 +85,62 @@ class Learner(nn.Module):
         "For the outer optimiser, as `torch.optim` takes them."
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
+    def check(
+        self,
+        support: Examples,  # of one task, or of a batch of tasks
+        query: Tensor,  # inputs of the same
+    ) -> None:
+        """Raise `ValueError` unless these examples can be a task for this learner.
+
+        Looks at shapes and types, never at values, so it also stands inside a lift.
+        """
+        check_support(support, query)
+        check_place(support.x, next(self.parameters(), None))
+
+# %% ../nbs/05_learners.ipynb #efd57860
+def check_support(
+    support: Examples,  # of one task, or of a batch of tasks
+    query: Tensor,  # inputs of the same
+) -> None:
+    "Raise `ValueError` unless every support example has a row in y, there are some, and queries look alike."
+    x, y = support.x, support.y
+    if y.ndim < 2 or not y.is_floating_point():
+        raise ValueError(
+            f"support.y is {y.dtype} of shape {tuple(y.shape)}, expected floats [n, way] or [n, out]: "
+            "make one-hot rows of class numbers with Examples.of(x, labels, way)"
+        )
+    lead = y.ndim - 1  # the axes that count examples, and tasks where there is an axis for them
+    if x.shape[:lead] != y.shape[:lead]:
+        raise ValueError(
+            f"support.x has shape {tuple(x.shape)} and support.y {tuple(y.shape)}: "
+            "each example needs its own row in y"
+        )
+    if y.shape[lead - 1] == 0:
+        raise ValueError("the support set is empty: give at least one example to learn from")
+    if query.shape[lead:] != x.shape[lead:]:
+        raise ValueError(
+            f"support examples have features {tuple(x.shape[lead:])}, queries "
+            f"{tuple(query.shape[lead:])}: both need the same"
+        )
+
+
+def check_place(
+    x: Tensor,  # examples
+    parameter: Tensor | None,  # of the learner that is to read them
+) -> None:
+    "Raise `ValueError` where examples are bytes, or floats of another precision or on another device."
+    if x.dtype == torch.uint8:
+        raise ValueError(
+            "the examples are bytes: Classes.prepare(x) makes the floats a network needs"
+        )
+    if parameter is None or not x.is_floating_point():
+        return
+    if (x.dtype, x.device) != (parameter.dtype, parameter.device):
+        raise ValueError(
+            f"the examples are {x.dtype} on {x.device}, the learner {parameter.dtype} on "
+            f"{parameter.device}: move one of them, for example episode.to(device, dtype)"
+        )
+
 # %% ../nbs/05_learners.ipynb #67160fdb
 def task_loss(
     kind: Kind,  # of task
@@ -100,9 +160,9 @@ def task_score(
     y: Float[Tensor, "m way"],  # one-hot or soft classes, or targets
 ) -> Float[Tensor, ""]:
     "Accuracy in [0, 1], or mean squared error: what `evaluate` reports."
-    check_match(predictions, y)
     if kind == "regression":
-        return (predictions - y).square().mean()
+        return task_loss(kind, predictions, y)
+    check_match(predictions, y)
     return (predictions.argmax(-1) == y.argmax(-1)).to(predictions.dtype).mean()
 
 
@@ -110,9 +170,9 @@ def check_match(predictions: Tensor, y: Tensor) -> None:
     "Raise `ValueError` unless there is one prediction for each target, of the same width."
     if predictions.shape == y.shape:
         return
-    if predictions.shape[-1] != y.shape[-1]:
+    if predictions.shape[-1:] != y.shape[-1:]:
         raise ValueError(
             f"the network gives {predictions.shape[-1]} outputs, but the task's way (or number of "
-            f"targets) is {y.shape[-1]}: build the network with out={y.shape[-1]}"
+            f"targets) is {y.shape[-1]}: build the network with {y.shape[-1]} outputs"
         )
     raise ValueError(f"{tuple(predictions.shape)} predictions for {tuple(y.shape)} targets")

@@ -3,6 +3,8 @@
 # %% ../nbs/08_maml.ipynb #77e2fbee
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.func import grad
 
@@ -24,8 +26,15 @@ __all__ = ['MAML']
 class MAML(Learner):
     """Learn an initialisation from which a few gradient steps on the support set solve a task.
 
-    Source: Finn et al. 2017, algorithms 1 and 2.  The inner loss is a mean over the support set; the
-    authors' code takes a sum over `way` such means, so its Omniglot rate of 0.4 is 2.0 here.
+    Every parameter of `net` is adapted.  `steps=0` is pre-training: nothing is adapted in training,
+    and `test_steps` of fine-tuning follow in evaluation mode.  The inner loss is a mean over the
+    support set; the authors' code takes the sum over classes of such means, so its rate of 0.4 for
+    5-way tasks is 2.0 here.
+
+    Raises `ValueError` for a rate that is not positive, a negative number of steps, an empty support
+    set, and tasks of another way than the network has outputs.
+
+    Source: Finn et al. 2017, algorithms 1 and 2; `first_order` as in their section 5.2.
     """
 
     label_equivariant = False  # each label has its own learned row in the head
@@ -43,26 +52,43 @@ class MAML(Learner):
         self.net, self.lr, self.first_order, self.kind = net, lr, first_order, kind
         self.steps = steps
         self.test_steps = steps if test_steps is None else test_steps
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr={lr!r}, expected a positive inner rate")
+        if self.steps < 0 or self.test_steps < 0:
+            raise ValueError(f"steps={steps}, test_steps={test_steps}: expected at least 0")
 
     def adapt(self, support: Examples) -> tuple[Parameters, Statistics]:
-        "A few inner steps from the learned initialisation."
-        phi = dict(self.net.named_parameters())
+        "The inner loop: a few steps from the learned initialisation."
+        phi = dict(self.net.named_parameters())  # phi_0 = theta
         for _ in range(self.steps if self.training else self.test_steps):
             phi = self.step(phi, support)
         return phi, support_statistics(self.net, phi, support.x)
 
-    def step(self, phi: Parameters, support: Examples) -> Parameters:
-        "phi - alpha * gradient of the support loss at phi."
+    def step(
+        self,
+        phi: Parameters,  # where you are
+        support: Examples,  # of one task
+    ) -> Parameters:
+        "One step of gradient descent on the support set: phi - alpha * gradient."
         at = {k: p.detach() for k, p in phi.items()} if self.first_order else phi
         g = grad(self.support_loss)(at, support)
         return {k: p - self.lr * g[k] for k, p in phi.items()}
 
-    def support_loss(self, phi: Parameters, support: Examples) -> Float[Tensor, ""]:
-        "The loss of the network with parameters phi on the support set."
+    def support_loss(
+        self,
+        phi: Parameters,  # adapted parameters
+        support: Examples,  # of one task
+    ) -> Float[Tensor, ""]:
+        "L_S(phi), a mean over the support set."
+        if not len(support.y):
+            raise ValueError("the support set is empty: give an example, or take no steps")
         return task_loss(self.kind, call(self.net, phi, support.x), support.y)
 
     def predict(
-        self, state: tuple[Parameters, Statistics], x: Float[Tensor, "n *features"]
+        self,
+        state: tuple[Parameters, Statistics],  # from `adapt`
+        x: Float[Tensor, "n *features"],  # inputs of the same task
     ) -> Float[Tensor, "n out"]:
+        "The network with the adapted parameters."
         phi, statistics = state
         return call(self.net, phi, x, statistics)

@@ -3,13 +3,12 @@
 # %% ../nbs/13_prototypes.ipynb #202dcafc
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .checkpoints import register
+from .checkpoints import lookup, register
 from .episodes import Examples
 from .learners import Learner
 from .networks import Statistics, recording, using
@@ -20,41 +19,88 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['prototypes', 'squared_euclidean', 'ProtoNet']
+__all__ = ['TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'cosine_distance', 'ProtoNet']
 
-# %% ../nbs/13_prototypes.ipynb #a67dfa93
+# %% ../nbs/13_prototypes.ipynb #4a3e82e9
 def prototypes(
     z: Float[Tensor, "n d"],  # embedded support examples
-    y: Float[Tensor, "n way"],  # one-hot or soft classes
+    y: Float[Tensor, "n way"],  # their classes, one-hot or soft
 ) -> Float[Tensor, "way d"]:
-    "The mean embedding of each class.  Source: Snell et al. 2017, equation 1."
+    """The mean embedding of each class.  Source: Snell et al. 2017, equation 1.
+
+    Raises `ValueError` for an empty support set.  A class without an example has no mean: its row
+    is NaN.
+    """
+    if len(z) == 0:
+        raise ValueError("the support set is empty: give every class at least one example")
     return y.T @ z / y.sum(0)[:, None]
+
+# %% ../nbs/13_prototypes.ipynb #e91b7f91
+TINY = 1e-12  # the smallest squared length that is told from zero
 
 
 def squared_euclidean(
     z: Float[Tensor, "n d"],  # points
     c: Float[Tensor, "way d"],  # prototypes
 ) -> Float[Tensor, "n way"]:
-    "Squared Euclidean distance of every point from every prototype."
-    return (z[:, None] - c).square().sum(-1)
+    """The squared Euclidean distance of every point from every prototype.
+
+    The expanded square, centred at the mean prototype: a matrix product, without the loss of digits
+    far from the origin.  Rounding may leave a distance of zero slightly negative.
+    """
+    m = c.mean(0)
+    z, c = z - m, c - m
+    return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+
+def euclidean(
+    z: Float[Tensor, "n d"],  # points
+    c: Float[Tensor, "way d"],  # prototypes
+) -> Float[Tensor, "n way"]:
+    "The Euclidean distance of every point from every prototype; twice differentiable at zero too."
+    return squared_euclidean(z, c).clamp_min(TINY).sqrt()
+
+
+def cosine_distance(
+    z: Float[Tensor, "n d"],  # points
+    c: Float[Tensor, "way d"],  # prototypes
+) -> Float[Tensor, "n way"]:
+    "One minus the cosine of the angle: 0 for the same direction, 2 for the opposite one."
+    u, v = (t * t.square().sum(-1, keepdim=True).clamp_min(TINY).rsqrt() for t in (z, c))
+    return 1 - u @ v.T
+
+# %% ../nbs/13_prototypes.ipynb #a67dfa93
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "squared": squared_euclidean,
+    "plain": euclidean,
+    "cosine": cosine_distance,
+}
 
 
 @register("protonet")
 class ProtoNet(Learner):
-    "Classify by the nearest class mean in a learned space.  Source: Snell et al. 2017."
+    """Classify by the nearest class mean in a learned space.  Source: Snell et al. 2017.
+
+    `distance="squared"` is the paper's choice.  `"cosine"` has a learned scale, 10 at the start (Gidaris
+    & Komodakis 2018).  The support and the query set pass through the network one after the other:
+    with `BatchNorm(stats="batch")` each has its own statistics, where the authors' code normalises
+    both together in training.  Raises `ValueError` for an unknown distance.
+    """
 
     head = False
 
     def __init__(
         self,
         embed: nn.Module,  # [n, *features] -> [n, d]
-        distance: Literal["squared", "plain", "cosine"] = "squared",
+        distance: str = "squared",  # or "plain", or "cosine": from query to prototype
     ):
         super().__init__()
+        lookup(distance, DISTANCES, "distance")
         self.embed, self.distance = embed, distance
+        self.scale = nn.Parameter(torch.tensor(10.0)) if distance == "cosine" else 1.0
 
     def adapt(self, support: Examples) -> tuple[Tensor, Statistics]:
-        "The prototypes of the task's classes."
+        "The prototypes [way, d] of the task, and the statistics by which queries are normalised."
         with recording() as statistics:
             z = self.embed(support.x)
         return prototypes(z, support.y), statistics
@@ -62,6 +108,8 @@ class ProtoNet(Learner):
     def predict(
         self, state: tuple[Tensor, Statistics], x: Float[Tensor, "n *features"]
     ) -> Float[Tensor, "n way"]:
+        "Logits: minus the scaled distances.  Source: Snell et al. 2017, equation 2."
         c, statistics = state
         with using(statistics):
-            return -squared_euclidean(self.embed(x), c)
+            z = self.embed(x)
+        return -self.scale * DISTANCES[self.distance](z, c)

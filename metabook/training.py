@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from .checkpoints import save
+from .checkpoints import plain, save
 from .engine import Lift, choose_lift, losses, over_tasks
-from .episodes import Episode, Frozen, Tasks, positive
+from .episodes import Episode, Frozen, Tasks, one_hot, positive
 from .learners import Learner, task_score
 
 try:
@@ -26,8 +30,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['VALIDATION_TASKS', 'Score', 'paired', 'evaluate', 'score_jointly', 'score_singly', 'check_kind', 'place', 'bar',
-           'Run', 'fit', 'Outer', 'check_finite', 'new_folder', 'show']
+__all__ = ['ASK', 'VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'ask_jointly',
+           'ask_singly', 'check_kind', 'place', 'bar', 'Outer', 'Run', 'fit', 'begin', 'new_folder', 'Calibration',
+           'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -35,9 +40,9 @@ class Score:
     "A mean over tasks with its 95% interval, and what it takes to compare it with another."
 
     per_task: Float[Tensor, "tasks"]  # accuracy in [0, 1], or mean squared error
-    metric: Literal["accuracy", "mse", "difference"] = "accuracy"
+    metric: str = "accuracy"  # or "mse"; of a difference "accuracy difference", "mse difference"
     episodes: str = ""  # hash of the frozen episodes
-    queries: Literal["joint", "single"] = "joint"  # were the queries of a task predicted together?
+    queries: Literal["joint", "single", "mixed"] = "joint"  # how a task's queries were answered
 
     @property
     def n(self) -> int:
@@ -49,49 +54,65 @@ class Score:
         return self.per_task.mean().item()
 
     @property
+    def standard_error(self) -> float:
+        "The spread over tasks divided by the root of their number; infinite for a single task."
+        return self.per_task.std().item() / math.sqrt(self.n) if self.n > 1 else math.inf
+
+    @property
     def ci95(self) -> float:
-        "Half the width of the 95% interval for the mean over tasks: 1.96 standard errors."
-        return 1.96 * self.per_task.std().item() / math.sqrt(self.n) if self.n > 1 else math.inf
+        "Half the width of the 95% interval for the mean over tasks."
+        return 1.96 * self.standard_error
 
     def __str__(self) -> str:
-        unit, digits = (100, 2) if self.metric == "accuracy" else (1, 4)
-        sign = "%" if self.metric == "accuracy" else ""
-        value = f"{unit * self.mean:.{digits}f}{sign} ± {unit * self.ci95:.{digits}f}"
-        return f"{self.metric} {value} ({self.n} tasks, {self.queries} queries)"
+        sign = "+" if self.metric.endswith("difference") else ""
+        form, unit = (
+            (f"{sign}.2f", 100) if self.metric.startswith("accuracy") else (f"{sign}.4f", 1)
+        )
+        value = f"{unit * self.mean:{form}} ± {unit * self.ci95:{form.lstrip('+')}}"
+        percent = "%" if unit == 100 else ""
+        return f"{self.metric} {value}{percent} ({self.n} tasks, {self.queries} queries)"
+
+    def beats(
+        self,
+        other: Score | None,  # on the same tasks; `None` loses against everything
+    ) -> bool:
+        "Is this mean the better one: a higher accuracy, a lower error?  One that is not a number never is."
+        sign = -1 if self.metric == "mse" else 1
+        return self.mean == self.mean and (other is None or sign * self.mean > sign * other.mean)
 
     def row(self) -> dict[str, Any]:
         "The score as JSON has it, without the single tasks."
         names = ("mean", "ci95", "n", "metric", "episodes", "queries")
         return {name: getattr(self, name) for name in names}
 
-
+# %% ../nbs/06_training.ipynb #5bb9e71b
 def paired(
     a: Score,  # of one method
     b: Score,  # of another, on the same frozen episodes
-) -> Score:
+) -> Score:  # of the differences
     """`a` minus `b`, task by task: the interval is much narrower than that of two separate scores.
 
-    Raises `ValueError` where the two were not measured on the same episodes.
+    Raises `ValueError` where the two were not measured on the same episodes, or not in the same unit.
     """
-    if a.episodes != b.episodes or a.n != b.n:
+    if (a.episodes, a.n) != (b.episodes, b.n):
         raise ValueError(
-            f"paired scores need the same episodes: {a.episodes} ({a.n} tasks) against "
-            f"{b.episodes} ({b.n} tasks); freeze once and evaluate both on that"
+            f"paired scores need the same episodes: {a.episodes!r} ({a.n} tasks) against "
+            f"{b.episodes!r} ({b.n} tasks); freeze once and evaluate both on that"
         )
-    return Score(a.per_task - b.per_task, "difference", a.episodes, a.queries)
+    if a.metric != b.metric:
+        raise ValueError(f"{a.metric} cannot be compared with {b.metric}")
+    queries = a.queries if a.queries == b.queries else "mixed"
+    return Score(a.per_task - b.per_task, f"{a.metric} difference", a.episodes, queries)
 
 # %% ../nbs/06_training.ipynb #e0cfda5a
-@torch.no_grad()
 def evaluate(
     learner: Learner,  # its mode (training or evaluation) is the same afterwards
     tasks: Tasks | Frozen,  # frozen here, unless it is frozen already
     n: int = 600,  # how many tasks; not used where they are frozen already
     *,
-    seed: int = 0,  # of the episodes
+    seed: int = 0,  # of the episodes; not used where they are frozen already
     device: torch.device | str | None = None,  # where; `None`: where the learner is
-    queries: Literal[
-        "joint", "single"
-    ] = "joint",  # predict a task's queries together, or each alone
+    queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
     batch: int = 32,  # tasks at once
     lift: Lift = "auto",  # see `choose_lift`
     progress: bool = False,  # show a bar
@@ -102,38 +123,54 @@ def evaluate(
     tasks are of different kinds.
     """
     frozen = tasks if isinstance(tasks, Frozen) else tasks.freeze(n, seed)
+    place(learner, device)
+    given = answers(learner, frozen, queries, batch=batch, lift=lift, progress=progress)
+    per_task = torch.cat([vmap(partial(task_score, learner.kind))(*pair) for pair in given])
+    metric = "accuracy" if learner.kind == "classification" else "mse"
+    return Score(per_task, metric, frozen.hash, queries)
+
+
+@torch.no_grad()
+def answers(
+    learner: Learner,  # where it is
+    frozen: Frozen,  # what it is asked
+    queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
+    *,
+    batch: int = 32,  # tasks at once
+    lift: Lift = "auto",  # see `choose_lift`
+    progress: bool = False,  # show a bar
+) -> list[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
+    "Predictions and targets for the queries of frozen episodes, batch by batch."
     check_kind(learner, frozen.tasks)
-    if queries not in ("joint", "single"):
+    if queries not in ASK:
         raise ValueError(f'queries={queries!r}, expected "joint" or "single"')
-    device = place(learner, device)
-    how, training = choose_lift(learner, lift), learner.training
-    score = score_jointly if queries == "joint" else score_singly
+    device, how, training = place(learner), choose_lift(learner, lift), learner.training
+    one = partial(ASK[queries], learner)
+    batches = bar(frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate")
     learner.eval()
     try:
-        per_task = [
-            over_tasks(lambda e: score(learner, e), episodes.to(device), lift=how).cpu()
-            for episodes in bar(
-                frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate"
-            )
+        return [
+            (over_tasks(one, episodes.to(device), lift=how).cpu(), episodes.query.y.cpu())
+            for episodes in batches
         ]
     finally:
         learner.train(training)
-    metric = "accuracy" if learner.kind == "classification" else "mse"
-    return Score(torch.cat(per_task), metric, frozen.hash, queries)
 
 
-def score_jointly(learner: Learner, episode: Episode) -> Tensor:
-    "The score of one task whose queries are predicted in one batch."
-    return task_score(learner.kind, learner(episode.support, episode.query.x), episode.query.y)
+def ask_jointly(learner: Learner, episode: Episode) -> Tensor:
+    "Predictions for the queries of one task, in one batch."
+    return learner(episode.support, episode.query.x)
 
 
-def score_singly(learner: Learner, episode: Episode) -> Tensor:
-    "The score of one task whose queries are predicted one by one, as a user would ask them."
+def ask_singly(learner: Learner, episode: Episode) -> Tensor:
+    "Predictions for the queries of one task, one by one, as a user would ask them."
     state = learner.adapt(episode.support)
-    predictions = vmap(lambda x: learner.predict(state, x[None])[0])(episode.query.x)
-    return task_score(learner.kind, predictions, episode.query.y)
+    return vmap(lambda x: learner.predict(state, x[None])[0])(episode.query.x)
 
 
+ASK = {"joint": ask_jointly, "single": ask_singly}
+
+# %% ../nbs/06_training.ipynb #7b81687d
 def check_kind(learner: Learner, tasks: Tasks) -> None:
     "Raise `ValueError` where learner and tasks are of different kinds."
     if learner.kind != tasks.kind:
@@ -143,7 +180,7 @@ def check_kind(learner: Learner, tasks: Tasks) -> None:
         )
 
 
-def place(learner: Learner, device: torch.device | str | None) -> torch.device:
+def place(learner: Learner, device: torch.device | str | None = None) -> torch.device:
     "Move the learner where it is wanted; say where it is."
     if device is not None:
         learner.to(device)
@@ -151,58 +188,177 @@ def place(learner: Learner, device: torch.device | str | None) -> torch.device:
 
 
 def bar(items: Any, total: int, show: bool, label: str) -> Any:
-    "The items, with a progress bar where one is wanted."
-    if not show:
+    "The items, with rate and time left where somebody wants to see them (on a page nobody waits)."
+    if not show or "METABOOK_FRAMES" in os.environ:
         return items
     from tqdm.auto import tqdm
 
-    return tqdm(items, total=total, desc=label, leave=False)
+    return tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/06_training.ipynb #d0222d47
-VALIDATION_TASKS = 200  # frozen by `fit` where `validate` is not frozen yet
+# %% ../nbs/06_training.ipynb #2393c556
+class Outer:
+    "The outer loop's step: losses of a batch of tasks, the gradient of their combination, an update."
 
+    def __init__(
+        self,
+        learner: Learner,  # whose meta-parameters are updated
+        optimizer: torch.optim.Optimizer,  # of these
+        schedule: Callable[[int], float]
+        | None = None,  # from the steps taken to a factor of the rate
+        clip: float | None = None,  # largest norm of the meta-gradient
+        lift: Lift = "auto",  # see `choose_lift`
+    ):
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip={clip!r}, expected a positive norm, or None for no clipping")
+        self.learner, self.optimizer, self.lift = learner, optimizer, lift
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or (lambda step: 1.0))
+        self.largest = math.inf if clip is None else clip
+        self.taken, self.norm = 0, math.nan  # steps so far, norm of the latest meta-gradient
 
+    @property
+    def lr(self) -> float:
+        "The outer rate of the next step."
+        return self.schedule.get_last_lr()[0]
+
+    def step(
+        self,
+        episodes: Episode,  # a meta-batch
+    ) -> Float[Tensor, "tasks"]:  # the losses, as they were before the update
+        "Draw the gradient from these tasks, and take a step.  Raises `FloatingPointError`."
+        values = losses(self.learner, episodes, self.lift)
+        self.check(values, "the loss of task {}")
+        self.optimizer.zero_grad()
+        self.learner.combine(values).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.largest)
+        self.check(norm[None], "every loss is finite, but the norm of their gradient")
+        self.optimizer.step()
+        self.schedule.step()
+        self.taken, self.norm = self.taken + 1, norm.item()
+        return values.detach()
+
+    def check(self, values: Float[Tensor, "n"], what: str) -> None:
+        "Raise `FloatingPointError`, naming the step and the task, unless all values are finite."
+        if not values.isfinite().all():
+            i = int((~values.isfinite()).nonzero()[0])
+            raise FloatingPointError(
+                f"step {self.taken + 1}: {what.format(i)} is {values[i].item()}: look for NaN in the "
+                "data, lower the inner rate or the outer lr, or set clip"
+            )
+
+# %% ../nbs/06_training.ipynb #0d218bbd
 @dataclass
 class Run:
-    "What `fit` did: the learner, and the log."
+    "What `fit` did: the learner with the parameters that it kept, the log, and the score that chose them."
 
     learner: Learner
-    log: list[dict[str, Any]] = field(default_factory=list)  # one row every `log_every` steps
-    best: Score | None = None  # on the validation tasks
+    tasks: Tasks  # to train on
+    outer: Outer  # the optimiser and how far it is
+    validation: Frozen | None = None  # tasks that choose the parameters
+    folder: Path | None = None  # trained folder
+    settings: dict[str, Any] = field(default_factory=dict)  # arguments of `fit`
+    log: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False  # somebody pressed Ctrl-C
+    best: Score | None = None  # on the validation tasks; it was chosen, so it flatters
     best_step: int | None = None
     best_state: dict[str, Tensor] | None = None
-    seconds: float = 0.0
-    folder: Path | None = None
+    began: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0  # so far
+    shown: Any = None  # the bar
+
+    def steps(self, progress: bool) -> Iterator[int]:
+        "Count the steps, with a bar if one is wanted."
+        total = self.settings["steps"]
+        self.shown = bar(range(1, total + 1), total, progress, "fit")
+        yield from self.shown
 
     def note(self, **row: Any) -> None:
-        "Add a row to the log, and to `log.jsonl` in the run's folder."
-        self.log.append(row)
+        "Add a row to the log, to `log.jsonl` in the run's folder, and to what the bar shows."
+        self.seconds = time.perf_counter() - self.began
+        self.log.append(row | {"seconds": round(self.seconds, 3)})
         if self.folder:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(self.log[-1]) + "\n")
+        if hasattr(self.shown, "set_postfix_str"):
+            self.shown.set_postfix_str(self.status())
 
-    def consider(self, score: Score, step: int) -> None:
+    def report(self, values: Float[Tensor, "tasks"]) -> None:
+        "Note how the training goes."
+        step, elapsed = self.outer.taken, time.perf_counter() - self.began
+        rate = step * len(values) / elapsed
+        self.note(
+            step=step,
+            loss=values.mean().item(),
+            lr=self.outer.lr,
+            gradient_norm=self.outer.norm,
+            tasks_per_second=round(rate, 1),
+        )
+
+    def consider(self, score: Score) -> None:
         "Keep the present parameters if this validation score is the best so far."
-        self.note(step=step, validation=score.mean, ci95=score.ci95, episodes=score.episodes)
-        sign = -1 if score.metric == "mse" else 1
-        if self.best is None or sign * score.mean > sign * self.best.mean:
-            self.best, self.best_step = score, step
+        if score.beats(self.best):
+            self.best, self.best_step = score, self.outer.taken
             state = self.learner.state_dict()
             self.best_state = {k: v.detach().clone() for k, v in state.items()}
+        row = score.row()
+        self.note(step=self.outer.taken, validation=row.pop("mean"), **row)
 
-    def finish(self, tasks: Tasks) -> None:
+    def status(self) -> str:
+        "The latest loss and validation score in a few words."
+        parts = [
+            f"{key} {self.curve(key)[1][-1]:.4g}"
+            for key in ("loss", "validation")
+            if self.curve(key)[1]
+        ]
+        return ", ".join(parts + ([f"best {self.best.mean:.4g}"] if self.best else []))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        "Around the training: however it ends, the best parameters (else the latest) are kept."
+        self.learner.train()
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.interrupted = True
+        finally:
+            self.finish()
+        if self.interrupted:
+            logging.getLogger("metabook").warning("interrupted: %s", self)
+
+    def finish(self) -> None:
         "Put the best parameters back, switch to evaluation mode, write the trained folder."
         if self.best_state is not None:
             self.learner.load_state_dict(self.best_state)
         self.learner.eval()
-        if self.folder:
-            best = self.best.row() | {"step": self.best_step} if self.best else None
-            save(self.folder, self.learner, tasks=tasks.describe(), validation=best)
+        if self.folder and self.outer.taken:
+            training = self.settings | {"steps_taken": self.outer.taken, "seconds": self.seconds}
+            save(
+                self.folder,
+                self.learner,
+                tasks=self.tasks.describe(),
+                training=training,
+                validation=self.choice(),
+            )
+
+    def choice(self) -> dict[str, Any] | None:
+        "What chose the parameters, as JSON has it."
+        if self.best is None:
+            return None
+        return self.best.row() | {"step": self.best_step, "tasks": repr(self.validation.tasks)}
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         "Steps and values of one column of the log, for a figure."
-        rows = [row for row in self.log if key in row]
+        rows = [row for row in self.log if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
+
+    def __str__(self) -> str:
+        kept = (
+            f"of step {self.best_step}, validation {self.best}" if self.best else "of the last step"
+        )
+        return f"{self.outer.taken} steps in {self.seconds:.1f} s, parameters {kept}"
+
+# %% ../nbs/06_training.ipynb #d0222d47
+VALIDATION_TASKS = 200  # frozen by `fit` where `validate` is not frozen yet
+TRAINING, VALIDATION = 1 << 30, 1 << 31  # added to seeds: see "The same numbers twice"
 
 
 def fit(
@@ -212,109 +368,151 @@ def fit(
     steps: int,  # outer steps
     meta_batch: int = 32,  # tasks of each outer step
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-    lr: float = 1e-3,  # outer rate
-    schedule: Callable[[int], float] | None = None,  # from the step to a factor of the rate
+    lr: float = 1e-3,  # outer rate beta
+    schedule: Callable[[int], float] | None = None,  # from the steps taken to a factor of the rate
     clip: float | None = None,  # largest norm of the meta-gradient
-    validate: Tasks
-    | Frozen
-    | None = None,  # tasks that select the best parameters; never test tasks
+    validate: Tasks | Frozen | None = None,  # they choose the parameters; never test tasks
     every: int = 500,  # steps between validations
     device: torch.device | str | None = None,  # where; `None`: where the learner is
     seed: int = 0,  # of the training episodes
     folder: str | Path | None = None,  # a trained folder to write; `None` writes nothing
     lift: Lift = "auto",  # see `choose_lift`
     log_every: int = 50,  # steps between rows of the log
-    progress: bool = True,  # show a bar with rate and time left
+    progress: bool = True,  # show a bar with rate, time left, loss and validation score
 ) -> Run:
-    """Meta-train: draw tasks, add up what their query sets cost, take a step; again.
+    """Meta-train; with `validate` the learner ends with the parameters of the best validation score.
 
-    With `validate` the learner ends with the parameters of the best validation score.  Raises
-    `FloatingPointError`, naming step and task, where a loss is not finite.
+    Ctrl-C ends the run early and keeps what was learned.  Raises `ValueError` for tasks of another
+    kind, `FileExistsError` for a folder in use, `FloatingPointError` where a loss is not finite.
     """
     positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
-    check_kind(learner, tasks)
     device = place(learner, device)
-    outer = Outer(learner, optimizer, lr, schedule, clip, choose_lift(learner, lift))
-    generator = torch.Generator(device).manual_seed(seed)
-    frozen = validate.freeze(VALIDATION_TASKS) if isinstance(validate, Tasks) else validate
-    run = Run(learner, folder=new_folder(folder))
-    learner.train()
-    started = time.perf_counter()
-    steps_shown = bar(range(1, steps + 1), steps, progress, "fit")
-    try:
-        for step in steps_shown:
-            values = outer.step(tasks.sample(meta_batch, generator).to(device), step)
-            run.seconds = time.perf_counter() - started
+    outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, lift)
+    settings = dict(steps=steps, meta_batch=meta_batch, lr=lr, clip=clip, every=every, seed=seed)
+    run = begin(learner, tasks, outer, validate, folder, settings)
+    generator = torch.Generator(device).manual_seed(seed + TRAINING)
+    with run.kept():
+        for step in run.steps(progress):
+            values = outer.step(tasks.sample(meta_batch, generator).to(device))
             if step % log_every == 0 or step == steps:
-                rate = step * meta_batch / run.seconds
-                run.note(step=step, loss=values.mean().item(), lr=outer.lr, tasks_per_second=rate)
-                show(steps_shown, loss=run.log[-1]["loss"], best=run.best)
-            if frozen is not None and (step % every == 0 or step == steps):
-                run.consider(evaluate(learner, frozen, lift=lift), step)
-                show(steps_shown, loss=values.mean().item(), best=run.best)
-    finally:  # also when somebody presses Ctrl-C: what was learned until here is kept
-        run.finish(tasks)
+                run.report(values)
+            if run.validation is not None and (step % every == 0 or step == steps):
+                run.consider(evaluate(learner, run.validation, lift=lift))
     return run
 
 
-class Outer:
-    "The outer loop's optimiser: one call a step."
-
-    def __init__(
-        self,
-        learner: Learner,
-        optimizer: Callable[..., torch.optim.Optimizer],
-        lr: float,
-        schedule: Callable[[int], float] | None,
-        clip: float | None,
-        lift: Literal["loop", "vmap"],
-    ):
-        self.learner, self.clip, self.lift = learner, clip, lift
-        self.optimizer = optimizer(learner.param_groups(), lr=lr)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, schedule or (lambda step: 1.0)
-        )
-
-    @property
-    def lr(self) -> float:
-        "The outer rate of the next step."
-        return self.schedule.get_last_lr()[0]
-
-    def step(self, episodes: Episode, number: int) -> Float[Tensor, "tasks"]:
-        "Losses of the tasks, their combined gradient, an update; the losses as they were before it."
-        values = losses(self.learner, episodes, self.lift)
-        check_finite(values, number)
-        self.optimizer.zero_grad()
-        self.learner.combine(values).backward()
-        if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        return values.detach()
+def begin(
+    learner: Learner,
+    tasks: Tasks,
+    outer: Outer,
+    validate: Tasks | Frozen | None,
+    folder: str | Path | None,
+    settings: dict[str, Any],
+) -> Run:
+    "A run before its first step; what can be refused is refused here, not after an hour."
+    if validate is not None and not isinstance(validate, Frozen):
+        validate = validate.freeze(VALIDATION_TASKS, VALIDATION)
+    for some in [tasks] if validate is None else [tasks, validate.tasks]:
+        check_kind(learner, some)
+    settings = settings | {"optimizer": type(outer.optimizer).__name__}
+    run = Run(learner, tasks, outer, validate, new_folder(folder, learner), settings)
+    run.note(
+        settings=settings, tasks=repr(tasks), validation_tasks=repr(validate and validate.tasks)
+    )
+    return run
 
 
-def check_finite(values: Tensor, step: int) -> None:
-    "Raise `FloatingPointError`, naming step and task, unless all losses are finite."
-    if not values.isfinite().all():
-        task = int((~values.isfinite()).nonzero()[0])
-        raise FloatingPointError(
-            f"step {step}: the loss of task {task} is {values[task].item()}: look for NaN in the data, "
-            "lower the inner rate or the outer lr, or set clip"
-        )
+def new_folder(folder: str | Path | None, learner: Learner) -> Path | None:
+    """An empty or new folder for a run.
 
-
-def new_folder(folder: str | Path | None) -> Path | None:
-    "An empty or new folder for a run.  Raises `FileExistsError` rather than mix two runs."
+    Raises `FileExistsError` rather than mix two runs, and `TypeError` where the learner could not be saved.
+    """
     if folder is None:
         return None
     folder = Path(folder)
-    if (folder / "log.jsonl").exists():
+    plain("learner", learner)
+    if any((folder / name).exists() for name in ("log.jsonl", "config.json")):
         raise FileExistsError(f"{folder} already holds a run: name another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
+# %% ../nbs/06_training.ipynb #e47bb025
+@dataclass(frozen=True)
+class Calibration:
+    "Confidence against accuracy in bins of confidence: sums over the answers of each task."
 
-def show(items: Any, loss: float, best: Score | None) -> None:
-    "Loss and best validation score beside the progress bar, where there is one."
-    if hasattr(items, "set_postfix_str"):
-        items.set_postfix_str(f"loss {loss:.3f}" + (f", best {best.mean:.4f}" if best else ""))
+    count: Float[Tensor, "tasks bins"]  # how many answers
+    confidence: Float[Tensor, "tasks bins"]  # sum of their confidences
+    hits: Float[Tensor, "tasks bins"]  # how many of them are right
+    episodes: str = ""  # hash of the frozen episodes
+
+    @property
+    def ece(self) -> float:
+        "Expected calibration error, in [0, 1].  Source: Guo et al. 2017, equation 3."
+        return self.gap(self.count.sum(0), (self.hits - self.confidence).sum(0)).item()
+
+    @property
+    def ci95(self) -> float:
+        "Half the width of its 95% interval over tasks, by the jackknife."
+        count, excess, n = self.count, self.hits - self.confidence, len(self.count)
+        without = self.gap(count.sum(0) - count, excess.sum(0) - excess)  # each task left out once
+        return 1.96 * ((n - 1) / n * (without - without.mean()).square().sum()).sqrt().item()
+
+    @staticmethod
+    def gap(
+        count: Float[Tensor, "*n bins"], excess: Float[Tensor, "*n bins"]
+    ) -> Float[Tensor, "*n"]:
+        "The calibration error from the sums of the bins."
+        return excess.abs().sum(-1) / count.sum(-1)
+
+    def curve(self) -> tuple[Tensor, Tensor, Tensor]:  # each [filled bins]
+        "For each bin that is not empty its mean confidence, its accuracy, and its share of the answers."
+        count, confidence, hits = (t.sum(0) for t in (self.count, self.confidence, self.hits))
+        filled = count > 0
+        means = [(t / count)[filled] for t in (confidence, hits)]
+        return *means, (count / count.sum())[filled]
+
+    def __str__(self) -> str:
+        return f"calibration error {100 * self.ece:.2f} ± {100 * self.ci95:.2f}% ({len(self.count)} tasks)"
+
+
+def binned(
+    logits: Float[Tensor, "tasks n way"],  # answers to the queries
+    y: Float[Tensor, "tasks n way"],  # the right ones, one-hot
+    bins: int,  # of equal width
+) -> tuple[Tensor, Tensor, Tensor]:  # each [tasks, bins]
+    "Number, summed confidence and number of right answers in each bin of confidence."
+    confidence, answer = logits.softmax(-1).max(-1)
+    hit = (answer == y.argmax(-1)).to(confidence.dtype)
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    inside = one_hot(bin_of, bins).to(confidence.dtype)  # [tasks, n, bins]
+    return tuple((v[..., None] * inside).sum(1) for v in (torch.ones_like(hit), confidence, hit))
+
+
+def calibration(
+    learner: Learner,  # for classification
+    tasks: Tasks | Frozen,  # frozen here, unless it is frozen already
+    n: int = 600,  # how many tasks; not used where they are frozen already
+    *,
+    temperature: float = 1.0,  # logits are divided by it: above 1 makes less sure
+    bins: int = 15,  # of equal width
+    seed: int = 0,  # of the episodes; not used where they are frozen already
+    device: torch.device | str | None = None,  # where; `None`: where the learner is
+    queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
+    lift: Lift = "auto",  # see `choose_lift`
+) -> Calibration:
+    """How well a learner's confidence agrees with its accuracy, over tasks.
+
+    Raises `ValueError` for a regression learner, and unless temperature is positive.
+    """
+    positive(bins=bins)
+    if learner.kind != "classification" or not temperature > 0:
+        raise ValueError(
+            f"calibration of a {learner.kind} learner at temperature={temperature}: "
+            "expected a classification learner and a positive temperature"
+        )
+    frozen = tasks if isinstance(tasks, Frozen) else tasks.freeze(n, seed)
+    place(learner, device)
+    given = answers(learner, frozen, queries, lift=lift)
+    sums = [binned(logits / temperature, y, bins) for logits, y in given]
+    return Calibration(*(torch.cat(column) for column in zip(*sums, strict=True)), frozen.hash)

@@ -1,0 +1,671 @@
+"""Made from nbs/02_episodes.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import permutations
+
+import pytest
+import torch
+
+from metabook.episodes import (
+    Classes,
+    Episode,
+    Examples,
+    FewShot,
+    Sinusoids,
+    Tasks,
+    VariedWayShot,
+    choose,
+)
+
+
+def test_examples_by_hand():
+    # cell f11de87b
+    tiny = Examples.of(torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([0, 0, 1]), way=2)
+    assert tiny.y.tolist() == [[1, 0], [1, 0], [0, 1]]
+    assert (tiny.y.T @ tiny.x / tiny.y.sum(0)[:, None]).flatten().tolist() == [
+        0.5,
+        5.0,
+    ]  # class means
+
+
+def test_wrong_labels_are_refused():
+    # cell 7b1ad91f
+    with pytest.raises(ValueError, match="way=2 allows 0 to 1"):
+        Examples.of(torch.zeros(3, 1), torch.tensor([0, 1, 2]), way=2)
+    with pytest.raises(ValueError, match="exactly one label"):
+        Examples.of(torch.zeros(3, 1), torch.tensor([0, 1]), way=2)
+
+
+def test_episode_moves_and_keeps_integers():
+    # cell cb597a85
+    pair = Episode(
+        *[Examples(torch.zeros(2, 1), torch.eye(2), {"classes": torch.tensor([4, 7])})] * 2
+    )
+    moved = pair.to(dtype=torch.float64)
+    assert moved.support.x.dtype == moved.query.y.dtype == torch.float64
+    assert moved.support.info["classes"].dtype == torch.int64
+
+
+@pytest.mark.proves("eq-zero-baseline")
+def test_predicting_zero_costs_what_the_formula_says():
+    # cell d72b6bf2
+    a, b = 0.1, 5.0
+    formula = (b**3 - a**3) / (3 * (b - a)) / 2
+    waves = Sinusoids(shot=1, query=1).sample(1_000_000, torch.Generator().manual_seed(0))
+    squares = waves.query.y.square()
+    four_errors = 4 * (squares.std() / 1000).item()  # of the mean of a million
+    assert abs(squares.mean().item() - formula) < four_errors < 0.03
+
+
+def test_classes_of_different_size():
+    # cell 5820fcde
+    data = Classes.of({"cat": torch.zeros(3, 1, 2, 2), "dog": torch.ones(5, 1, 2, 2)})
+    assert len(data) == 2 and data.sizes.tolist() == [3, 5] and data.starts.tolist() == [0, 3]
+    assert torch.equal(data.of_class(1), torch.ones(5, 1, 2, 2))
+    assert data.select([1]).names == ["dog"] and len(data.select([1]).x) == 5
+
+
+def test_bytes_become_what_the_network_sees():
+    # cell f2539e7c
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    seen = Classes(pixels, torch.tensor([2]), mean=(0.5,), std=(0.25,)).prepare(pixels)
+    assert seen.flatten().tolist() == [-2.0, 2.0]  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25
+
+
+def test_broken_data_is_refused():
+    # cell b1d97c34
+    with pytest.raises(ValueError, match="'dog' has no examples"):
+        Classes.of({"cat": torch.zeros(3, 2), "dog": torch.zeros(0, 2)})
+    with pytest.raises(ValueError, match="add up to 4"):
+        Classes(torch.zeros(3, 2), torch.tensor([4]))
+    with pytest.raises(ValueError, match="1 names for 2 classes"):
+        Classes(torch.zeros(3, 2), torch.tensor([1, 2]), names=["cat"])
+
+
+@pytest.mark.proves("eq-ordered-choice")
+def test_every_ordered_choice_is_equally_likely():
+    # cell dc677de9
+    allowed = torch.tensor([True, True, False, True, True]).expand(24_000, 5)
+    drawn = Counter(map(tuple, choose(allowed, 2, torch.Generator().manual_seed(0)).tolist()))
+    pairs = list(permutations([0, 1, 3, 4], 2))
+    assert set(drawn) == set(pairs) and len(pairs) == 12
+    expected = 24_000 / 12
+    chi2 = sum((drawn[pair] - expected) ** 2 / expected for pair in pairs)
+    assert chi2 < 31.3  # 11 degrees of freedom: one run in a thousand exceeds this
+
+
+def test_support_and_query_never_share_an_example():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+
+
+def test_labels_name_the_classes_that_info_says():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+
+
+def test_support_and_query_stand_on_different_sides_of_a_cut():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+    # cell aa0b7ddc
+    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
+    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
+    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
+    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
+    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
+    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+
+
+def test_too_little_data_is_refused_by_name():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+    # cell aa0b7ddc
+    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
+    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
+    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
+    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
+    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
+    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    # cell fe14474e
+    with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
+        FewShot(numbered, way=7)
+    with pytest.raises(
+        ValueError, match=r"class '0' has 20 examples, but shot=6 and query=15 need 21"
+    ):
+        FewShot(numbered, shot=6)
+    with pytest.raises(ValueError, match=r"shot=0, expected an integer of at least 1"):
+        FewShot(numbered, shot=0)
+    with pytest.raises(ValueError, match="on each side of its cut"):
+        FewShot(Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12)), query=9)
+
+
+def test_the_data_decides_where_tensors_are(device):
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+    # cell aa0b7ddc
+    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
+    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
+    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
+    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
+    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
+    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    # cell fe14474e
+    with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
+        FewShot(numbered, way=7)
+    with pytest.raises(
+        ValueError, match=r"class '0' has 20 examples, but shot=6 and query=15 need 21"
+    ):
+        FewShot(numbered, shot=6)
+    with pytest.raises(ValueError, match=r"shot=0, expected an integer of at least 1"):
+        FewShot(numbered, shot=0)
+    with pytest.raises(ValueError, match="on each side of its cut"):
+        FewShot(Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12)), query=9)
+    # cell 9e6b0fdf
+    data = numbered.to(device)
+    tasks = FewShot(data, way=2, query=3)
+    assert tasks.sample(2).query.y.device == data.x.device
+    assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
+    assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+
+
+def test_varied_tasks_keep_their_promises(device):
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+    # cell aa0b7ddc
+    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
+    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
+    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
+    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
+    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
+    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    # cell fe14474e
+    with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
+        FewShot(numbered, way=7)
+    with pytest.raises(
+        ValueError, match=r"class '0' has 20 examples, but shot=6 and query=15 need 21"
+    ):
+        FewShot(numbered, shot=6)
+    with pytest.raises(ValueError, match=r"shot=0, expected an integer of at least 1"):
+        FewShot(numbered, shot=0)
+    with pytest.raises(ValueError, match="on each side of its cut"):
+        FewShot(Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12)), query=9)
+    # cell 9e6b0fdf
+    data = numbered.to(device)
+    tasks = FewShot(data, way=2, query=3)
+    assert tasks.sample(2).query.y.device == data.x.device
+    assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
+    assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+    # cell 92ea4528
+    tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5), query=10)
+    ways, uneven_counts = set(), 0
+    for seed in range(40):
+        support, query = tasks.sample(8, torch.Generator().manual_seed(seed))
+        per_class = support.y.sum(1)
+        ways.add(support.y.shape[-1])
+        uneven_counts += int((per_class != per_class[:, :1]).any())
+        assert (per_class >= 1).all() and (query.y.sum(1) == 10).all()
+        for s, q in zip(support.x[..., 0], query.x[..., 0], strict=True):
+            assert len(set(s.tolist()) | set(q.tolist())) == len(s) + len(
+                q
+            )  # no overlap, no repeats
+        labels = support.y.argmax(-1)
+        assert torch.equal(
+            support.info["classes"].gather(1, labels), support.x[..., 0].long() // 20
+        )
+    assert ways == {2, 3, 4, 5, 6} and uneven_counts > 20
+
+
+def test_frozen_varied_tasks_hold_every_shape(device):
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+    # cell aa0b7ddc
+    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
+    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
+    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
+    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
+    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
+    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    # cell fe14474e
+    with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
+        FewShot(numbered, way=7)
+    with pytest.raises(
+        ValueError, match=r"class '0' has 20 examples, but shot=6 and query=15 need 21"
+    ):
+        FewShot(numbered, shot=6)
+    with pytest.raises(ValueError, match=r"shot=0, expected an integer of at least 1"):
+        FewShot(numbered, shot=0)
+    with pytest.raises(ValueError, match="on each side of its cut"):
+        FewShot(Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12)), query=9)
+    # cell 9e6b0fdf
+    data = numbered.to(device)
+    tasks = FewShot(data, way=2, query=3)
+    assert tasks.sample(2).query.y.device == data.x.device
+    assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
+    assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+    # cell 92ea4528
+    tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5), query=10)
+    ways, uneven_counts = set(), 0
+    for seed in range(40):
+        support, query = tasks.sample(8, torch.Generator().manual_seed(seed))
+        per_class = support.y.sum(1)
+        ways.add(support.y.shape[-1])
+        uneven_counts += int((per_class != per_class[:, :1]).any())
+        assert (per_class >= 1).all() and (query.y.sum(1) == 10).all()
+        for s, q in zip(support.x[..., 0], query.x[..., 0], strict=True):
+            assert len(set(s.tolist()) | set(q.tolist())) == len(s) + len(
+                q
+            )  # no overlap, no repeats
+        labels = support.y.argmax(-1)
+        assert torch.equal(
+            support.info["classes"].gather(1, labels), support.x[..., 0].long() // 20
+        )
+    assert ways == {2, 3, 4, 5, 6} and uneven_counts > 20
+    # cell c0df75bf
+    tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5))
+    frozen = tasks.freeze(12, seed=1)
+    shapes = {tuple(e.support.y.shape) for e in frozen.episodes()}
+    assert len(frozen) == 12 and len(shapes) > 4
+
+
+def test_a_seed_is_a_set_of_episodes():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell 84612dbe
+    tasks = FewShot(numbered, way=3, shot=1, query=5)
+    first, again, other = (
+        tasks.freeze(50, seed=7),
+        tasks.freeze(50, seed=7),
+        tasks.freeze(50, seed=8),
+    )
+    assert first.hash == again.hash != other.hash and len(first.hash) == 12
+    assert FewShot(numbered, way=3, shot=2, query=5).freeze(50, seed=7).hash != first.hash
+    torch.manual_seed(123)  # the global seed has no say
+    assert tasks.freeze(50, seed=7).hash == first.hash
+    batches = [e.query.x for e in first.episodes(batch=16)]
+    assert [len(b) for b in batches] == [16, 16, 16, 2]
+    assert torch.equal(torch.cat(batches), tasks.gather(again.groups[0]).query.x)
+
+
+def test_the_same_episodes_on_every_device(device):
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell 84612dbe
+    tasks = FewShot(numbered, way=3, shot=1, query=5)
+    first, again, other = (
+        tasks.freeze(50, seed=7),
+        tasks.freeze(50, seed=7),
+        tasks.freeze(50, seed=8),
+    )
+    assert first.hash == again.hash != other.hash and len(first.hash) == 12
+    assert FewShot(numbered, way=3, shot=2, query=5).freeze(50, seed=7).hash != first.hash
+    torch.manual_seed(123)  # the global seed has no say
+    assert tasks.freeze(50, seed=7).hash == first.hash
+    batches = [e.query.x for e in first.episodes(batch=16)]
+    assert [len(b) for b in batches] == [16, 16, 16, 2]
+    assert torch.equal(torch.cat(batches), tasks.gather(again.groups[0]).query.x)
+    # cell b4e6d7d7
+    here, there = FewShot(numbered, query=5), FewShot(numbered.to(device), query=5)
+    assert here.freeze(20, seed=1).hash == there.freeze(20, seed=1).hash
+    one, other = next(here.freeze(20).episodes()), next(there.freeze(20).episodes())
+    assert torch.equal(one.query.x, other.query.x.cpu())
+    assert Sinusoids(5).freeze(9).hash == Sinusoids(5, device=device).freeze(9).hash
+
+
+@pytest.mark.proves("eq-no-memorisation")
+def test_nobody_beats_chance_without_the_support_set():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+
+    # cell 43b6a85c
+    def best_memoriser(episodes, classes):
+        "Accuracy of knowing each query's class and answering with the label that it has most often."
+        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
+        counts = torch.zeros(classes, seen.shape[1])
+        for label in range(seen.shape[1]):
+            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
+        answers = counts.argmax(1)[seen]  # [tasks, way]
+        return (answers == torch.arange(seen.shape[1])).float()
+
+    # cell bbc95e9f
+    many = Classes(torch.arange(400.0)[:, None], torch.full((20,), 20))
+    episodes = FewShot(many, way=5, shot=1, query=1).sample(
+        40_000, torch.Generator().manual_seed(0)
+    )
+    right = best_memoriser(episodes, classes=20)
+    four_errors = 4 * 0.4 / 40_000**0.5 + 0.01  # the memoriser was fitted to these very tasks
+    assert abs(right.mean().item() - 1 / 5) < four_errors
+
+
+def test_sorted_labels_leak():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+
+    # cell 43b6a85c
+    def best_memoriser(episodes, classes):
+        "Accuracy of knowing each query's class and answering with the label that it has most often."
+        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
+        counts = torch.zeros(classes, seen.shape[1])
+        for label in range(seen.shape[1]):
+            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
+        answers = counts.argmax(1)[seen]  # [tasks, way]
+        return (answers == torch.arange(seen.shape[1])).float()
+
+    # cell bf5e85ca
+    C, N = 20, 5
+    total = math.comb(C - 1, N - 1)
+    best = [
+        max(math.comb(i, j) * math.comb(C - 1 - i, N - 1 - j) for j in range(N)) / total
+        for i in range(C)
+    ]
+    leak = sum(best) / C
+    print(
+        f"sorted labels: {leak:.1%} without any learning from the support set; chance is {1 / N:.0%}"
+    )
+    assert leak > 0.5
+    every = torch.ones(40_000, C, dtype=torch.bool)
+    rows = choose(every, N, torch.Generator().manual_seed(0)).sort(1).values  # the mistake
+    part = Examples(rows, rows, {"classes": rows})
+    assert abs(best_memoriser(Episode(part, part), C).mean().item() - leak) < 0.02
+
+
+def test_drawing_twice_makes_the_sets_meet():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+
+    # cell 43b6a85c
+    def best_memoriser(episodes, classes):
+        "Accuracy of knowing each query's class and answering with the label that it has most often."
+        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
+        counts = torch.zeros(classes, seen.shape[1])
+        for label in range(seen.shape[1]):
+            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
+        answers = counts.argmax(1)[seen]  # [tasks, way]
+        return (answers == torch.arange(seen.shape[1])).float()
+
+    # cell bf5e85ca
+    C, N = 20, 5
+    total = math.comb(C - 1, N - 1)
+    best = [
+        max(math.comb(i, j) * math.comb(C - 1 - i, N - 1 - j) for j in range(N)) / total
+        for i in range(C)
+    ]
+    leak = sum(best) / C
+    print(
+        f"sorted labels: {leak:.1%} without any learning from the support set; chance is {1 / N:.0%}"
+    )
+    assert leak > 0.5
+    every = torch.ones(40_000, C, dtype=torch.bool)
+    rows = choose(every, N, torch.Generator().manual_seed(0)).sort(1).values  # the mistake
+    part = Examples(rows, rows, {"classes": rows})
+    assert abs(best_memoriser(Episode(part, part), C).mean().item() - leak) < 0.02
+    # cell 1ffefdce
+    g = torch.Generator().manual_seed(0)
+    support, query = (
+        torch.randint(20, (50_000, 1), generator=g),
+        torch.randint(20, (50_000, 15), generator=g),
+    )
+    meet = (support == query).any(1).float().mean().item()
+    assert abs(meet - (1 - (19 / 20) ** 15)) < 0.01
+
+
+def test_no_two_batches_are_alike():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+
+    # cell 43b6a85c
+    def best_memoriser(episodes, classes):
+        "Accuracy of knowing each query's class and answering with the label that it has most often."
+        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
+        counts = torch.zeros(classes, seen.shape[1])
+        for label in range(seen.shape[1]):
+            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
+        answers = counts.argmax(1)[seen]  # [tasks, way]
+        return (answers == torch.arange(seen.shape[1])).float()
+
+    # cell bf5e85ca
+    C, N = 20, 5
+    total = math.comb(C - 1, N - 1)
+    best = [
+        max(math.comb(i, j) * math.comb(C - 1 - i, N - 1 - j) for j in range(N)) / total
+        for i in range(C)
+    ]
+    leak = sum(best) / C
+    print(
+        f"sorted labels: {leak:.1%} without any learning from the support set; chance is {1 / N:.0%}"
+    )
+    assert leak > 0.5
+    every = torch.ones(40_000, C, dtype=torch.bool)
+    rows = choose(every, N, torch.Generator().manual_seed(0)).sort(1).values  # the mistake
+    part = Examples(rows, rows, {"classes": rows})
+    assert abs(best_memoriser(Episode(part, part), C).mean().item() - leak) < 0.02
+    # cell fecee98c
+    generator = torch.Generator().manual_seed(0)
+    tasks = FewShot(numbered, query=5)
+    batches = [tasks.draw(4, generator).support.tolist() for _ in range(50)]
+    rows = [tuple(row) for batch in batches for row in batch]
+    assert len(set(rows)) > 195  # of 200: now and then chance repeats a task
+
+
+def test_redrawing_covers_every_example():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+
+    # cell 43b6a85c
+    def best_memoriser(episodes, classes):
+        "Accuracy of knowing each query's class and answering with the label that it has most often."
+        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
+        counts = torch.zeros(classes, seen.shape[1])
+        for label in range(seen.shape[1]):
+            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
+        answers = counts.argmax(1)[seen]  # [tasks, way]
+        return (answers == torch.arange(seen.shape[1])).float()
+
+    # cell bf5e85ca
+    C, N = 20, 5
+    total = math.comb(C - 1, N - 1)
+    best = [
+        max(math.comb(i, j) * math.comb(C - 1 - i, N - 1 - j) for j in range(N)) / total
+        for i in range(C)
+    ]
+    leak = sum(best) / C
+    print(
+        f"sorted labels: {leak:.1%} without any learning from the support set; chance is {1 / N:.0%}"
+    )
+    assert leak > 0.5
+    every = torch.ones(40_000, C, dtype=torch.bool)
+    rows = choose(every, N, torch.Generator().manual_seed(0)).sort(1).values  # the mistake
+    part = Examples(rows, rows, {"classes": rows})
+    assert abs(best_memoriser(Episode(part, part), C).mean().item() - leak) < 0.02
+    # cell fecee98c
+    generator = torch.Generator().manual_seed(0)
+    tasks = FewShot(numbered, query=5)
+    batches = [tasks.draw(4, generator).support.tolist() for _ in range(50)]
+    rows = [tuple(row) for batch in batches for row in batch]
+    assert len(set(rows)) > 195  # of 200: now and then chance repeats a task
+    # cell f2c39587
+    only = numbered.select([0, 1])
+    episodes = FewShot(only, way=2, shot=1, query=1).sample(2000)
+    for part in episodes:
+        assert len(part.x.unique()) == 40  # every example has been support, and has been query
+
+
+def test_nearest_neighbour_by_hand():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+
+    # cell 43b6a85c
+    def best_memoriser(episodes, classes):
+        "Accuracy of knowing each query's class and answering with the label that it has most often."
+        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
+        counts = torch.zeros(classes, seen.shape[1])
+        for label in range(seen.shape[1]):
+            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
+        answers = counts.argmax(1)[seen]  # [tasks, way]
+        return (answers == torch.arange(seen.shape[1])).float()
+
+    # cell 78e49543
+    def nearest_neighbour(episodes):
+        "Accuracy of every task: each query takes the label of the nearest support image."
+        s, q = (part.x.flatten(2) for part in episodes)
+        nearest = torch.cdist(q, s).argmin(-1)  # [tasks, queries]
+        predicted = episodes.support.y.argmax(-1).gather(1, nearest)
+        return (predicted == episodes.query.y.argmax(-1)).float().mean(1)
+
+    # cell 49d3eec3
+    support = Examples.of(torch.tensor([[[0.0], [10.0]]]), torch.tensor([[0, 1]]), way=2)
+    query = Examples.of(
+        torch.tensor([[[1.0], [4.0], [6.0], [9.0]]]), torch.tensor([[0, 1, 1, 1]]), way=2
+    )
+    assert nearest_neighbour(Episode(support, query)).tolist() == [0.75]  # 4 is nearer to 0
+
+
+def test_lines_are_a_distribution_too():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+
+    # cell 43b6a85c
+    def best_memoriser(episodes, classes):
+        "Accuracy of knowing each query's class and answering with the label that it has most often."
+        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
+        counts = torch.zeros(classes, seen.shape[1])
+        for label in range(seen.shape[1]):
+            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
+        answers = counts.argmax(1)[seen]  # [tasks, way]
+        return (answers == torch.arange(seen.shape[1])).float()
+
+    # cell 78e49543
+    def nearest_neighbour(episodes):
+        "Accuracy of every task: each query takes the label of the nearest support image."
+        s, q = (part.x.flatten(2) for part in episodes)
+        nearest = torch.cdist(q, s).argmin(-1)  # [tasks, queries]
+        predicted = episodes.support.y.argmax(-1).gather(1, nearest)
+        return (predicted == episodes.query.y.argmax(-1)).float().mean(1)
+
+    # cell 15457d8f
+    class Lines(Tasks):
+        kind = "regression"
+
+        def draw(self, n, generator=None):
+            return torch.randn(n, 2, generator=generator), torch.rand(n, 30, 1, generator=generator)
+
+        def gather(self, indices):
+            (a, b), x = indices[0].T[..., None, None], 2 * indices[1] - 1
+            y = a * x + b
+            return Episode(Examples(x[:, :10], y[:, :10]), Examples(x[:, 10:], y[:, 10:]))
+
+    assert Lines().freeze(5, seed=1).hash == Lines().freeze(5, seed=1).hash
+    cost = Lines().sample(100_000, torch.Generator().manual_seed(0)).query.y.square().mean()
+    assert abs(cost - (1 / 3 + 1)) < 0.02  # E[a^2] E[x^2] + E[b^2]
+
+
+def test_a_narrow_range_of_phases_can_be_memorised():
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+
+    # cell 43b6a85c
+    def best_memoriser(episodes, classes):
+        "Accuracy of knowing each query's class and answering with the label that it has most often."
+        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
+        counts = torch.zeros(classes, seen.shape[1])
+        for label in range(seen.shape[1]):
+            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
+        answers = counts.argmax(1)[seen]  # [tasks, way]
+        return (answers == torch.arange(seen.shape[1])).float()
+
+    # cell 78e49543
+    def nearest_neighbour(episodes):
+        "Accuracy of every task: each query takes the label of the nearest support image."
+        s, q = (part.x.flatten(2) for part in episodes)
+        nearest = torch.cdist(q, s).argmin(-1)  # [tasks, queries]
+        predicted = episodes.support.y.argmax(-1).gather(1, nearest)
+        return (predicted == episodes.query.y.argmax(-1)).float().mean(1)
+
+    # cell 6cd8da68
+    # No single curve fits them all, so yes; but over phases in [0, pi] the mean curve is
+    # E[A] E[sin(x - p)] = -2.55 * (2 / pi) * cos(x), which is not zero. Predicting it already beats 4.25:
+    # the best that ignores the support set costs 3.0. With phases in [0, 0.1] the mean
+    # curve is nearly the task itself, up to its amplitude.
+    waves = Sinusoids(shot=1, query=100).sample(20_000, torch.Generator().manual_seed(0)).query
+    mean_curve = -2.55 * (2 / math.pi) * torch.cos(waves.x)
+    assert (waves.y - mean_curve).square().mean() < 3.1 < 4.25

@@ -1,0 +1,996 @@
+"""Made from nbs/05_learners.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.func import vmap
+
+from metabook.engine import losses
+from metabook.episodes import Episode, Examples, Sinusoids
+from metabook.learners import Learner, task_loss, task_score
+from metabook.testing import ContractError, check_learner
+from metabook.training import fit
+
+
+@pytest.mark.proves("eq-meta-learner")
+def test_a_learner_is_adapt_then_predict():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell b25f01cd
+    learner = RidgeWave(omega=1.0, ridge=1.0)
+    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
+    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
+
+    phi = learner.adapt(support)
+    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
+    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
+    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
+    phi, learner(support, x)
+
+
+def test_examples_that_do_not_fit_are_refused():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell b25f01cd
+    learner = RidgeWave(omega=1.0, ridge=1.0)
+    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
+    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
+
+    phi = learner.adapt(support)
+    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
+    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
+    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
+    phi, learner(support, x)
+    # cell 3eddb1b5
+    learner, x = RidgeWave(), torch.randn(4, 1)
+    wrong = {
+        "make one-hot rows": (Examples(x, torch.tensor([0, 1, 1, 0])), x),
+        "its own row in y": (Examples(x, torch.randn(3, 1)), x),
+        "support set is empty": (Examples(x[:0], torch.randn(0, 1)), x),
+        "both need the same": (Examples(x, torch.randn(4, 1)), torch.randn(4, 2)),
+        "are bytes": (Examples(x.byte(), torch.randn(4, 1)), x.byte()),
+        "move one of them": (Examples(x.double(), torch.randn(4, 1).double()), x.double()),
+    }
+    messages = []
+    for part, (support, query) in wrong.items():
+        try:
+            learner(support, query)
+        except ValueError as error:
+            messages.append(str(error))
+        assert part in messages[-1]
+    assert len(messages) == len(wrong)
+    messages
+
+
+@pytest.mark.proves("eq-cross-entropy")
+def test_cross_entropy_by_hand():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell a02f42d4
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
+    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
+    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
+    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
+    assert task_score("classification", logits, y) == 0.5
+    by_hand
+
+
+@pytest.mark.proves("eq-squared-error")
+def test_squared_error_by_hand():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell a02f42d4
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
+    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
+    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
+    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
+    assert task_score("classification", logits, y) == 0.5
+    by_hand
+    # cell 5ccc136f
+    predictions, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [4.0]])
+    assert task_loss("regression", predictions, y) == (1 + 4) / 2
+    assert task_score("regression", predictions, y) == (1 + 4) / 2
+    try:
+        task_loss("regression", predictions, torch.zeros(2, 3))
+    except ValueError as error:
+        message = str(error)
+    assert "3 outputs" in message
+    message
+
+
+@pytest.mark.proves("eq-outer-objective")
+def test_the_objective_is_the_mean_over_tasks():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 03160d73
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    values = losses(learner, episodes)
+    torch.testing.assert_close(
+        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
+    )
+    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
+    values
+
+
+@pytest.mark.proves("eq-mean-gradient")
+def test_the_gradient_is_the_mean_of_task_gradients():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 03160d73
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    values = losses(learner, episodes)
+    torch.testing.assert_close(
+        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
+    )
+    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
+    values
+    # cell 215f5635
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
+
+    alone = []
+    for i in range(4):
+        sides = (Examples(side.x[i], side.y[i]) for side in episodes)
+        alone.append(torch.autograd.grad(learner.loss(Episode(*sides)), learner.omega)[0])
+    assert math.isclose(whole, sum(alone) / 4, rel_tol=1e-12)
+
+    omega, step = learner.omega.item(), 1e-6
+    up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
+    assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
+    [g.item() for g in alone], whole.item()
+
+
+@pytest.mark.proves("eq-lifted-objective")
+def test_loop_and_vmap_agree():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 03160d73
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    values = losses(learner, episodes)
+    torch.testing.assert_close(
+        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
+    )
+    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
+    values
+    # cell 215f5635
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
+
+    alone = []
+    for i in range(4):
+        sides = (Examples(side.x[i], side.y[i]) for side in episodes)
+        alone.append(torch.autograd.grad(learner.loss(Episode(*sides)), learner.omega)[0])
+    assert math.isclose(whole, sum(alone) / 4, rel_tol=1e-12)
+
+    omega, step = learner.omega.item(), 1e-6
+    up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
+    assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
+    [g.item() for g in alone], whole.item()
+    # cell 6c182fed
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    parameters = list(learner.parameters())
+    expected = by_numpy(episodes, learner.omega.item(), 1.0)
+    gradients = {}
+    for way, values in {
+        "loop": losses(learner, episodes, lift="loop"),
+        "vmap": losses(learner, episodes, lift="vmap"),
+        "vmap by hand": vmap(learner.loss)(episodes),
+    }.items():
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=0)
+        gradients[way] = torch.stack(torch.autograd.grad(learner.combine(values), parameters))
+    torch.testing.assert_close(gradients["vmap"], gradients["loop"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients["vmap by hand"], gradients["loop"], rtol=1e-12, atol=0)
+    gradients
+
+
+@pytest.mark.proves("eq-combine-weights")
+def test_weights_stand_for_combine():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 03160d73
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    values = losses(learner, episodes)
+    torch.testing.assert_close(
+        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
+    )
+    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
+    values
+    # cell 215f5635
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
+
+    alone = []
+    for i in range(4):
+        sides = (Examples(side.x[i], side.y[i]) for side in episodes)
+        alone.append(torch.autograd.grad(learner.loss(Episode(*sides)), learner.omega)[0])
+    assert math.isclose(whole, sum(alone) / 4, rel_tol=1e-12)
+
+    omega, step = learner.omega.item(), 1e-6
+    up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
+    assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
+    [g.item() for g in alone], whole.item()
+    # cell 6c182fed
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    parameters = list(learner.parameters())
+    expected = by_numpy(episodes, learner.omega.item(), 1.0)
+    gradients = {}
+    for way, values in {
+        "loop": losses(learner, episodes, lift="loop"),
+        "vmap": losses(learner, episodes, lift="vmap"),
+        "vmap by hand": vmap(learner.loss)(episodes),
+    }.items():
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=0)
+        gradients[way] = torch.stack(torch.autograd.grad(learner.combine(values), parameters))
+    torch.testing.assert_close(gradients["vmap"], gradients["loop"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients["vmap by hand"], gradients["loop"], rtol=1e-12, atol=0)
+    gradients
+
+    # cell a776b222
+    class WorstFirst(RidgeWave):
+        def combine(self, losses):
+            return torch.logsumexp(losses, 0) - math.log(len(losses))
+
+    learner, episodes = WorstFirst(0.8, 1.0).double(), four_tasks()
+    values = losses(learner, episodes)
+    whole = torch.autograd.grad(learner.combine(values), learner.omega)[0]
+
+    known = losses(learner, episodes).detach().requires_grad_()  # how they came about is forgotten
+    weights = torch.autograd.grad(learner.combine(known), known)[0]
+    torch.testing.assert_close(weights, known.softmax(0), rtol=1e-12, atol=0)
+    for i in range(4):  # one task in memory at a time
+        sides = (Examples(side.x[i], side.y[i]) for side in episodes)
+        (weights[i] * learner.loss(Episode(*sides))).backward()
+    assert math.isclose(learner.omega.grad, whole, rel_tol=1e-12)
+
+    plain = torch.autograd.grad(RidgeWave().combine(known), known)[0]
+    torch.testing.assert_close(plain, torch.full_like(known, 1 / 4))
+    known.tolist(), weights.tolist()
+
+
+def test_centroids_by_hand():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 81191a4d
+    class PixelCentroids(Learner):
+        "Across tasks: which pixels count.  Within a task: the mean image of each class."
+
+        head = False
+
+        def __init__(self, pixels=784):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((pixels,), 3 / math.sqrt(pixels)))
+
+        def adapt(self, support):  # one centroid a class [way, pixels]
+            z = support.x.flatten(1) * self.weight
+            return support.y.T @ z / support.y.sum(0)[:, None]
+
+        def predict(self, centroids, x):  # minus the squared distance to each
+            z = x.flatten(1) * self.weight
+            return -(z[:, None] - centroids).square().sum(-1)
+
+    # cell 28c172d6
+    learner = PixelCentroids(pixels=2)
+    learner.weight.data.fill_(1.0)
+    x = torch.tensor([[0.0, 0.0], [2.0, 0.0], [5.0, 5.0]])
+    centroids = learner.adapt(Examples.of(x, torch.tensor([0, 0, 1]), way=2))
+    torch.testing.assert_close(centroids, torch.tensor([[1.0, 0.0], [5.0, 5.0]]))
+    torch.testing.assert_close(learner.predict(centroids, x[:1]), torch.tensor([[-1.0, -50.0]]))
+
+
+def test_only_a_name_is_missing():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 81191a4d
+    class PixelCentroids(Learner):
+        "Across tasks: which pixels count.  Within a task: the mean image of each class."
+
+        head = False
+
+        def __init__(self, pixels=784):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((pixels,), 3 / math.sqrt(pixels)))
+
+        def adapt(self, support):  # one centroid a class [way, pixels]
+            z = support.x.flatten(1) * self.weight
+            return support.y.T @ z / support.y.sum(0)[:, None]
+
+        def predict(self, centroids, x):  # minus the squared distance to each
+            z = x.flatten(1) * self.weight
+            return -(z[:, None] - centroids).square().sum(-1)
+
+    # cell 76b3aa0e
+    try:
+        check_learner(RidgeWave(), Sinusoids(5, 10))
+    except ContractError as error:
+        found = error
+    assert list(found.flaws) == ["survives_saving"]
+    assert "@register" in str(found)
+    print(found)
+
+
+def test_a_cut_graph_is_found():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 81191a4d
+    class PixelCentroids(Learner):
+        "Across tasks: which pixels count.  Within a task: the mean image of each class."
+
+        head = False
+
+        def __init__(self, pixels=784):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((pixels,), 3 / math.sqrt(pixels)))
+
+        def adapt(self, support):  # one centroid a class [way, pixels]
+            z = support.x.flatten(1) * self.weight
+            return support.y.T @ z / support.y.sum(0)[:, None]
+
+        def predict(self, centroids, x):  # minus the squared distance to each
+            z = x.flatten(1) * self.weight
+            return -(z[:, None] - centroids).square().sum(-1)
+
+    # cell 581c2635
+    def flaws_of(learner, tasks):
+        "The promises that a learner breaks, besides that it has no name yet."
+        try:
+            check_learner(learner, tasks)
+        except ContractError as error:
+            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
+        return {}
+
+    # cell f433ae78
+    class CutWave(RidgeWave):
+        def adapt(self, support):
+            return super().adapt(support).detach()
+
+    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
+    assert list(flaws) == ["gradients_are_true"]
+    print(flaws["gradients_are_true"])
+
+
+def test_a_forgetful_state_is_found():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 81191a4d
+    class PixelCentroids(Learner):
+        "Across tasks: which pixels count.  Within a task: the mean image of each class."
+
+        head = False
+
+        def __init__(self, pixels=784):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((pixels,), 3 / math.sqrt(pixels)))
+
+        def adapt(self, support):  # one centroid a class [way, pixels]
+            z = support.x.flatten(1) * self.weight
+            return support.y.T @ z / support.y.sum(0)[:, None]
+
+        def predict(self, centroids, x):  # minus the squared distance to each
+            z = x.flatten(1) * self.weight
+            return -(z[:, None] - centroids).square().sum(-1)
+
+    # cell 581c2635
+    def flaws_of(learner, tasks):
+        "The promises that a learner breaks, besides that it has no name yet."
+        try:
+            check_learner(learner, tasks)
+        except ContractError as error:
+            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
+        return {}
+
+    # cell f433ae78
+    class CutWave(RidgeWave):
+        def adapt(self, support):
+            return super().adapt(support).detach()
+
+    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
+    assert list(flaws) == ["gradients_are_true"]
+    print(flaws["gradients_are_true"])
+
+    # cell de6b8ddc
+    class Forgetful(RidgeWave):
+        def adapt(self, support):
+            self.latest = super().adapt(support)
+            return self.latest
+
+        def predict(self, phi, x):
+            return self.features(x) @ self.latest
+
+    flaws = flaws_of(Forgetful(), Sinusoids(5, 10))
+    assert "state_is_complete" in flaws
+    print(flaws["state_is_complete"])
+
+
+def test_whispering_queries_are_found():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 81191a4d
+    class PixelCentroids(Learner):
+        "Across tasks: which pixels count.  Within a task: the mean image of each class."
+
+        head = False
+
+        def __init__(self, pixels=784):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((pixels,), 3 / math.sqrt(pixels)))
+
+        def adapt(self, support):  # one centroid a class [way, pixels]
+            z = support.x.flatten(1) * self.weight
+            return support.y.T @ z / support.y.sum(0)[:, None]
+
+        def predict(self, centroids, x):  # minus the squared distance to each
+            z = x.flatten(1) * self.weight
+            return -(z[:, None] - centroids).square().sum(-1)
+
+    # cell 581c2635
+    def flaws_of(learner, tasks):
+        "The promises that a learner breaks, besides that it has no name yet."
+        try:
+            check_learner(learner, tasks)
+        except ContractError as error:
+            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
+        return {}
+
+    # cell f433ae78
+    class CutWave(RidgeWave):
+        def adapt(self, support):
+            return super().adapt(support).detach()
+
+    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
+    assert list(flaws) == ["gradients_are_true"]
+    print(flaws["gradients_are_true"])
+
+    # cell de6b8ddc
+    class Forgetful(RidgeWave):
+        def adapt(self, support):
+            self.latest = super().adapt(support)
+            return self.latest
+
+        def predict(self, phi, x):
+            return self.features(x) @ self.latest
+
+    flaws = flaws_of(Forgetful(), Sinusoids(5, 10))
+    assert "state_is_complete" in flaws
+    print(flaws["state_is_complete"])
+
+    # cell 9e42fd33
+    class Whispering(RidgeWave):
+        def predict(self, phi, x):
+            raw = super().predict(phi, x)
+            return raw - raw.mean(0)
+
+    class HonestlyWhispering(Whispering):
+        transductive = True
+
+    assert list(flaws_of(Whispering(), Sinusoids(5, 10))) == ["queries_stand_alone"]
+    assert not flaws_of(HonestlyWhispering(), Sinusoids(5, 10))
+
+
+def test_a_far_start_ends_elsewhere():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    # cell 81191a4d
+    class PixelCentroids(Learner):
+        "Across tasks: which pixels count.  Within a task: the mean image of each class."
+
+        head = False
+
+        def __init__(self, pixels=784):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((pixels,), 3 / math.sqrt(pixels)))
+
+        def adapt(self, support):  # one centroid a class [way, pixels]
+            z = support.x.flatten(1) * self.weight
+            return support.y.T @ z / support.y.sum(0)[:, None]
+
+        def predict(self, centroids, x):  # minus the squared distance to each
+            z = x.flatten(1) * self.weight
+            return -(z[:, None] - centroids).square().sum(-1)
+
+    # cell 581c2635
+    def flaws_of(learner, tasks):
+        "The promises that a learner breaks, besides that it has no name yet."
+        try:
+            check_learner(learner, tasks)
+        except ContractError as error:
+            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
+        return {}
+
+    # cell f433ae78
+    class CutWave(RidgeWave):
+        def adapt(self, support):
+            return super().adapt(support).detach()
+
+    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
+    assert list(flaws) == ["gradients_are_true"]
+    print(flaws["gradients_are_true"])
+
+    # cell de6b8ddc
+    class Forgetful(RidgeWave):
+        def adapt(self, support):
+            self.latest = super().adapt(support)
+            return self.latest
+
+        def predict(self, phi, x):
+            return self.features(x) @ self.latest
+
+    flaws = flaws_of(Forgetful(), Sinusoids(5, 10))
+    assert "state_is_complete" in flaws
+    print(flaws["state_is_complete"])
+
+    # cell 9e42fd33
+    class Whispering(RidgeWave):
+        def predict(self, phi, x):
+            raw = super().predict(phi, x)
+            return raw - raw.mean(0)
+
+    class HonestlyWhispering(Whispering):
+        transductive = True
+
+    assert list(flaws_of(Whispering(), Sinusoids(5, 10))) == ["queries_stand_alone"]
+    assert not flaws_of(HonestlyWhispering(), Sinusoids(5, 10))
+    # cell 22804119
+    far = RidgeWave(omega=0.3)
+    fit(far, Sinusoids(5, 10), steps=300, lr=0.02, seed=0, progress=False)
+    assert abs(far.omega.item() - 1) > 0.5
+    assert far.log_ridge.exp() > 5
+    far.omega.item(), far.log_ridge.exp().item()

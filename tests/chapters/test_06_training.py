@@ -1,0 +1,1722 @@
+"""Made from nbs/06_training.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import metabook
+from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks
+from metabook.learners import Learner
+from metabook.maml import MAML
+from metabook.networks import MLP, Conv4
+from metabook.prototypes import ProtoNet
+from metabook.training import (
+    Calibration,
+    Outer,
+    Run,
+    Score,
+    answers,
+    binned,
+    calibration,
+    evaluate,
+    fit,
+    paired,
+)
+
+
+@pytest.mark.proves("eq-standard-error")
+def test_the_worked_example():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 27d2e460
+    print(Score(torch.tensor([0.2, 0.4, 0.4, 0.6])))
+    # cell 85d7b36a
+    by_hand = Score(torch.tensor([0.2, 0.4, 0.4, 0.6]))
+    assert by_hand.n == 4 and abs(by_hand.mean - 0.4) < 1e-6
+    assert abs(by_hand.standard_error - (0.08 / 3) ** 0.5 / 2) < 1e-6
+    assert abs(by_hand.ci95 - 0.160) < 1e-3
+    assert Score(torch.tensor([0.2])).ci95 == math.inf  # one task says nothing about the others
+    assert Score(torch.tensor([2.0]), "mse").beats(Score(torch.tensor([3.0]), "mse"))
+    assert not Score(torch.tensor([math.nan]), "mse").beats(None)
+
+
+@pytest.mark.proves("eq-interval")
+def test_the_interval_covers_95_of_100():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 27d2e460
+    print(Score(torch.tensor([0.2, 0.4, 0.4, 0.6])))
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell 56d0bf14
+    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
+
+
+@pytest.mark.proves("eq-task-variance")
+def test_tasks_and_queries_share_the_spread():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 27d2e460
+    print(Score(torch.tensor([0.2, 0.4, 0.4, 0.6])))
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell 56d0bf14
+    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
+    # cell c2b809e7
+    for m in (5, 75, 1000):
+        variance = 0.08**2 + (0.25 - 0.08**2) / m
+        measured = Score(accuracies(100_000, queries=m)[0].float()).standard_error ** 2 * 100_000
+        assert abs(measured / variance - 1) < 0.03
+
+
+def test_only_one_of_three_intervals_is_right():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 27d2e460
+    print(Score(torch.tensor([0.2, 0.4, 0.4, 0.6])))
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell 56d0bf14
+    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
+    # cell c2b809e7
+    for m in (5, 75, 1000):
+        variance = 0.08**2 + (0.25 - 0.08**2) / m
+        measured = Score(accuracies(100_000, queries=m)[0].float()).standard_error ** 2 * 100_000
+        assert abs(measured / variance - 1) < 0.03
+    # cell 7e89ac29
+    over_tasks_ = coverage(lambda a: 1.96 * a.std() / 600**0.5)
+    standard_deviation = coverage(lambda a: a.std())
+    over_queries = coverage(lambda a: 1.96 * (a.mean() * (1 - a.mean()) / (600 * 75)) ** 0.5)
+    print(
+        f"covers the truth: {over_tasks_:.1%} (tasks), {standard_deviation:.1%} (deviation), {over_queries:.1%} (queries)"
+    )
+    assert abs(over_tasks_ - 0.95) < 0.015 and standard_deviation == 1 and over_queries < 0.8
+
+    few, many = (accuracies(n, repeats=200, seed=5).std(1) / n**0.5 for n in (32, 600))
+    assert few.mean() > 4 * many.mean()
+
+
+@pytest.mark.proves("eq-paired-variance")
+def test_a_paired_difference_subtracts_the_covariance():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell 8ad74ca9
+    hard = accuracies(600)[0].float()  # shared by both methods
+    noise = 0.03 * torch.randn(2, 600)
+    b, a = Score(hard + 0.01 + noise[0]), Score(hard + noise[1])
+    difference = paired(b, a)
+    covariance = torch.cov(torch.stack([a.per_task, b.per_task]))
+    expected = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    assert abs(difference.per_task.var() - expected) < 1e-6
+    assert difference.mean == pytest.approx(b.mean - a.mean, abs=1e-6)
+    assert difference.ci95 < 0.6 * math.hypot(a.ci95, b.ci95)
+    for other, message in [
+        (Score(hard, episodes="others"), "same episodes"),
+        (Score(hard, "mse"), "cannot be compared"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            paired(a, other)
+
+
+@pytest.mark.proves("eq-single-query")
+def test_joint_and_single_queries():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell c886e8de
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
+        learner = small_net(stats).eval()
+        episodes = next(tasks.freeze(1).episodes())
+        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
+        phi = learner.adapt(S)
+        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
+        [(single, _)] = answers(learner, tasks.freeze(1), "single")
+        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
+        assert torch.allclose(single[0], by_hand, atol=1e-4)
+        assert torch.allclose(single, joint, atol=1e-4) == alone
+        assert learner.transductive != alone
+
+
+def test_evaluation_changes_nothing(device):
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell c886e8de
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
+        learner = small_net(stats).eval()
+        episodes = next(tasks.freeze(1).episodes())
+        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
+        phi = learner.adapt(S)
+        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
+        [(single, _)] = answers(learner, tasks.freeze(1), "single")
+        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
+        assert torch.allclose(single[0], by_hand, atol=1e-4)
+        assert torch.allclose(single, joint, atol=1e-4) == alone
+        assert learner.transductive != alone
+    # cell ad4a388a
+    learner = small_net("running").to(device).train()
+    before = {k: v.clone() for k, v in learner.state_dict().items()}
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    first = evaluate(learner, tasks, 20)
+    torch.manual_seed(123)  # whatever else drew random numbers in the meantime
+    second = evaluate(learner, tasks, 20, lift="loop", batch=7)
+    assert first.episodes == second.episodes
+    assert torch.allclose(first.per_task, second.per_task)
+    assert learner.training and all(p.grad is None for p in learner.parameters())
+    for name, value in learner.state_dict().items():
+        assert torch.equal(before[name], value)
+
+
+def test_what_does_not_fit_is_refused(device):
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell c886e8de
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
+        learner = small_net(stats).eval()
+        episodes = next(tasks.freeze(1).episodes())
+        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
+        phi = learner.adapt(S)
+        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
+        [(single, _)] = answers(learner, tasks.freeze(1), "single")
+        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
+        assert torch.allclose(single[0], by_hand, atol=1e-4)
+        assert torch.allclose(single, joint, atol=1e-4) == alone
+        assert learner.transductive != alone
+    # cell ad4a388a
+    learner = small_net("running").to(device).train()
+    before = {k: v.clone() for k, v in learner.state_dict().items()}
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    first = evaluate(learner, tasks, 20)
+    torch.manual_seed(123)  # whatever else drew random numbers in the meantime
+    second = evaluate(learner, tasks, 20, lift="loop", batch=7)
+    assert first.episodes == second.episodes
+    assert torch.allclose(first.per_task, second.per_task)
+    assert learner.training and all(p.grad is None for p in learner.parameters())
+    for name, value in learner.state_dict().items():
+        assert torch.equal(before[name], value)
+    # cell 790969cf
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    with pytest.raises(
+        ValueError, match="classification learner cannot be used on regression tasks"
+    ):
+        evaluate(small_net("batch"), Sinusoids())
+    with pytest.raises(ValueError, match="queries='one'"):
+        answers(small_net("batch"), tasks.freeze(2), "one")
+    with pytest.raises(ValueError, match="3"):
+        evaluate(MAML(Conv4(1, out=5, size=16, width=4)), tasks, 2)
+
+
+@pytest.mark.proves("eq-outer-update")
+def test_one_outer_step_by_hand():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell 3733d06d
+    for lift in ("loop", "vmap"):
+        learner, outer, values = one_step(lift=lift)
+        assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert learner.theta.item() == pytest.approx(0.2)
+        outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
+        assert learner.theta.item() == pytest.approx(0.3)
+
+
+@pytest.mark.proves("eq-clip")
+def test_one_clipped_step_by_hand():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell 3733d06d
+    for lift in ("loop", "vmap"):
+        learner, outer, values = one_step(lift=lift)
+        assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert learner.theta.item() == pytest.approx(0.2)
+        outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
+        assert learner.theta.item() == pytest.approx(0.3)
+    # cell 89daeaac
+    for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
+        learner, outer, _ = one_step(clip=clip)
+        assert learner.theta.item() == pytest.approx(theta, rel=1e-4)
+    with pytest.raises(ValueError, match="clip=0"):
+        one_step(clip=0)
+
+
+@pytest.mark.proves("eq-shrinkage")
+def test_fit_finds_what_the_pencil_found():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell 3733d06d
+    for lift in ("loop", "vmap"):
+        learner, outer, values = one_step(lift=lift)
+        assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert learner.theta.item() == pytest.approx(0.2)
+        outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
+        assert learner.theta.item() == pytest.approx(0.3)
+    # cell 89daeaac
+    for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
+        learner, outer, _ = one_step(clip=clip)
+        assert learner.theta.item() == pytest.approx(theta, rel=1e-4)
+    with pytest.raises(ValueError, match="clip=0"):
+        one_step(clip=0)
+
+    # cell f5827b51
+    def trained(shot):
+        "What the smallest learner learns from tasks with so many sightings."
+        learner = Shrink()
+        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
+        fit(
+            learner,
+            Sightings(shot),
+            steps=200,
+            meta_batch=128,
+            lr=0.2,
+            schedule=decay,
+            progress=False,
+        )
+        return learner.theta.item()
+
+    for shot in (1, 2, 5):
+        theta = trained(shot)
+        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
+        assert abs(theta - shot / (shot + 1)) < 0.05
+
+
+@pytest.mark.proves("eq-selection")
+def test_the_best_parameters_are_kept():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell 3733d06d
+    for lift in ("loop", "vmap"):
+        learner, outer, values = one_step(lift=lift)
+        assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert learner.theta.item() == pytest.approx(0.2)
+        outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
+        assert learner.theta.item() == pytest.approx(0.3)
+    # cell 89daeaac
+    for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
+        learner, outer, _ = one_step(clip=clip)
+        assert learner.theta.item() == pytest.approx(theta, rel=1e-4)
+    with pytest.raises(ValueError, match="clip=0"):
+        one_step(clip=0)
+
+    # cell f5827b51
+    def trained(shot):
+        "What the smallest learner learns from tasks with so many sightings."
+        learner = Shrink()
+        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
+        fit(
+            learner,
+            Sightings(shot),
+            steps=200,
+            meta_batch=128,
+            lr=0.2,
+            schedule=decay,
+            progress=False,
+        )
+        return learner.theta.item()
+
+    for shot in (1, 2, 5):
+        theta = trained(shot)
+        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
+        assert abs(theta - shot / (shot + 1)) < 0.05
+
+    # cell 254f7d93
+    def kept(metric, scores):
+        "The parameter that a run keeps when the validation scores after each step are these."
+        learner = Shrink()
+        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
+        for step, value in enumerate(scores):
+            learner.theta.data.fill_(step)
+            run.consider(Score(torch.full((2,), value), metric))
+        run.finish()
+        return learner.theta.item()
+
+    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
+    assert kept("mse", [0.5, 0.3, 0.4]) == 1
+    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
+    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
+
+
+def test_a_bad_run_is_refused_before_it_begins():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell 3733d06d
+    for lift in ("loop", "vmap"):
+        learner, outer, values = one_step(lift=lift)
+        assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert learner.theta.item() == pytest.approx(0.2)
+        outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
+        assert learner.theta.item() == pytest.approx(0.3)
+    # cell 89daeaac
+    for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
+        learner, outer, _ = one_step(clip=clip)
+        assert learner.theta.item() == pytest.approx(theta, rel=1e-4)
+    with pytest.raises(ValueError, match="clip=0"):
+        one_step(clip=0)
+
+    # cell f5827b51
+    def trained(shot):
+        "What the smallest learner learns from tasks with so many sightings."
+        learner = Shrink()
+        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
+        fit(
+            learner,
+            Sightings(shot),
+            steps=200,
+            meta_batch=128,
+            lr=0.2,
+            schedule=decay,
+            progress=False,
+        )
+        return learner.theta.item()
+
+    for shot in (1, 2, 5):
+        theta = trained(shot)
+        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
+        assert abs(theta - shot / (shot + 1)) < 0.05
+
+    # cell 254f7d93
+    def kept(metric, scores):
+        "The parameter that a run keeps when the validation scores after each step are these."
+        learner = Shrink()
+        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
+        for step, value in enumerate(scores):
+            learner.theta.data.fill_(step)
+            run.consider(Score(torch.full((2,), value), metric))
+        run.finish()
+        return learner.theta.item()
+
+    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
+    assert kept("mse", [0.5, 0.3, 0.4]) == 1
+    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
+    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
+    # cell b8bb18a5
+    for wrong, message in [
+        (
+            dict(tasks=FewShot(images(), 3, 1, 5)),
+            "regression learner cannot be used on classification",
+        ),
+        (
+            dict(validate=FewShot(images(), 3, 1, 5)),
+            "regression learner cannot be used on classification",
+        ),
+        (dict(steps=0), "steps=0"),
+        (dict(meta_batch=2.5), "meta_batch=2.5"),
+        (dict(lift="wmap"), "wmap"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit(Shrink(), **({"tasks": Sightings(), "steps": 2, "progress": False} | wrong))
+    room = tempfile.TemporaryDirectory()
+    with pytest.raises(TypeError, match="cannot be saved by name"):  # nobody registered this class
+        fit(Shrink(), Sightings(), steps=2, folder=Path(room.name) / "run", progress=False)
+    assert not (Path(room.name) / "run").exists()
+
+
+def test_the_log_and_the_folder():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell 3733d06d
+    for lift in ("loop", "vmap"):
+        learner, outer, values = one_step(lift=lift)
+        assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert learner.theta.item() == pytest.approx(0.2)
+        outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
+        assert learner.theta.item() == pytest.approx(0.3)
+    # cell 89daeaac
+    for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
+        learner, outer, _ = one_step(clip=clip)
+        assert learner.theta.item() == pytest.approx(theta, rel=1e-4)
+    with pytest.raises(ValueError, match="clip=0"):
+        one_step(clip=0)
+
+    # cell f5827b51
+    def trained(shot):
+        "What the smallest learner learns from tasks with so many sightings."
+        learner = Shrink()
+        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
+        fit(
+            learner,
+            Sightings(shot),
+            steps=200,
+            meta_batch=128,
+            lr=0.2,
+            schedule=decay,
+            progress=False,
+        )
+        return learner.theta.item()
+
+    for shot in (1, 2, 5):
+        theta = trained(shot)
+        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
+        assert abs(theta - shot / (shot + 1)) < 0.05
+
+    # cell 254f7d93
+    def kept(metric, scores):
+        "The parameter that a run keeps when the validation scores after each step are these."
+        learner = Shrink()
+        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
+        for step, value in enumerate(scores):
+            learner.theta.data.fill_(step)
+            run.consider(Score(torch.full((2,), value), metric))
+        run.finish()
+        return learner.theta.item()
+
+    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
+    assert kept("mse", [0.5, 0.3, 0.4]) == 1
+    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
+    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
+    # cell b8bb18a5
+    for wrong, message in [
+        (
+            dict(tasks=FewShot(images(), 3, 1, 5)),
+            "regression learner cannot be used on classification",
+        ),
+        (
+            dict(validate=FewShot(images(), 3, 1, 5)),
+            "regression learner cannot be used on classification",
+        ),
+        (dict(steps=0), "steps=0"),
+        (dict(meta_batch=2.5), "meta_batch=2.5"),
+        (dict(lift="wmap"), "wmap"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit(Shrink(), **({"tasks": Sightings(), "steps": 2, "progress": False} | wrong))
+    room = tempfile.TemporaryDirectory()
+    with pytest.raises(TypeError, match="cannot be saved by name"):  # nobody registered this class
+        fit(Shrink(), Sightings(), steps=2, folder=Path(room.name) / "run", progress=False)
+    assert not (Path(room.name) / "run").exists()
+
+    # cell fea88dcf
+    def wave_run(steps=4, folder=None, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(
+            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
+        )
+
+    # cell 5b6b343b
+    room = tempfile.TemporaryDirectory()
+    folder = Path(room.name) / "run"
+    run = wave_run(folder=folder)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert rows == run.log and rows[0]["settings"]["meta_batch"] == 4
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    assert run.curve("validation")[0] == [2, 4] and run.best.mean == min(run.curve("validation")[1])
+    assert {"lr", "gradient_norm", "tasks_per_second", "seconds"} <= set(rows[1])
+    assert "loss" in run.status() and "best" in run.status()
+
+    config = json.loads((folder / "config.json").read_text())
+    assert "query=10" in config["tasks"]["tasks"] and "query=15" in config["validation"]["tasks"]
+    assert config["method"]["args"]["steps"] == 1 and config["method"]["args"]["test_steps"] == 2
+    assert config["training"]["steps_taken"] == 4 and config["training"]["optimizer"] == "Adam"
+
+    again = metabook.load(folder)
+    frozen = Sinusoids(5, 10).freeze(20, seed=9)
+    assert torch.equal(evaluate(run.learner, frozen).per_task, evaluate(again, frozen).per_task)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        wave_run(folder=folder)
+
+
+def test_an_interrupted_run_keeps_what_it_learned():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell 3733d06d
+    for lift in ("loop", "vmap"):
+        learner, outer, values = one_step(lift=lift)
+        assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert learner.theta.item() == pytest.approx(0.2)
+        outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
+        assert learner.theta.item() == pytest.approx(0.3)
+    # cell 89daeaac
+    for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
+        learner, outer, _ = one_step(clip=clip)
+        assert learner.theta.item() == pytest.approx(theta, rel=1e-4)
+    with pytest.raises(ValueError, match="clip=0"):
+        one_step(clip=0)
+
+    # cell f5827b51
+    def trained(shot):
+        "What the smallest learner learns from tasks with so many sightings."
+        learner = Shrink()
+        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
+        fit(
+            learner,
+            Sightings(shot),
+            steps=200,
+            meta_batch=128,
+            lr=0.2,
+            schedule=decay,
+            progress=False,
+        )
+        return learner.theta.item()
+
+    for shot in (1, 2, 5):
+        theta = trained(shot)
+        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
+        assert abs(theta - shot / (shot + 1)) < 0.05
+
+    # cell 254f7d93
+    def kept(metric, scores):
+        "The parameter that a run keeps when the validation scores after each step are these."
+        learner = Shrink()
+        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
+        for step, value in enumerate(scores):
+            learner.theta.data.fill_(step)
+            run.consider(Score(torch.full((2,), value), metric))
+        run.finish()
+        return learner.theta.item()
+
+    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
+    assert kept("mse", [0.5, 0.3, 0.4]) == 1
+    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
+    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
+    # cell b8bb18a5
+    for wrong, message in [
+        (
+            dict(tasks=FewShot(images(), 3, 1, 5)),
+            "regression learner cannot be used on classification",
+        ),
+        (
+            dict(validate=FewShot(images(), 3, 1, 5)),
+            "regression learner cannot be used on classification",
+        ),
+        (dict(steps=0), "steps=0"),
+        (dict(meta_batch=2.5), "meta_batch=2.5"),
+        (dict(lift="wmap"), "wmap"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit(Shrink(), **({"tasks": Sightings(), "steps": 2, "progress": False} | wrong))
+    room = tempfile.TemporaryDirectory()
+    with pytest.raises(TypeError, match="cannot be saved by name"):  # nobody registered this class
+        fit(Shrink(), Sightings(), steps=2, folder=Path(room.name) / "run", progress=False)
+    assert not (Path(room.name) / "run").exists()
+
+    # cell fea88dcf
+    def wave_run(steps=4, folder=None, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(
+            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
+        )
+
+    # cell 5b6b343b
+    room = tempfile.TemporaryDirectory()
+    folder = Path(room.name) / "run"
+    run = wave_run(folder=folder)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert rows == run.log and rows[0]["settings"]["meta_batch"] == 4
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
+    assert run.curve("validation")[0] == [2, 4] and run.best.mean == min(run.curve("validation")[1])
+    assert {"lr", "gradient_norm", "tasks_per_second", "seconds"} <= set(rows[1])
+    assert "loss" in run.status() and "best" in run.status()
+
+    config = json.loads((folder / "config.json").read_text())
+    assert "query=10" in config["tasks"]["tasks"] and "query=15" in config["validation"]["tasks"]
+    assert config["method"]["args"]["steps"] == 1 and config["method"]["args"]["test_steps"] == 2
+    assert config["training"]["steps_taken"] == 4 and config["training"]["optimizer"] == "Adam"
+
+    again = metabook.load(folder)
+    frozen = Sinusoids(5, 10).freeze(20, seed=9)
+    assert torch.equal(evaluate(run.learner, frozen).per_task, evaluate(again, frozen).per_task)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        wave_run(folder=folder)
+
+    # cell f44ee589
+    def interrupt_at(step):
+        "A schedule under which somebody presses Ctrl-C."
+
+        def rate(taken):
+            if taken == step:
+                raise KeyboardInterrupt
+            return 1.0
+
+        return rate
+
+    room = tempfile.TemporaryDirectory()
+    folder = Path(room.name) / "run"
+    run = wave_run(steps=1000, folder=folder, schedule=interrupt_at(5))
+    assert run.interrupted and run.best_step in (2, 4) and not run.learner.training
+    assert all(torch.equal(v, run.best_state[k]) for k, v in run.learner.state_dict().items())
+    assert metabook.load(folder).lr == 0.01
+    print(run)
+
+
+@pytest.mark.proves("eq-ece")
+def test_the_calibration_error_by_hand():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell fea88dcf
+    def wave_run(steps=4, folder=None, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(
+            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
+        )
+
+    # cell fe2b3ecc
+    def answer(confidence, right):
+        "Logits of three classes for one answer, whose target is class 0."
+        p = torch.full((3,), (1 - confidence) / 2)
+        p[0 if right else 1] = confidence
+        return p.log()
+
+    said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
+    logits = torch.stack([answer(*one) for one in said])[None]
+    by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
+    assert by_hand.ece == pytest.approx(0.12)
+    confidence, accuracy, share = by_hand.curve()
+    assert torch.allclose(confidence, torch.tensor([0.4, 0.8])) and share.tolist() == pytest.approx(
+        [0.4, 0.6]
+    )
+    assert torch.allclose(accuracy, torch.tensor([1 / 2, 2 / 3]))
+
+
+@pytest.mark.proves("eq-jackknife")
+def test_the_jackknife_agrees_with_what_it_replaces():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell fea88dcf
+    def wave_run(steps=4, folder=None, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(
+            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
+        )
+
+    # cell 8e40e006
+    def overconfident(tasks, seed):
+        "Answers with confidence 0.7 or 0.9; the tasks differ, and most answers are less often right."
+        g = torch.Generator().manual_seed(seed)
+        sure = torch.rand(tasks, 20, generator=g) < 0.5
+        confidence = torch.where(sure, 0.9, 0.7)
+        skill = confidence - 0.3 * torch.rand(tasks, 1, generator=g)
+        hits = (torch.rand(tasks, 20, generator=g) < skill).float()
+        columns = [
+            torch.stack([(v * m).sum(1) for m in (~sure, sure)], 1) for v in (1, confidence, hits)
+        ]
+        return Calibration(*columns)
+
+    one = overconfident(300, seed=0)
+    gaps = (one.confidence - one.hits).sum(1) / 20
+    assert one.ece == pytest.approx(gaps.mean().item(), abs=1e-6)
+    assert one.ci95 == pytest.approx(Score(gaps).ci95, rel=1e-4)
+
+    many = torch.tensor([overconfident(100, seed=s).ece for s in range(400)])
+    assert overconfident(100, seed=1).ci95 == pytest.approx(1.96 * many.std().item(), rel=0.2)
+
+
+@pytest.mark.proves("eq-temperature")
+def test_temperature_changes_confidence_only():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell fea88dcf
+    def wave_run(steps=4, folder=None, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(
+            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
+        )
+
+    # cell fe2b3ecc
+    def answer(confidence, right):
+        "Logits of three classes for one answer, whose target is class 0."
+        p = torch.full((3,), (1 - confidence) / 2)
+        p[0 if right else 1] = confidence
+        return p.log()
+
+    said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
+    logits = torch.stack([answer(*one) for one in said])[None]
+    by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
+    assert by_hand.ece == pytest.approx(0.12)
+    confidence, accuracy, share = by_hand.curve()
+    assert torch.allclose(confidence, torch.tensor([0.4, 0.8])) and share.tolist() == pytest.approx(
+        [0.4, 0.6]
+    )
+    assert torch.allclose(accuracy, torch.tensor([1 / 2, 2 / 3]))
+
+    # cell 0d9c31e0
+    class Sure(Learner):
+        "Always gives logits ln 9 to the first class and 0 to the second."
+
+        def adapt(self, support):
+            return support.y
+
+        def predict(self, state, x):
+            return torch.tensor([math.log(9.0), 0.0]).expand(len(x), 2)
+
+    tasks = FewShot(images(), way=2, shot=1, query=5)
+    for temperature, confidence in [(1.0, 0.9), (2.0, 0.75)]:
+        measured, accuracy, _ = calibration(Sure(), tasks, 10, temperature=temperature).curve()
+        assert measured.item() == pytest.approx(confidence) and accuracy.item() == 0.5
+    for wrong in (0.0, math.nan):
+        with pytest.raises(ValueError, match="positive temperature"):
+            calibration(Sure(), tasks, 10, temperature=wrong)
+    with pytest.raises(ValueError, match="regression"):
+        calibration(Shrink(), Sightings(), 10)

@@ -1,0 +1,759 @@
+"""Made from nbs/13_prototypes.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad
+from torch.nn import functional as F
+
+from metabook.engine import losses
+from metabook.episodes import Episode, Examples, one_hot
+from metabook.networks import Conv4
+from metabook.prototypes import (
+    DISTANCES,
+    ProtoNet,
+    cosine_distance,
+    euclidean,
+    prototypes,
+    squared_euclidean,
+)
+
+
+@pytest.mark.proves("eq-proto-mean")
+def test_means_by_hand():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell 6448f4f5
+    c = prototypes(points, labels)
+    assert torch.equal(c, torch.tensor([[1.0, 0.0], [4.0, 2.0]]))
+
+    # Three examples of one class, one of the other, and a label that is shared between both.
+    uneven = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    by_sums = [sum(w * z for w, z in zip(col, points, strict=True)) / col.sum() for col in uneven.T]
+    torch.testing.assert_close(prototypes(points, uneven), torch.stack(by_sums))
+    c
+
+
+def test_empty_support():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell 6448f4f5
+    c = prototypes(points, labels)
+    assert torch.equal(c, torch.tensor([[1.0, 0.0], [4.0, 2.0]]))
+
+    # Three examples of one class, one of the other, and a label that is shared between both.
+    uneven = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    by_sums = [sum(w * z for w, z in zip(col, points, strict=True)) / col.sum() for col in uneven.T]
+    torch.testing.assert_close(prototypes(points, uneven), torch.stack(by_sums))
+    c
+    # cell a9933ffa
+    with pytest.raises(ValueError, match="every class at least one example"):
+        prototypes(points[:0], labels[:0])
+
+
+@pytest.mark.proves("eq-proto-bregman")
+def test_the_mean_is_the_best_representative():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+
+    # cell 12ea83d4
+    def bregman(phi, z, c):
+        "How far phi lies above its tangent at c: `z` is [n, d], `c` is [d]."
+        return phi(z) - phi(c) - (z - c) @ grad(phi)(c)
+
+    CONVEX = {
+        "squared Euclidean": lambda z: z.square().sum(-1),
+        "Kullback-Leibler": lambda z: (z * z.log()).sum(-1),
+        "Itakura-Saito": lambda z: -z.log().sum(-1),
+    }
+    # cell 23bd5a6a
+    z = 0.1 + 3 * torch.rand(7, 4, dtype=torch.float64)
+    y = one_hot(torch.tensor([0, 0, 0, 0, 1, 1, 1]), 2).double()
+    best = prototypes(z, y)[0]
+    for phi in CONVEX.values():
+        price = bregman(phi, z[:4], best).sum()
+        for s in 0.1 + 3 * torch.rand(20, 4, dtype=torch.float64):
+            more = 4 * bregman(phi, best[None], s)[0]
+            torch.testing.assert_close(bregman(phi, z[:4], s).sum(), price + more)
+            assert more > 0
+
+
+@pytest.mark.proves("eq-proto-squared", "eq-proto-plain", "eq-proto-cosine")
+def test_three_distances_by_hand():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+    # cell ea362412
+    by_hand = {
+        squared_euclidean: [2.0, 5.0],
+        euclidean: [math.sqrt(2), math.sqrt(5)],
+        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
+    }
+    for function, expected in by_hand.items():
+        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
+        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
+
+
+def test_far_from_the_origin():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+    # cell ea362412
+    by_hand = {
+        squared_euclidean: [2.0, 5.0],
+        euclidean: [math.sqrt(2), math.sqrt(5)],
+        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
+    }
+    for function, expected in by_hand.items():
+        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
+        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell df6a9d3a
+    z, c = 10 + torch.randn(300, 1600), 10 + torch.randn(20, 1600)
+    exact = as_written(z.double(), c.double())
+    error = {
+        f.__name__: (f(z, c).double() - exact).abs().max().item()
+        for f in (as_written, uncentred, squared_euclidean)
+    }
+    assert error["squared_euclidean"] < 3 * error["as_written"]
+    assert error["uncentred"] > 30 * error["squared_euclidean"]
+    print({name: f"{e:.0e}" for name, e in error.items()})
+
+
+def test_twice_differentiable():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+    # cell ea362412
+    by_hand = {
+        squared_euclidean: [2.0, 5.0],
+        euclidean: [math.sqrt(2), math.sqrt(5)],
+        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
+    }
+    for function, expected in by_hand.items():
+        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
+        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell df6a9d3a
+    z, c = 10 + torch.randn(300, 1600), 10 + torch.randn(20, 1600)
+    exact = as_written(z.double(), c.double())
+    error = {
+        f.__name__: (f(z, c).double() - exact).abs().max().item()
+        for f in (as_written, uncentred, squared_euclidean)
+    }
+    assert error["squared_euclidean"] < 3 * error["as_written"]
+    assert error["uncentred"] > 30 * error["squared_euclidean"]
+    print({name: f"{e:.0e}" for name, e in error.items()})
+    # cell 12ebbcb2
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros_like(z)
+    for f in (squared_euclidean, euclidean, cosine_distance):
+        assert torch.autograd.gradgradcheck(f, (z, c))
+        for edge in (c.detach().repeat(2, 1).requires_grad_(), zero.clone().requires_grad_()):
+            (g,) = torch.autograd.grad(f(edge, c).sum(), edge, create_graph=True)
+            (h,) = torch.autograd.grad(g.square().sum(), edge)
+            assert g.isfinite().all() and h.isfinite().all()
+
+
+@pytest.mark.proves("eq-proto-softmax")
+def test_probabilities_by_hand():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 683117f5
+    root5 = math.sqrt(5)
+    odds = {"squared": 3, "plain": root5 - math.sqrt(2), "cosine": -10 * (1 - 2 / root5)}
+    for distance, log_odds in odds.items():
+        p = ProtoNet(AsIs(), distance)(Examples(points, labels), z_query).softmax(-1)
+        first = 1 / (1 + math.exp(-log_odds))
+        torch.testing.assert_close(p, torch.tensor([[first, 1 - first]]))
+        print(f"{distance:8s} {p[0, 0].item():.3f} {p[0, 1].item():.3f}")
+
+
+def test_unknown_distance():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 683117f5
+    root5 = math.sqrt(5)
+    odds = {"squared": 3, "plain": root5 - math.sqrt(2), "cosine": -10 * (1 - 2 / root5)}
+    for distance, log_odds in odds.items():
+        p = ProtoNet(AsIs(), distance)(Examples(points, labels), z_query).softmax(-1)
+        first = 1 / (1 + math.exp(-log_odds))
+        torch.testing.assert_close(p, torch.tensor([[first, 1 - first]]))
+        print(f"{distance:8s} {p[0, 0].item():.3f} {p[0, 1].item():.3f}")
+    # cell 5afc8a13
+    with pytest.raises(ValueError, match="did you mean 'squared'"):
+        ProtoNet(AsIs(), "square")
+
+
+def test_loop_equals_vmap(device):
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 683117f5
+    root5 = math.sqrt(5)
+    odds = {"squared": 3, "plain": root5 - math.sqrt(2), "cosine": -10 * (1 - 2 / root5)}
+    for distance, log_odds in odds.items():
+        p = ProtoNet(AsIs(), distance)(Examples(points, labels), z_query).softmax(-1)
+        first = 1 / (1 + math.exp(-log_odds))
+        torch.testing.assert_close(p, torch.tensor([[first, 1 - first]]))
+        print(f"{distance:8s} {p[0, 0].item():.3f} {p[0, 1].item():.3f}")
+    # cell 5afc8a13
+    with pytest.raises(ValueError, match="did you mean 'squared'"):
+        ProtoNet(AsIs(), "square")
+
+    # cell 1e0b9eb5
+    def random_tasks(tasks, way, shot, query):
+        "Noise with labels, in float64."
+        sides = []
+        for n in (shot, query):
+            y = one_hot(torch.arange(way).repeat(n), way).double().expand(tasks, -1, -1)
+            sides.append(Examples(torch.randn(tasks, way * n, 1, 16, 16).double(), y))
+        return Episode(*sides)
+
+    for distance in DISTANCES:
+        for stats in ("batch", "support", "running"):
+            learner = ProtoNet(Conv4(size=16, width=4, stats=stats), distance).double().to(device)
+            episodes = random_tasks(3, way=4, shot=2, query=3).to(device)
+            both = []
+            for how in ("loop", "vmap"):
+                values = losses(learner, episodes, how)
+                both.append(
+                    [values, *torch.autograd.grad(values.sum(), list(learner.parameters()))]
+                )
+            for a, b in zip(*both, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.proves("eq-proto-linear")
+def test_same_as_a_linear_classifier():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 08014747
+    assert torch.equal(F.linear(z_query, 2 * two, -two.square().sum(1)), torch.tensor([[3.0, 0.0]]))
+
+    z, y = torch.randn(30, 8, dtype=torch.float64), one_hot(torch.arange(15) % 5, 5).double()
+    learner = ProtoNet(AsIs())
+    c, _ = state = learner.adapt(Examples(z[:15], y))
+    linear = F.linear(z, weight=2 * c, bias=-c.square().sum(1))
+    torch.testing.assert_close(learner.predict(state, z), linear - z.square().sum(1, keepdim=True))
+    torch.testing.assert_close(learner.predict(state, z).softmax(1), linear.softmax(1))
+
+
+@pytest.mark.proves("eq-proto-gradient")
+def test_gradient_of_the_loss():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 08014747
+    assert torch.equal(F.linear(z_query, 2 * two, -two.square().sum(1)), torch.tensor([[3.0, 0.0]]))
+
+    z, y = torch.randn(30, 8, dtype=torch.float64), one_hot(torch.arange(15) % 5, 5).double()
+    learner = ProtoNet(AsIs())
+    c, _ = state = learner.adapt(Examples(z[:15], y))
+    linear = F.linear(z, weight=2 * c, bias=-c.square().sum(1))
+    torch.testing.assert_close(learner.predict(state, z), linear - z.square().sum(1, keepdim=True))
+    torch.testing.assert_close(learner.predict(state, z).softmax(1), linear.softmax(1))
+    # cell b2aeae33
+    z, c = z_query.double().requires_grad_(), two.double().requires_grad_()
+    learner, y = ProtoNet(AsIs()), torch.tensor([[1.0, 0.0]]).double()
+    logits = learner.predict((c, {}), z)
+    for_z, for_c = torch.autograd.grad(F.cross_entropy(logits, y), (z, c))
+
+    p = logits.softmax(1)
+    torch.testing.assert_close(for_z, 2 * (p @ c - y @ c))
+    torch.testing.assert_close(for_c, 2 * (p - y).T * (z - c))
+    torch.testing.assert_close(for_z, torch.tensor([[0.285, 0.190]]).double(), atol=5e-4, rtol=0)
+
+
+@pytest.mark.proves("eq-proto-bounded")
+def test_plain_confidence_is_bounded():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 68bec3c6
+    direction = (two[0] - two[1]).double()
+    far = two[:1].double() + torch.linspace(-1, 100, 50).double()[:, None] * direction
+    state = two.double(), {}
+    gap = direction.norm()
+    lead = [ProtoNet(AsIs(), d).predict(state, far).diff(dim=1).abs() for d in ("plain", "squared")]
+    assert (lead[0] <= gap + 1e-9).all()
+    torch.testing.assert_close(lead[0][-1, 0], gap)  # reached behind the prototype
+    assert lead[1][-1, 0] > 100 * gap
+
+
+@pytest.mark.proves("eq-proto-floor")
+def test_cosine_loss_has_a_floor():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 68bec3c6
+    direction = (two[0] - two[1]).double()
+    far = two[:1].double() + torch.linspace(-1, 100, 50).double()[:, None] * direction
+    state = two.double(), {}
+    gap = direction.norm()
+    lead = [ProtoNet(AsIs(), d).predict(state, far).diff(dim=1).abs() for d in ("plain", "squared")]
+    assert (lead[0] <= gap + 1e-9).all()
+    torch.testing.assert_close(lead[0][-1, 0], gap)  # reached behind the prototype
+    assert lead[1][-1, 0] > 100 * gap
+
+    # cell 72bc3fd2
+    def lowest(scale, way):
+        return math.log(1 + (way - 1) * math.exp(-2 * scale))
+
+    z = torch.tensor([[3.0, 4.0]])
+    c = torch.cat([z, -z.expand(4, 2)])  # one class where the query points, four opposite
+    y = one_hot(torch.tensor([0]), 5)
+    for scale in (1.0, 2.0):
+        learner = ProtoNet(AsIs(), "cosine")
+        learner.scale.data.fill_(scale)
+        loss = F.cross_entropy(learner.predict((c, {}), z), y)
+        torch.testing.assert_close(loss.item(), lowest(scale, 5), atol=1e-5, rtol=1e-5)
+        others = F.cross_entropy(learner.predict((torch.randn(5, 2), {}), z), y)
+        assert others >= lowest(scale, 5)
+    round(lowest(1, 20), 2), round(math.exp(-lowest(1, 20)), 2)
+
+
+def test_root_instead_of_square():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 263a6745
+    def is_squared(distance):
+        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
+
+    assert not is_squared(torch.cdist)  # the mistake
+    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
+    assert is_squared(squared_euclidean)
+
+
+def test_what_the_loss_expects():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 263a6745
+    def is_squared(distance):
+        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
+
+    assert not is_squared(torch.cdist)  # the mistake
+    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
+    assert is_squared(squared_euclidean)
+    # cell 6f227c05
+    y = one_hot(torch.tensor([0]), 5)
+    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
+    p, label = logits.softmax(1), torch.tensor([0])
+    assert F.cross_entropy(logits, y) < 1e-6
+    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
+    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
+    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
+
+    def are_log_probabilities(a):
+        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
+
+    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
+    assert are_log_probabilities(logits.log_softmax(1))
+
+
+def test_queries_stand_alone():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 263a6745
+    def is_squared(distance):
+        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
+
+    assert not is_squared(torch.cdist)  # the mistake
+    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
+    assert is_squared(squared_euclidean)
+
+    # cell 4ce30c5f
+    def moves(stats):
+        "How much the first query's logits depend on who is asked with it."
+        learner = ProtoNet(Conv4(size=16, width=4, stats=stats)).eval()
+        x = torch.rand(12, 1, 16, 16)
+        state = learner.adapt(Examples(x[:4], one_hot(torch.arange(4), 4)))
+        together, alone = learner.predict(state, x[4:])[0], learner.predict(state, x[4:5])[0]
+        return (together - alone).abs().max().item()
+
+    assert moves("batch") > 1e-2
+    assert moves("support") < 1e-4 and moves("running") < 1e-4
+
+
+def test_labels_are_only_names():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 263a6745
+    def is_squared(distance):
+        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
+
+    assert not is_squared(torch.cdist)  # the mistake
+    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
+    assert is_squared(squared_euclidean)
+    # cell 6f227c05
+    y = one_hot(torch.tensor([0]), 5)
+    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
+    p, label = logits.softmax(1), torch.tensor([0])
+    assert F.cross_entropy(logits, y) < 1e-6
+    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
+    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
+    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
+
+    def are_log_probabilities(a):
+        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
+
+    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
+    assert are_log_probabilities(logits.log_softmax(1))
+    # cell 2b3e068d
+    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
+    learner = ProtoNet(AsIs())
+    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
+
+    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
+    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
+    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
+    assert right.all() and not misled.any()
+
+
+def test_forgotten_class():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    # cell 263a6745
+    def is_squared(distance):
+        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
+
+    assert not is_squared(torch.cdist)  # the mistake
+    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
+    assert is_squared(squared_euclidean)
+    # cell 6f227c05
+    y = one_hot(torch.tensor([0]), 5)
+    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
+    p, label = logits.softmax(1), torch.tensor([0])
+    assert F.cross_entropy(logits, y) < 1e-6
+    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
+    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
+    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
+
+    def are_log_probabilities(a):
+        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
+
+    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
+    assert are_log_probabilities(logits.log_softmax(1))
+    # cell 2b3e068d
+    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
+    learner = ProtoNet(AsIs())
+    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
+
+    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
+    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
+    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
+    assert right.all() and not misled.any()
+    # cell 688f2662
+    y = one_hot(torch.tensor([0, 0, 1, 1]), 3)  # three classes, two of them shown
+    logits = ProtoNet(AsIs())(Examples(points, y), points)
+    assert logits.isnan().all()
+    assert len(logits.argmax(1).unique()) == 1  # an answer all the same

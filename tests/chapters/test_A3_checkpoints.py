@@ -1,0 +1,437 @@
+"""Made from nbs/A3_checkpoints.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import metabook
+from metabook.checkpoints import build, methods, plain, register, save, write_atomically
+from metabook.episodes import Classes, FewShot
+from metabook.learners import Learner
+from metabook.maml import MAML
+from metabook.networks import MLP, Conv4, ResNet12
+from metabook.prototypes import ProtoNet
+
+
+def test_an_instance_notes_its_arguments():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 54d2c7c0
+    learner = ProtoNet(MLP([2, 8, 3]))
+    assert learner.config["name"] == "protonet" and learner.config["args"]["distance"] == "squared"
+    assert learner.config["args"]["embed"].config == {"name": "mlp", "args": {"sizes": [2, 8, 3]}}
+
+
+def test_only_registered_classes_are_saved():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 661d3739
+    class Scaled(MLP):
+        "Inherits from a registered class without being registered."
+
+    for unknown in (ProtoNet(torch.nn.Linear(2, 2)), ProtoNet(Scaled([2, 2]))):
+        with pytest.raises(TypeError, match="register"):
+            plain("learner", unknown)
+    assert plain("sizes", (1, 2.5, "a", None)) == [1, 2.5, "a", None]
+
+    with pytest.raises(ValueError, match="already names ProtoNet"):
+        register("protonet")(Scaled)
+    with pytest.raises(TypeError, match="spell its arguments out"):
+
+        @register("anything")
+        class Anything(Learner):
+            def __init__(self, *layers: int):
+                super().__init__()
+
+
+def test_built_from_its_own_note():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell e1eb6802
+    learner = build(plain("learner", MAML(MLP([1, 40, 1]), lr=0.01, kind="regression")))
+    assert isinstance(learner, MAML) and learner.lr == 0.01 and learner.kind == "regression"
+    assert [tuple(p.shape) for p in learner.parameters()] == [(40, 1), (40,), (1, 40), (1,)]
+    assert {"maml", "protonet"} <= set(methods())
+
+
+def test_a_wrong_name_or_argument_says_so():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 584cef8c
+    for config, message in {
+        '{"name": "MALM", "args": {}}': "unknown method 'MALM': did you mean 'maml'",
+        '{"name": "maml", "args": {"net": {"name": "conf4", "args": {}}}}': "network 'conf4': did you mean 'conv4'",
+        '{"name": "maml", "args": {"net": {"name": "mlp", "args": {"size": [1]}}}}': "'mlp' cannot be built",
+        '{"name": "maml", "args": {"net": {"name": "conv4", "args": {"width": -1}}}}': "'conv4' cannot be built",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            build(json.loads(config))
+
+
+def test_a_failed_write_leaves_the_old_file():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 1b537d9d
+    folder = fresh()
+    write_atomically(folder / "a.txt", b"old")
+
+    original, os.replace = os.replace, lambda *paths: (_ for _ in ()).throw(OSError("power cut"))
+    try:
+        with pytest.raises(OSError, match="power cut"):
+            write_atomically(folder / "a.txt", b"new")
+    finally:
+        os.replace = original
+    assert (folder / "a.txt").read_bytes() == b"old" and len(list(folder.iterdir())) == 1
+
+
+def test_every_network_comes_back_bit_by_bit():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell 00063326
+    for learner in some_learners():
+        before = torch.get_rng_state()
+        again = metabook.load(save(fresh(), learner))
+        assert torch.equal(before, torch.get_rng_state())
+        assert type(again) is type(learner) and not again.training
+        assert torch.equal(predictions(learner), predictions(again))
+        assert plain("learner", again) == plain("learner", learner)
+
+
+def test_damage_is_noticed_and_named():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell bd42338f
+    def broken(damage):
+        "A trained folder after something happened to it."
+        folder = save(fresh(), MAML(MLP([2, 8, 3])))
+        damage(folder)
+        return folder
+
+    def edit(folder, change):
+        "Change the configuration of a trained folder and leave its parameters alone."
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    # cell d8d93a81
+    def truncate(folder):
+        path = folder / "learner.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+
+    def swap(folder):
+        other = save(fresh(), MAML(MLP([2, 9, 3])))
+        os.replace(other / "learner.safetensors", folder / "learner.safetensors")
+
+    for damage, message in [
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not the configuration"),
+        (lambda f: (f / "config.json").write_text("[]"), "not the configuration"),
+        (lambda f: (f / "learner.safetensors").unlink(), "No such file"),
+        (truncate, "checksum"),
+        (swap, "checksum"),
+        (lambda f: edit(f, lambda c: c.update(layout=2, metabook="9.0")), r"layout 2.*\(9.0\)"),
+        (lambda f: edit(f, lambda c: c["method"].update(name="mamal")), "did you mean 'maml'"),
+        (lambda f: edit(f, lambda c: c["method"]["args"].update(rate=1)), "'maml' cannot be built"),
+        (lambda f: edit(f, lambda c: c["method"]["args"].update(net=3)), "cannot be"),
+        (lambda f: edit(f, lambda c: c["method"].pop("args")), "args"),
+        (
+            lambda f: edit(f, lambda c: c["method"]["args"]["net"]["args"].update(sizes=[2, 9, 3])),
+            "size mismatch",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            metabook.load(broken(damage))
+
+
+def test_half_an_update_is_noticed():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell bd42338f
+    def broken(damage):
+        "A trained folder after something happened to it."
+        folder = save(fresh(), MAML(MLP([2, 8, 3])))
+        damage(folder)
+        return folder
+
+    def edit(folder, change):
+        "Change the configuration of a trained folder and leave its parameters alone."
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    # cell d8d93a81
+    def truncate(folder):
+        path = folder / "learner.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+
+    def swap(folder):
+        other = save(fresh(), MAML(MLP([2, 9, 3])))
+        os.replace(other / "learner.safetensors", folder / "learner.safetensors")
+
+    for damage, message in [
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not the configuration"),
+        (lambda f: (f / "config.json").write_text("[]"), "not the configuration"),
+        (lambda f: (f / "learner.safetensors").unlink(), "No such file"),
+        (truncate, "checksum"),
+        (swap, "checksum"),
+        (lambda f: edit(f, lambda c: c.update(layout=2, metabook="9.0")), r"layout 2.*\(9.0\)"),
+        (lambda f: edit(f, lambda c: c["method"].update(name="mamal")), "did you mean 'maml'"),
+        (lambda f: edit(f, lambda c: c["method"]["args"].update(rate=1)), "'maml' cannot be built"),
+        (lambda f: edit(f, lambda c: c["method"]["args"].update(net=3)), "cannot be"),
+        (lambda f: edit(f, lambda c: c["method"].pop("args")), "args"),
+        (
+            lambda f: edit(f, lambda c: c["method"]["args"]["net"]["args"].update(sizes=[2, 9, 3])),
+            "size mismatch",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            metabook.load(broken(damage))
+    # cell c5a79e16
+    folder = save(fresh(), MAML(MLP([2, 8, 3])))
+    original, renames = os.replace, []
+
+    def second_fails(source, target):
+        renames.append(target)
+        if len(renames) == 2:
+            raise OSError("power cut")
+        original(source, target)
+
+    os.replace = second_fails
+    try:
+        with pytest.raises(OSError, match="power cut"):
+            save(folder, MAML(MLP([2, 8, 3])))
+    finally:
+        os.replace = original
+    with pytest.raises(ValueError, match="only one of the two files was replaced"):
+        metabook.load(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
+
+
+def test_an_error_while_writing_keeps_the_earlier_folder():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell bd42338f
+    def broken(damage):
+        "A trained folder after something happened to it."
+        folder = save(fresh(), MAML(MLP([2, 8, 3])))
+        damage(folder)
+        return folder
+
+    def edit(folder, change):
+        "Change the configuration of a trained folder and leave its parameters alone."
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    # cell d8d93a81
+    def truncate(folder):
+        path = folder / "learner.safetensors"
+        path.write_bytes(path.read_bytes()[:-5])
+
+    def swap(folder):
+        other = save(fresh(), MAML(MLP([2, 9, 3])))
+        os.replace(other / "learner.safetensors", folder / "learner.safetensors")
+
+    for damage, message in [
+        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "not the configuration"),
+        (lambda f: (f / "config.json").write_text("[]"), "not the configuration"),
+        (lambda f: (f / "learner.safetensors").unlink(), "No such file"),
+        (truncate, "checksum"),
+        (swap, "checksum"),
+        (lambda f: edit(f, lambda c: c.update(layout=2, metabook="9.0")), r"layout 2.*\(9.0\)"),
+        (lambda f: edit(f, lambda c: c["method"].update(name="mamal")), "did you mean 'maml'"),
+        (lambda f: edit(f, lambda c: c["method"]["args"].update(rate=1)), "'maml' cannot be built"),
+        (lambda f: edit(f, lambda c: c["method"]["args"].update(net=3)), "cannot be"),
+        (lambda f: edit(f, lambda c: c["method"].pop("args")), "args"),
+        (
+            lambda f: edit(f, lambda c: c["method"]["args"]["net"]["args"].update(sizes=[2, 9, 3])),
+            "size mismatch",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            metabook.load(broken(damage))
+    # cell c5a79e16
+    folder = save(fresh(), MAML(MLP([2, 8, 3])))
+    original, renames = os.replace, []
+
+    def second_fails(source, target):
+        renames.append(target)
+        if len(renames) == 2:
+            raise OSError("power cut")
+        original(source, target)
+
+    os.replace = second_fails
+    try:
+        with pytest.raises(OSError, match="power cut"):
+            save(folder, MAML(MLP([2, 8, 3])))
+    finally:
+        os.replace = original
+    with pytest.raises(ValueError, match="only one of the two files was replaced"):
+        metabook.load(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
+    # cell 74b3ee62
+    learner = MAML(MLP([2, 8, 3]))
+    folder = save(fresh(), learner)
+    with pytest.raises(TypeError, match="JSON"):
+        save(folder, MAML(MLP([2, 8, 3])), note=torch.ones(1))  # a tensor is no JSON value
+    original, os.fsync = os.fsync, lambda *file: (_ for _ in ()).throw(OSError("disk full"))
+    try:
+        with pytest.raises(OSError, match="disk full"):
+            save(folder, MAML(MLP([2, 8, 3])))
+    finally:
+        os.fsync = original
+    assert torch.equal(predictions(metabook.load(folder)), predictions(learner))
+    assert len(list(folder.iterdir())) == 2

@@ -1,0 +1,162 @@
+"""Made from nbs/A5_command_line.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from metabook.checkpoints import methods
+from metabook.cli import Recipe, app, classes_of, make_learner, recipe_for, settings
+from metabook.datasets import SOURCES
+from metabook.episodes import Classes, FewShot, Sinusoids
+
+
+def test_unknown_data_gets_the_nearest_name():
+    # cell ff29387b
+    with pytest.raises(ValueError, match="unknown data set 'omniglott': did you mean 'omniglot'"):
+        classes_of("omniglott", "train", 28, 1)
+    with pytest.raises(ValueError, match="holds train, val and test"):
+        classes_of("/nowhere/at/all", "train", 28, 1)
+
+
+def test_settings_read_json_or_text():
+    # cell e862ee20
+    assert settings(["lr=0.4", "first_order=True", "pool=stride", "widths=[8, 16]"], "--set") == {
+        "lr": 0.4,
+        "first_order": True,
+        "pool": "stride",
+        "widths": [8, 16],
+    }
+    with pytest.raises(ValueError, match="--set lr: expected NAME=VALUE"):
+        settings(["lr"], "--set")
+
+
+def test_every_method_can_be_made_from_words():
+    # cell 89e419e1
+    for name, cls in methods().items():
+        images = Classes(torch.zeros(60, 1, 28, 28, dtype=torch.uint8), torch.full((3,), 20))
+        learner = make_learner(name, recipe_for(name, "omniglot"), FewShot(images, 3, 1, 5))
+        assert isinstance(learner, cls) and learner.config["name"] == name
+    with pytest.raises(ValueError, match="unknown method 'mamel': did you mean 'maml'"):
+        make_learner("mamel", Recipe(), Sinusoids())
+    with pytest.raises(ValueError, match="unexpected keyword argument 'rate'"):
+        make_learner("maml", Recipe("mlp", method={"rate": 1}), Sinusoids())
+
+
+def test_methods_and_data_are_listed():
+    # cell f2c41e78
+    run = CliRunner()
+
+    def metabook(*words):
+        "Run a command as if it were typed, and return what it prints."
+        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    # cell 00719a23
+    assert "protonet" in metabook("methods") and "conv4" in metabook("methods")
+    assert json.loads(metabook("methods", "--json"))["methods"]["maml"]
+    assert json.loads(metabook("data", "list", "--json"))["glyphs"]["present"]
+
+
+def test_train_evaluate_classify():
+    # cell f2c41e78
+    run = CliRunner()
+
+    def metabook(*words):
+        "Run a command as if it were typed, and return what it prints."
+        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    # cell 00719a23
+    assert "protonet" in metabook("methods") and "conv4" in metabook("methods")
+    assert json.loads(metabook("methods", "--json"))["methods"]["maml"]
+    assert json.loads(metabook("data", "list", "--json"))["glyphs"]["present"]
+    # cell fa411053
+    work = Path(tempfile.mkdtemp())
+    small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
+    metabook("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
+    rows = json.loads(metabook("evaluate", work / "run", "--tasks", 20, "--json"))
+    assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
+    assert rows[0]["episodes"] == rows[1]["episodes"]
+
+    for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
+        (work / "support" / name).mkdir(parents=True)
+        for j in range(2):
+            glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
+            Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
+    answer = json.loads(
+        metabook(
+            "classify",
+            work / "run",
+            "--support",
+            work / "support",
+            work / "support/beta/0.png",
+            "--json",
+        )
+    )
+    (chances,) = answer.values()
+    assert (
+        set(chances["all"]) == {"alpha", "beta", "gamma"}
+        and abs(sum(chances["all"].values()) - 1) < 1e-5
+    )
+    shutil.rmtree(work)
+
+
+def test_sinusoids_from_the_command_line():
+    # cell f2c41e78
+    run = CliRunner()
+
+    def metabook(*words):
+        "Run a command as if it were typed, and return what it prints."
+        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    # cell 00719a23
+    assert "protonet" in metabook("methods") and "conv4" in metabook("methods")
+    assert json.loads(metabook("methods", "--json"))["methods"]["maml"]
+    assert json.loads(metabook("data", "list", "--json"))["glyphs"]["present"]
+    # cell fa411053
+    work = Path(tempfile.mkdtemp())
+    small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
+    metabook("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
+    rows = json.loads(metabook("evaluate", work / "run", "--tasks", 20, "--json"))
+    assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
+    assert rows[0]["episodes"] == rows[1]["episodes"]
+
+    for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
+        (work / "support" / name).mkdir(parents=True)
+        for j in range(2):
+            glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
+            Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
+    answer = json.loads(
+        metabook(
+            "classify",
+            work / "run",
+            "--support",
+            work / "support",
+            work / "support/beta/0.png",
+            "--json",
+        )
+    )
+    (chances,) = answer.values()
+    assert (
+        set(chances["all"]) == {"alpha", "beta", "gamma"}
+        and abs(sum(chances["all"].values()) - 1) < 1e-5
+    )
+    shutil.rmtree(work)
+    # cell a1c1dc36
+    work = Path(tempfile.mkdtemp())
+    metabook("train", "maml", "--data", "sinusoids", "--steps", 20, "--out", work / "run")
+    (row,) = json.loads(metabook("evaluate", work / "run", "--tasks", 50, "--json"))
+    assert row["metric"] == "mse" and row["mean"] < 6
+    shutil.rmtree(work)

@@ -1,0 +1,108 @@
+"""What modules of the library import: each other in order, and at first nothing beyond torch and numpy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import check
+import pytest
+
+# The command line is made of typer; nothing imports it.
+MODULES = sorted({file.stem for file in check.PACKAGE.glob("[a-z]*.py")} - {"cli"})
+BEFORE_USE = {
+    "matplotlib",
+    "PIL",
+    "ipywidgets",
+    "pooch",
+    "tqdm",
+    "safetensors",
+    "typer",
+    "IPython",
+    "fastcore",
+    "nbdev",
+}
+
+# Imports each module twice: as it is, and in a world with only torch, numpy and the standard library.
+SCRIPT = """
+import builtins, importlib, json, sys
+import numpy, torch
+
+modules, plain, loaded = sys.argv[1:], builtins.__import__, set(sys.modules)
+allowed = {"torch", "numpy", "metabook", *sys.stdlib_module_names}
+failed = {}
+
+
+def only_allowed(name, globals=None, locals=None, fromlist=(), level=0):
+    asks = (globals or {}).get("__name__", "")
+    if asks.split(".")[0] == "metabook" and not level and name.split(".")[0] not in allowed:
+        raise ImportError(f"{asks} imports {name}")
+    return plain(name, globals, locals, fromlist, level)
+
+
+for module in modules:
+    importlib.import_module(f"metabook.{module}")
+added = sorted({name.split(".")[0] for name in set(sys.modules) - loaded})
+for name in [name for name in sys.modules if name.split(".")[0] == "metabook"]:
+    del sys.modules[name]
+builtins.__import__ = only_allowed
+for module in modules:
+    try:
+        importlib.import_module(f"metabook.{module}")
+    except ImportError as error:
+        failed[module] = str(error)
+print(json.dumps([added, failed]))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> tuple[list[str], dict[str, str]]:
+    """What importing the library adds to torch and numpy, and which modules cannot do with these two."""
+    command = [sys.executable, "-c", SCRIPT, *MODULES]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    added, failed = json.loads(done.stdout)
+    return added, failed
+
+
+def test_importing_the_library_loads_nothing_before_its_use(imported):
+    assert sorted(BEFORE_USE & set(imported[0])) == []
+
+
+def test_every_module_imports_with_torch_and_numpy_alone(imported):
+    assert imported[1] == {}
+
+
+IMPORTS = """
+import metabook, torch
+import metabook.engine as e
+from metabook.episodes import Episode
+from .networks import MLP
+from . import maml
+from metabook import __version__, load
+
+
+def late():
+    from metabook.training import fit
+"""
+
+
+def test_imports_are_seen_in_each_of_their_forms():
+    seen = {"engine", "episodes", "networks", "maml", "load", "training"}
+    assert check.library_imports(IMPORTS) == seen
+
+
+def test_what_stands_below_or_nowhere_is_told():
+    names = check.order("# in order\nfirst\nsecond  # then\n\nthird\n")
+    assert names == ["first", "second", "third"]
+    good = {
+        "first": "import torch",
+        "second": "from .first import f",
+        "third": "import metabook.second",
+    }
+    assert check.import_problems(good, names) == []
+    below = check.import_problems(good | {"first": "def f():\n    from .third import g"}, names)
+    assert below == ["metabook.first imports third, which does not stand above it"]
+    assert "itself" not in names and check.import_problems({"itself": ""}, names) == [
+        "metabook.itself does not stand in docs/order.txt"
+    ]

@@ -1,0 +1,138 @@
+"""What `make check` looks at in a few seconds: check.py
+
+Library and chapter tests are what the notebooks say, notebooks are clean, every equation has a proof that can be tried,
+and no module of the library imports one that stands below it in docs/order.txt.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cells_to_tests import files_of
+from chapters import LIBRARY, Refused, read_book
+from notebooks import ROOT, find, unclean
+
+NBS, PACKAGE, TESTS = ROOT / "nbs", ROOT / LIBRARY, ROOT / "tests" / "chapters"
+
+
+def exported() -> dict[str, str]:
+    """The library as nbdev writes it from the notebooks, by file name."""
+    with TemporaryDirectory() as name:
+        copy = Path(name)
+        shutil.copytree(NBS, copy / "nbs", ignore=shutil.ignore_patterns(".*"))
+        shutil.copy(ROOT / "settings.ini", copy)
+        (copy / LIBRARY).mkdir()
+        for by_hand in PACKAGE.glob("__*__.py"):
+            shutil.copy(by_hand, copy / LIBRARY)
+        command = [sys.executable, "-c", "from nbdev.doclinks import nbdev_export as e; e()"]
+        subprocess.run(command, cwd=copy, check=True)
+        return {
+            file.name: file.read_text(encoding="utf-8") for file in (copy / LIBRARY).glob("*.py")
+        }
+
+
+def differences(made: dict[str, str], folder: Path) -> list[str]:
+    """Where the files of a folder are not what was made again from the notebooks."""
+    there = {file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.py")}
+    where, both = folder.relative_to(ROOT), made.keys() & there.keys()
+    bad = [f"{where}/{name} is missing" for name in made.keys() - there.keys()]
+    bad += [f"{where}/{name} comes from no notebook" for name in there.keys() - made.keys()]
+    bad += [
+        f"{where}/{name} is not what the notebook says"
+        for name in both
+        if made[name] != there[name]
+    ]
+    return [f"{b}: run `make export`" for b in sorted(bad)]
+
+
+def stale_library() -> list[str]:
+    return differences(exported(), PACKAGE)
+
+
+def stale_tests() -> list[str]:
+    return differences(files_of(NBS), TESTS)
+
+
+def unclean_notebooks() -> list[str]:
+    return [problem for path in find(NBS) for problem in unclean(path)]
+
+
+def unproved() -> list[str]:
+    from proofs import problems  # imports torch
+
+    return problems(read_book(NBS))
+
+
+# --- the order of modules
+
+
+def library_imports(source: str) -> set[str]:
+    """What a module imports of the library, at any depth: modules, and names of the package other than dunders."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [LIBRARY * bool(node.level), node.module]))
+            found |= {f"{base}.{a.name}" for a in node.names} if base == LIBRARY else {base}
+    within = {name.split(".")[1] for name in found if name.startswith(f"{LIBRARY}.")}
+    return {name for name in within if not name.startswith("__")}
+
+
+def order(text: str) -> list[str]:
+    """The names in the text of docs/order.txt, without comments."""
+    return [name for line in text.splitlines() for name in line.partition("#")[0].split()]
+
+
+def import_problems(sources: dict[str, str], names: list[str]) -> list[str]:
+    """Modules that import what stands below them, or that stand nowhere."""
+    bad = [
+        f"{LIBRARY}.{module} does not stand in docs/order.txt"
+        for module in sources
+        if module not in names
+    ]
+    for module in (m for m in names if m in sources):
+        wrong = library_imports(sources[module]) - set(names[: names.index(module)])
+        bad += [
+            f"{LIBRARY}.{module} imports {m}, which does not stand above it" for m in sorted(wrong)
+        ]
+    return bad
+
+
+def misordered() -> list[str]:
+    files = [file for file in PACKAGE.glob("*.py") if not file.name.startswith("_")]
+    sources = {file.stem: file.read_text(encoding="utf-8") for file in sorted(files)}
+    return import_problems(
+        sources, order((ROOT / "docs" / "order.txt").read_text(encoding="utf-8"))
+    )
+
+
+CHECKS: list[Callable[[], list[str]]] = [
+    unclean_notebooks,
+    stale_library,
+    stale_tests,
+    unproved,
+    misordered,
+]
+
+
+def main() -> None:
+    problems = []
+    for check in CHECKS:
+        try:
+            problems += check()
+        except Refused as refused:
+            problems += refused.args
+    if problems:
+        sys.exit("\n".join(dict.fromkeys(problems)))
+    print("notebooks, library, chapter tests, proofs and imports are in order")
+
+
+if __name__ == "__main__":
+    main()
