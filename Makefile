@@ -21,7 +21,7 @@ book: $(READY)  ## execute every chapter and build the site; says where to open 
 	$(BIN)/python tools/build_site.py
 
 test: $(READY)  ## the whole test suite (make test ARGS="--device cuda" and the like)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 lab: $(READY)  ## read and run the chapters in JupyterLab
 	$(BIN)/python -m jupyterlab --notebook-dir nbs

@@ -39,25 +39,26 @@ def over_tasks(
     results = [f(*tree_map(lambda t, i=i: t[i], args)) for i in range(count(args))]
     return tree_map(lambda *t: torch.stack(t), *results)
 
-
+# %% ../nbs/A2_engine.ipynb #712ecac7
 def choose_lift(
     learner: nn.Module,  # whose code is lifted
     lift: Lift = "auto",  # "loop" and "vmap" are taken at their word
 ) -> Literal["loop", "vmap"]:
     """The faster way for this learner on its device, as measured.
 
-    On a GPU one vectorised call always wins.  On a CPU it loses where every task has its own
-    convolution weights: they become grouped convolutions, which are slow there.
+    On a GPU one vectorised call always wins.  On a CPU it loses where images go through convolutions:
+    all tasks at once are more than the caches hold, and weights that differ between tasks make grouped
+    convolutions, which are slow there.  Raises `ValueError` where `lift` is none of the three.
     """
     if lift not in ("auto", "loop", "vmap"):
         raise ValueError(f'lift={lift!r}, expected "auto", "loop" or "vmap"')
     if lift != "auto":
         return lift
     on_cpu = all(p.device.type == "cpu" for p in learner.parameters())
-    convolves = any(isinstance(m, nn.Conv2d) for m in learner.modules())
+    convolves = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in learner.modules())
     return "loop" if on_cpu and convolves else "vmap"
 
-
+# %% ../nbs/A2_engine.ipynb #ef97eba2
 def losses(
     learner: nn.Module,  # a `Learner`
     episodes: Episode,  # a batch of tasks
@@ -66,7 +67,7 @@ def losses(
     """The loss of every task, ready for `learner.combine` and `backward`.
 
     New running averages of `BatchNorm(stats="running")` are the mean over tasks, stored here: nothing
-    inside a lift may write.
+    inside a lift may write.  Raises `ValueError` where the examples do not fit, see `Learner.check`.
     """
     learner.check(episodes.support, episodes.query.x)
     running = {id(m): m for m in batch_norms(learner) if m.stats == "running"}

@@ -38,6 +38,9 @@ class Learner(nn.Module):
     order_invariant: bool = True  # is the support set a set, its order without effect?
     first_order: bool = False  # does the meta-gradient leave derivatives out, on purpose?
 
+    def __init__(self) -> None:  # no arguments: nn.Module would take any, and none could be saved
+        super().__init__()
+
     @property
     def transductive(self) -> bool:
         "Do the query examples that are predicted together see one another?"

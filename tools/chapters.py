@@ -267,14 +267,15 @@ class Chapter:
     def held_by(self, own: Piece) -> list[Piece]:
         """The pieces of a test: setups above, earlier cells of its section, itself.
 
-        An earlier test is held only if it shares a name with the others: else nothing that it does is seen there.
+        A setup or another test that shares no name with the others is left out: nothing that it does is seen there.
         """
         above = self.pieces[: self.pieces.index(own)]
         near = [p for p in above if own.role == "test" and p.cell.section == own.cell.section]
-        setups = [p for p in above if p.role == "setup"]
-        held = {own, *setups, *(p for p in near if p.role == "section")}
-        tests = {p for p in near if p.role == "test"}
-        while more := {p for p in tests - held if any(self._made(p) & self._made(h) for h in held)}:
+        setups = {p for p in above if p.role == "setup"}
+        may = setups | {p for p in near if p.role == "test"}
+        held = {own, *(p for p in near if p.role == "section")}
+        held |= {p for p in setups if not self._made(p)}  # such as one seed for all
+        while more := {p for p in may - held if any(self._made(p) & self._made(h) for h in held)}:
             held |= more
         return [p for p in self.pieces if p in held]
 

@@ -73,9 +73,8 @@ class Proof:
     @cached_property
     def sources(self) -> dict[str, str]:
         """The source of every module that the notebook writes to."""
-        return {
-            m: (self.package / f"{m}.py").read_text(encoding="utf-8") for m in self.chapter.modules
-        }
+        files = [self.package / f"{module}.py" for module in self.chapter.modules]
+        return {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
 
     def mutated(self, mutation: Mutation) -> dict[str, str]:
         """The sources that a mutation changes."""

@@ -394,9 +394,6 @@ def test_the_same_episodes_on_every_device(device):
 
 @pytest.mark.proves("eq-no-memorisation")
 def test_nobody_beats_chance_without_the_support_set():
-    # cell 08a2ae5d
-    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
-
     # cell 43b6a85c
     def best_memoriser(episodes, classes):
         "Accuracy of knowing each query's class and answering with the label that it has most often."
@@ -418,9 +415,6 @@ def test_nobody_beats_chance_without_the_support_set():
 
 
 def test_sorted_labels_leak():
-    # cell 08a2ae5d
-    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
-
     # cell 43b6a85c
     def best_memoriser(episodes, classes):
         "Accuracy of knowing each query's class and answering with the label that it has most often."
@@ -450,35 +444,6 @@ def test_sorted_labels_leak():
 
 
 def test_drawing_twice_makes_the_sets_meet():
-    # cell 08a2ae5d
-    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
-
-    # cell 43b6a85c
-    def best_memoriser(episodes, classes):
-        "Accuracy of knowing each query's class and answering with the label that it has most often."
-        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
-        counts = torch.zeros(classes, seen.shape[1])
-        for label in range(seen.shape[1]):
-            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
-        answers = counts.argmax(1)[seen]  # [tasks, way]
-        return (answers == torch.arange(seen.shape[1])).float()
-
-    # cell bf5e85ca
-    C, N = 20, 5
-    total = math.comb(C - 1, N - 1)
-    best = [
-        max(math.comb(i, j) * math.comb(C - 1 - i, N - 1 - j) for j in range(N)) / total
-        for i in range(C)
-    ]
-    leak = sum(best) / C
-    print(
-        f"sorted labels: {leak:.1%} without any learning from the support set; chance is {1 / N:.0%}"
-    )
-    assert leak > 0.5
-    every = torch.ones(40_000, C, dtype=torch.bool)
-    rows = choose(every, N, torch.Generator().manual_seed(0)).sort(1).values  # the mistake
-    part = Examples(rows, rows, {"classes": rows})
-    assert abs(best_memoriser(Episode(part, part), C).mean().item() - leak) < 0.02
     # cell 1ffefdce
     g = torch.Generator().manual_seed(0)
     support, query = (
@@ -571,19 +536,6 @@ def test_redrawing_covers_every_example():
 
 
 def test_nearest_neighbour_by_hand():
-    # cell 08a2ae5d
-    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
-
-    # cell 43b6a85c
-    def best_memoriser(episodes, classes):
-        "Accuracy of knowing each query's class and answering with the label that it has most often."
-        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
-        counts = torch.zeros(classes, seen.shape[1])
-        for label in range(seen.shape[1]):
-            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
-        answers = counts.argmax(1)[seen]  # [tasks, way]
-        return (answers == torch.arange(seen.shape[1])).float()
-
     # cell 78e49543
     def nearest_neighbour(episodes):
         "Accuracy of every task: each query takes the label of the nearest support image."
@@ -601,27 +553,6 @@ def test_nearest_neighbour_by_hand():
 
 
 def test_lines_are_a_distribution_too():
-    # cell 08a2ae5d
-    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
-
-    # cell 43b6a85c
-    def best_memoriser(episodes, classes):
-        "Accuracy of knowing each query's class and answering with the label that it has most often."
-        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
-        counts = torch.zeros(classes, seen.shape[1])
-        for label in range(seen.shape[1]):
-            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
-        answers = counts.argmax(1)[seen]  # [tasks, way]
-        return (answers == torch.arange(seen.shape[1])).float()
-
-    # cell 78e49543
-    def nearest_neighbour(episodes):
-        "Accuracy of every task: each query takes the label of the nearest support image."
-        s, q = (part.x.flatten(2) for part in episodes)
-        nearest = torch.cdist(q, s).argmin(-1)  # [tasks, queries]
-        predicted = episodes.support.y.argmax(-1).gather(1, nearest)
-        return (predicted == episodes.query.y.argmax(-1)).float().mean(1)
-
     # cell 15457d8f
     class Lines(Tasks):
         kind = "regression"
@@ -640,27 +571,6 @@ def test_lines_are_a_distribution_too():
 
 
 def test_a_narrow_range_of_phases_can_be_memorised():
-    # cell 08a2ae5d
-    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
-
-    # cell 43b6a85c
-    def best_memoriser(episodes, classes):
-        "Accuracy of knowing each query's class and answering with the label that it has most often."
-        seen = episodes.query.info["classes"]  # [tasks, way]: the class of each label
-        counts = torch.zeros(classes, seen.shape[1])
-        for label in range(seen.shape[1]):
-            counts[:, label] = torch.bincount(seen[:, label], minlength=classes)
-        answers = counts.argmax(1)[seen]  # [tasks, way]
-        return (answers == torch.arange(seen.shape[1])).float()
-
-    # cell 78e49543
-    def nearest_neighbour(episodes):
-        "Accuracy of every task: each query takes the label of the nearest support image."
-        s, q = (part.x.flatten(2) for part in episodes)
-        nearest = torch.cdist(q, s).argmin(-1)  # [tasks, queries]
-        predicted = episodes.support.y.argmax(-1).gather(1, nearest)
-        return (predicted == episodes.query.y.argmax(-1)).float().mean(1)
-
     # cell 6cd8da68
     # No single curve fits them all, so yes; but over phases in [0, pi] the mean curve is
     # E[A] E[sin(x - p)] = -2.55 * (2 / pi) * cos(x), which is not zero. Predicting it already beats 4.25:

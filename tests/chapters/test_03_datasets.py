@@ -174,7 +174,7 @@ def test_glyphs_are_the_same_for_everybody():
         np.random.seed(0)
         first = _render("val", seed=0)
         torch.manual_seed(1)
-        again = Glyphs("val", root=empty)  # nothing kept there, so it is drawn anew
+        again = Glyphs("val", root=empty)
         assert torch.equal(again.x[:, 0], torch.from_numpy(first).flatten(0, 1))
         kept = Glyphs("val", root=empty)
         assert torch.equal(kept.x, again.x)
@@ -329,66 +329,6 @@ def test_the_lists_follow_the_rules():
 
 
 def test_turning_by_hand():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
     # cell a9e9e9f0
     corner = Classes(
         torch.tensor([[[[1, 2], [3, 4]]]]), torch.tensor([1]), ["corner"], torch.tensor([0])
@@ -405,66 +345,6 @@ def test_turning_by_hand():
 
 
 def test_turned_classes_stay_together():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
     # cell 2f236e57
     two = Classes(torch.arange(20).view(5, 1, 2, 2), torch.tensor([2, 3]), ["a", "b"])
     eight = turned(two)
@@ -474,66 +354,6 @@ def test_turned_classes_stay_together():
 
 @pytest.mark.proves("eq-leak")
 def test_turned_then_split_leaks():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
     # cell fa821c4d
     def leak(names, p):
         "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
@@ -550,78 +370,10 @@ def test_turned_then_split_leaks():
         print(
             f"a share {p:.2f} in training: {counted:.1%} of the others leak, predicted {predicted:.1%}"
         )
-        assert abs(counted - predicted) < 0.02
+        assert abs(counted - predicted) < 0.03
 
 
 def test_archives_are_read_whole():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell e5f41117
     with tempfile.TemporaryDirectory() as folder:
         files = {"a/one.txt": b"1", "a/b/two.txt": b"22"}
@@ -650,74 +402,6 @@ def test_archives_are_read_whole():
 
 
 def test_both_protocols_are_fixed_for_good():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell b1a0fd70
     prints = {
         protocol: [fingerprint(omniglot_split(split, protocol)) for split in SPLITS]
@@ -730,74 +414,6 @@ def test_both_protocols_are_fixed_for_good():
 
 
 def test_alphabets_stay_on_one_side():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell 7ce5e787
     sides = {
         protocol: [
@@ -814,74 +430,6 @@ def test_alphabets_stay_on_one_side():
 
 
 def test_characters_are_split_before_they_are_turned():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell 7ce5e787
     sides = {
         protocol: [
@@ -904,74 +452,6 @@ def test_characters_are_split_before_they_are_turned():
 
 
 def test_one_bit_images_ignore_the_filter():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell f6cc662d
     stroke = Image.new("1", (105, 105), 1)
     ImageDraw.Draw(stroke).line((10, 20, 95, 80), fill=0, width=2)
@@ -987,74 +467,6 @@ def test_one_bit_images_ignore_the_filter():
 
 @pytest.mark.data("omniglot")
 def test_omniglot_is_what_was_published():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell f7d45ee5
     if present("omniglot"):
         data = Omniglot("test")
@@ -1077,74 +489,6 @@ def test_omniglot_is_what_was_published():
 
 @pytest.mark.data("omniglot")
 def test_omniglot_turns_in_training_only():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell 7ce5e787
     sides = {
         protocol: [
@@ -1177,74 +521,6 @@ def test_omniglot_turns_in_training_only():
 
 
 def test_cifar_splits_divide_the_classes():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell 1880f389
     fs = [set(_CIFAR_FS[split].split()) for split in SPLITS]
     assert [len(names) for names in fs] == [64, 16, 20] and len(set.union(*fs)) == 100
@@ -1256,74 +532,6 @@ def test_cifar_splits_divide_the_classes():
 
 @pytest.mark.data("cifarfs")
 def test_cifar_pictures_carry_their_names():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell 53ed03aa
     if present("cifarfs"):
         data = CIFARFS("val")
@@ -1333,80 +541,15 @@ def test_cifar_pictures_carry_their_names():
         sea = rows[rows[:, 1] == fine.index("sea"), 2:]
         assert np.array_equal(data.of_class(data.names.index("sea"))[:500].flatten(1), sea)
         assert data.x.shape == (9600, 3, 32, 32) and data.names == _CIFAR_FS["val"].split()
-        assert data.prepare(CIFARFS("train").x[::7]).mean((0, 2, 3)).abs().max() < 0.02
+        for train in (CIFARFS("train"), FC100("train")):
+            pixels = train.prepare(train.x[::9])
+            assert pixels.mean((0, 2, 3)).abs().max() < 0.02
+            assert (pixels.std((0, 2, 3)) - 1).abs().max() < 0.02
         assert [len(FC100(split)) for split in SPLITS] == [60, 20, 20]
         assert {"whale", "dolphin", "woman"} <= set(FC100("test").names)
 
 
 def test_a_folder_of_your_own():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell 4fca12a9
     with tempfile.TemporaryDirectory() as folder:
         for name, colour, number in (("red", "red", 3), ("blue ü", "blue", 2)):
@@ -1426,74 +569,6 @@ def test_a_folder_of_your_own():
 
 
 def test_images_are_read_as_you_see_them():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell e8f5d45b
     def read_back(image, **options):
         "What `read_image` makes of an image once it has been a file."
@@ -1512,74 +587,6 @@ def test_images_are_read_as_you_see_them():
 
 
 def test_sources_can_be_asked_for():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell edb00619
     assert present("glyphs") and set(check("glyphs")) == set(SPLITS)
     assert check("glyphs")["val"] == {"classes": 195, "images": 3900, "names": "0d2fb1c683d42e34"}
@@ -1593,74 +600,6 @@ def test_sources_can_be_asked_for():
 
 
 def test_sources_are_fetched_over_https_from_their_authors():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell 5d9af786
     remotes = {remote for source in SOURCES.values() for remote in source.remotes}
     assert all(remote.url.startswith("https://") for remote in remotes)
@@ -1674,74 +613,6 @@ def test_sources_are_fetched_over_https_from_their_authors():
 
 
 def test_a_global_generator_moves_the_split():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
     # cell 6610a7b9
     def careless_split(before):
         "Shuffle with the global generator, after somebody else has used it."
@@ -1755,9 +626,7 @@ def test_a_global_generator_moves_the_split():
     _, tested = careless_split(0)
     moved = {before: len(careless_split(before)[0] & tested) for before in (1, 1000)}
     for before, n in moved.items():
-        print(
-            f"{before} numbers drawn before: {n} of {len(tested)} test characters are in training"
-        )
+        print(f"{before:4} draws before: {n} of {len(tested)} test characters are in training")
     assert moved[1] > 0 and moved[1000] > 0.6 * len(tested)
     random.seed(1)
     before = omniglot_split("test")
@@ -1825,14 +694,6 @@ def test_random_splits_leave_relatives_in_training():
             if not kept or distances[i, kept].min() >= least:
                 kept.append(i)
         return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
 
     # cell 7e42aa82
     test = shuffled(glyph_list("test"), "held out")[:150]
@@ -1907,26 +768,6 @@ def test_some_letters_survive_a_half_turn():
                 kept.append(i)
         return "".join(letters[i] for i in kept)
 
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
-    # cell 9e8680d4
-    def nearest_neighbour(tasks, n=600):
-        "Accuracy in percent over frozen tasks, and its 95% interval, of the nearest support image."
-        scores = []
-        for episode in tasks.freeze(n, seed=0).episodes(100):
-            s, q = (part.x.flatten(2) for part in episode)
-            nearest = torch.cdist(q, s).argmin(-1, keepdim=True)
-            answers = episode.support.y.argmax(-1).gather(1, nearest[..., 0])
-            scores.append((answers == episode.query.y.argmax(-1)).float().mean(1))
-        scores = 100 * torch.cat(scores)
-        return scores.mean().item(), 1.96 * scores.std().item() / n**0.5
-
     # cell 30cf7ada
     font = ImageFont.truetype(_font_path("DejaVuSans"), 64, layout_engine=ImageFont.Layout.BASIC)
     same = ""
@@ -1940,96 +781,6 @@ def test_some_letters_survive_a_half_turn():
 
 
 def test_the_exact_leak():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
-    # cell 9e8680d4
-    def nearest_neighbour(tasks, n=600):
-        "Accuracy in percent over frozen tasks, and its 95% interval, of the nearest support image."
-        scores = []
-        for episode in tasks.freeze(n, seed=0).episodes(100):
-            s, q = (part.x.flatten(2) for part in episode)
-            nearest = torch.cdist(q, s).argmin(-1, keepdim=True)
-            answers = episode.support.y.argmax(-1).gather(1, nearest[..., 0])
-            scores.append((answers == episode.query.y.argmax(-1)).float().mean(1))
-        scores = 100 * torch.cat(scores)
-        return scores.mean().item(), 1.96 * scores.std().item() / n**0.5
-
-    # cell 30cf7ada
-    font = ImageFont.truetype(_font_path("DejaVuSans"), 64, layout_engine=ImageFont.Layout.BASIC)
-    same = ""
-    for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
-        blurred = torch.nn.functional.avg_pool2d(shape(letter, font)[None], 3, 1, 1)
-        half = torch.rot90(blurred, 2, (-2, -1))
-        if torch.cosine_similarity(blurred.flatten(), half.flatten(), 0) > 0.82:
-            same += letter
-    print(same)  # such an episode cannot be solved: its two classes are one
-    assert same == "HINOSXZ"
     # cell 06747cad
     # Of 4n - 1 other classes, 4n - m - 1 were held out, m = p * 4n. All three sisters must be among them.
     n, p = 5, 0.5
@@ -2107,26 +858,6 @@ def test_small_letters_are_no_strangers_to_capitals():
             if not kept or distances[i, kept].min() >= least:
                 kept.append(i)
         return "".join(letters[i] for i in kept)
-
-    # cell fa821c4d
-    def leak(names, p):
-        "The share of held-out classes of which a turn was trained on, after a shuffle and a cut."
-        order = shuffled(names, "turned, then split")
-        train, held_out = order[: round(p * len(names))], order[round(p * len(names)) :]
-        seen = {name.rpartition("/rot")[0] for name in train}
-        return sum(name.rpartition("/rot")[0] in seen for name in held_out) / len(held_out)
-
-    # cell 9e8680d4
-    def nearest_neighbour(tasks, n=600):
-        "Accuracy in percent over frozen tasks, and its 95% interval, of the nearest support image."
-        scores = []
-        for episode in tasks.freeze(n, seed=0).episodes(100):
-            s, q = (part.x.flatten(2) for part in episode)
-            nearest = torch.cdist(q, s).argmin(-1, keepdim=True)
-            answers = episode.support.y.argmax(-1).gather(1, nearest[..., 0])
-            scores.append((answers == episode.query.y.argmax(-1)).float().mean(1))
-        scores = 100 * torch.cat(scores)
-        return scores.mean().item(), 1.96 * scores.std().item() / n**0.5
 
     # cell 30cf7ada
     font = ImageFont.truetype(_font_path("DejaVuSans"), 64, layout_engine=ImageFont.Layout.BASIC)

@@ -10,8 +10,7 @@ from torch import nn
 from torch.func import grad
 from torch.nn import functional as F
 
-from metabook.engine import losses
-from metabook.episodes import Episode, Examples, one_hot
+from metabook.episodes import Classes, Examples, FewShot, one_hot
 from metabook.networks import Conv4
 from metabook.prototypes import (
     DISTANCES,
@@ -21,6 +20,7 @@ from metabook.prototypes import (
     prototypes,
     squared_euclidean,
 )
+from metabook.testing import check_learner
 
 
 @pytest.mark.proves("eq-proto-mean")
@@ -59,10 +59,6 @@ def test_empty_support():
 
 @pytest.mark.proves("eq-proto-bregman")
 def test_the_mean_is_the_best_representative():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-
     # cell 12ea83d4
     def bregman(phi, z, c):
         "How far phi lies above its tangent at c: `z` is [n, d], `c` is [d]."
@@ -105,22 +101,6 @@ def test_three_distances_by_hand():
 
 
 def test_far_from_the_origin():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-    # cell ea362412
-    by_hand = {
-        squared_euclidean: [2.0, 5.0],
-        euclidean: [math.sqrt(2), math.sqrt(5)],
-        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
-    }
-    for function, expected in by_hand.items():
-        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
-        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
-
     # cell bb2c5cab
     def as_written(z, c):
         "The formula as it stands: a tensor of shape [n, way, d]."
@@ -143,22 +123,6 @@ def test_far_from_the_origin():
 
 
 def test_twice_differentiable():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-    # cell ea362412
-    by_hand = {
-        squared_euclidean: [2.0, 5.0],
-        euclidean: [math.sqrt(2), math.sqrt(5)],
-        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
-    }
-    for function, expected in by_hand.items():
-        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
-        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
-
     # cell bb2c5cab
     def as_written(z, c):
         "The formula as it stands: a tensor of shape [n, way, d]."
@@ -199,15 +163,6 @@ def test_probabilities_by_hand():
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
 
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
     # cell d669c138
     class AsIs(nn.Module):
         "The input itself, flattened: an embedding that has learned nothing."
@@ -235,15 +190,6 @@ def test_unknown_distance():
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
 
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
     # cell d669c138
     class AsIs(nn.Module):
         "The input itself, flattened: an embedding that has learned nothing."
@@ -266,7 +212,7 @@ def test_unknown_distance():
         ProtoNet(AsIs(), "square")
 
 
-def test_loop_equals_vmap(device):
+def test_keeps_the_contract(device):
     # cell 0f9e4c2e
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
@@ -274,15 +220,6 @@ def test_loop_equals_vmap(device):
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
 
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
     # cell d669c138
     class AsIs(nn.Module):
         "The input itself, flattened: an embedding that has learned nothing."
@@ -303,28 +240,11 @@ def test_loop_equals_vmap(device):
     # cell 5afc8a13
     with pytest.raises(ValueError, match="did you mean 'squared'"):
         ProtoNet(AsIs(), "square")
-
     # cell 1e0b9eb5
-    def random_tasks(tasks, way, shot, query):
-        "Noise with labels, in float64."
-        sides = []
-        for n in (shot, query):
-            y = one_hot(torch.arange(way).repeat(n), way).double().expand(tasks, -1, -1)
-            sides.append(Examples(torch.randn(tasks, way * n, 1, 16, 16).double(), y))
-        return Episode(*sides)
-
-    for distance in DISTANCES:
-        for stats in ("batch", "support", "running"):
-            learner = ProtoNet(Conv4(size=16, width=4, stats=stats), distance).double().to(device)
-            episodes = random_tasks(3, way=4, shot=2, query=3).to(device)
-            both = []
-            for how in ("loop", "vmap"):
-                values = losses(learner, episodes, how)
-                both.append(
-                    [values, *torch.autograd.grad(values.sum(), list(learner.parameters()))]
-                )
-            for a, b in zip(*both, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    noise = Classes(torch.rand(96, 1, 16, 16), sizes=torch.full((8,), 12))
+    for distance, stats in zip(DISTANCES, ("batch", "support", "running"), strict=True):
+        net = Conv4(size=16, width=4, stats=stats)
+        check_learner(ProtoNet(net, distance).to(device), FewShot(noise, way=3, shot=2, query=3))
 
 
 @pytest.mark.proves("eq-proto-linear")
@@ -335,15 +255,6 @@ def test_same_as_a_linear_classifier():
     # cell c05b8e87
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
 
     # cell d669c138
     class AsIs(nn.Module):
@@ -373,15 +284,6 @@ def test_gradient_of_the_loss():
     # cell c05b8e87
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
 
     # cell d669c138
     class AsIs(nn.Module):
@@ -422,15 +324,6 @@ def test_plain_confidence_is_bounded():
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
 
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
     # cell d669c138
     class AsIs(nn.Module):
         "The input itself, flattened: an embedding that has learned nothing."
@@ -459,15 +352,6 @@ def test_cosine_loss_has_a_floor():
     # cell c05b8e87
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
 
     # cell d669c138
     class AsIs(nn.Module):
@@ -513,24 +397,6 @@ def test_root_instead_of_square():
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
 
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
     # cell 263a6745
     def is_squared(distance):
         return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
@@ -541,38 +407,6 @@ def test_root_instead_of_square():
 
 
 def test_what_the_loss_expects():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 263a6745
-    def is_squared(distance):
-        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
-
-    assert not is_squared(torch.cdist)  # the mistake
-    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
-    assert is_squared(squared_euclidean)
     # cell 6f227c05
     y = one_hot(torch.tensor([0]), 5)
     logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
@@ -590,39 +424,6 @@ def test_what_the_loss_expects():
 
 
 def test_queries_stand_alone():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 263a6745
-    def is_squared(distance):
-        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
-
-    assert not is_squared(torch.cdist)  # the mistake
-    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
-    assert is_squared(squared_euclidean)
-
     # cell 4ce30c5f
     def moves(stats):
         "How much the first query's logits depend on who is asked with it."
@@ -637,22 +438,6 @@ def test_queries_stand_alone():
 
 
 def test_labels_are_only_names():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
     # cell d669c138
     class AsIs(nn.Module):
         "The input itself, flattened: an embedding that has learned nothing."
@@ -662,13 +447,6 @@ def test_labels_are_only_names():
         def forward(self, x):
             return x.flatten(1)
 
-    # cell 263a6745
-    def is_squared(distance):
-        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
-
-    assert not is_squared(torch.cdist)  # the mistake
-    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
-    assert is_squared(squared_euclidean)
     # cell 6f227c05
     y = one_hot(torch.tensor([0]), 5)
     logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
@@ -702,15 +480,6 @@ def test_forgotten_class():
     # cell c05b8e87
     two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
     z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
 
     # cell d669c138
     class AsIs(nn.Module):

@@ -96,37 +96,6 @@ def test_every_frame_is_described():
 def test_a_function_is_called_once_for_each_frame():
     # cell 567d6182
     style()
-
-    # cell 1dde32f8
-    def wave(height, shift):
-        """A sine wave of height {height}, shifted by {shift}."""
-        fig, ax = plt.subplots(figsize=(4, 2))
-        x = np.linspace(0, 2 * np.pi, 80)
-        ax.plot(x, height * np.sin(x + shift))
-        ax.set(ylim=(-3.2, 3.2), xlabel="$x$", ylabel="$y$")
-        return fig
-
-    waves = Explore(wave, height=[1, 2, 3], shift=[0.0, 0.5, 1.0, 1.5])
-    # cell 94256d06
-    frames = waves.frames()
-    sizes = [len(values) for values in waves.grids.values()]
-    assert len(frames) == 3 * 4
-
-    for places in [(0, 0), (0, 3), (1, 0), (2, 3)]:
-        number = sum(i * int(np.prod(sizes[k + 1 :])) for k, i in enumerate(places))
-        assert frames[number] == waves.frame(*places)
-
-    assert frames[11].alt == "A sine wave of height 3, shifted by 1.5."
-    # cell 8cd03ade
-    alts = [
-        frame.alt
-        for frame in Explore(wave, alt="Height {height}", height=[1, 2], shift=[0]).frames()
-    ]
-    assert alts == ["Height 1", "Height 2"]
-    with pytest.raises(ValueError, match="no alternative text"):
-        Explore(lambda n: None, n=[1])
-    with pytest.raises(ValueError, match="'hight'"):
-        Explore(wave, alt="Height {hight}", height=[1], shift=[0])
     # cell a9752dc4
     calls = []
 
@@ -309,29 +278,6 @@ def test_mistakes_are_named():
 def test_a_function_must_return_its_figure():
     # cell 567d6182
     style()
-
-    # cell 1dde32f8
-    def wave(height, shift):
-        """A sine wave of height {height}, shifted by {shift}."""
-        fig, ax = plt.subplots(figsize=(4, 2))
-        x = np.linspace(0, 2 * np.pi, 80)
-        ax.plot(x, height * np.sin(x + shift))
-        ax.set(ylim=(-3.2, 3.2), xlabel="$x$", ylabel="$y$")
-        return fig
-
-    waves = Explore(wave, height=[1, 2, 3], shift=[0.0, 0.5, 1.0, 1.5])
-    # cell 07b03fa1
-    mistakes = {
-        "no grid": {},
-        "'height' is empty": {"height": [], "shift": [0]},
-        "'height' is 2: expected a list": {"height": 2, "shift": [0]},
-        r"takes \(height, shift\): .*'shift'": {"height": [1]},
-        r"takes \(height, shift\): .*'width'": {"height": [1], "shift": [0], "width": [1]},
-        "10 height x 9 shift = 90 frames, at most 80": {"height": range(10), "shift": range(9)},
-    }
-    for message, grids in mistakes.items():
-        with pytest.raises((TypeError, ValueError), match=message):
-            Explore(wave, **grids)
 
     # cell 039bac06
     def forgetful(n):

@@ -20,13 +20,6 @@ from metabook.prototypes import ProtoNet
 
 
 def test_an_instance_notes_its_arguments():
-    # cell 7f37a552
-    room = tempfile.TemporaryDirectory()  # goes away with this notebook
-
-    def fresh():
-        "A new empty folder."
-        return Path(tempfile.mkdtemp(dir=room.name))
-
     # cell 54d2c7c0
     learner = ProtoNet(MLP([2, 8, 3]))
     assert learner.config["name"] == "protonet" and learner.config["args"]["distance"] == "squared"
@@ -34,13 +27,6 @@ def test_an_instance_notes_its_arguments():
 
 
 def test_only_registered_classes_are_saved():
-    # cell 7f37a552
-    room = tempfile.TemporaryDirectory()  # goes away with this notebook
-
-    def fresh():
-        "A new empty folder."
-        return Path(tempfile.mkdtemp(dir=room.name))
-
     # cell 661d3739
     class Scaled(MLP):
         "Inherits from a registered class without being registered."
@@ -61,13 +47,6 @@ def test_only_registered_classes_are_saved():
 
 
 def test_built_from_its_own_note():
-    # cell 7f37a552
-    room = tempfile.TemporaryDirectory()  # goes away with this notebook
-
-    def fresh():
-        "A new empty folder."
-        return Path(tempfile.mkdtemp(dir=room.name))
-
     # cell e1eb6802
     learner = build(plain("learner", MAML(MLP([1, 40, 1]), lr=0.01, kind="regression")))
     assert isinstance(learner, MAML) and learner.lr == 0.01 and learner.kind == "regression"
@@ -76,13 +55,6 @@ def test_built_from_its_own_note():
 
 
 def test_a_wrong_name_or_argument_says_so():
-    # cell 7f37a552
-    room = tempfile.TemporaryDirectory()  # goes away with this notebook
-
-    def fresh():
-        "A new empty folder."
-        return Path(tempfile.mkdtemp(dir=room.name))
-
     # cell 584cef8c
     for config, message in {
         '{"name": "MALM", "args": {}}': "unknown method 'MALM': did you mean 'maml'",
@@ -166,31 +138,6 @@ def test_damage_is_noticed_and_named():
         "A new empty folder."
         return Path(tempfile.mkdtemp(dir=room.name))
 
-    # cell 291e6ef6
-    def tasks_for(net):
-        "A few tasks that a network can take, from random examples."
-        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
-        g = torch.Generator().manual_seed(1)
-        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
-        return FewShot(Classes.of(data), way=3, shot=1, query=2)
-
-    def predictions(learner):
-        "What a learner answers on one task."
-        episode = tasks_for(next(learner.children())).freeze(1).episodes()
-        dtype = next(learner.parameters()).dtype
-        support, query = next(episode).to(dtype=dtype)
-        first = support._replace(x=support.x[0], y=support.y[0], info={})
-        return learner.eval()(first, query.x[0]).detach()
-
-    def some_learners():
-        "Both methods with every network and every kind of normalisation."
-        for stats in ("batch", "support", "running"):
-            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
-            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
-            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
-        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
-        yield ProtoNet(MLP([2, 8, 4])).double()
-
     # cell bd42338f
     def broken(damage):
         "A trained folder after something happened to it."
@@ -241,31 +188,6 @@ def test_half_an_update_is_noticed():
     def fresh():
         "A new empty folder."
         return Path(tempfile.mkdtemp(dir=room.name))
-
-    # cell 291e6ef6
-    def tasks_for(net):
-        "A few tasks that a network can take, from random examples."
-        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
-        g = torch.Generator().manual_seed(1)
-        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
-        return FewShot(Classes.of(data), way=3, shot=1, query=2)
-
-    def predictions(learner):
-        "What a learner answers on one task."
-        episode = tasks_for(next(learner.children())).freeze(1).episodes()
-        dtype = next(learner.parameters()).dtype
-        support, query = next(episode).to(dtype=dtype)
-        first = support._replace(x=support.x[0], y=support.y[0], info={})
-        return learner.eval()(first, query.x[0]).detach()
-
-    def some_learners():
-        "Both methods with every network and every kind of normalisation."
-        for stats in ("batch", "support", "running"):
-            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
-            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
-            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
-        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
-        yield ProtoNet(MLP([2, 8, 4])).double()
 
     # cell bd42338f
     def broken(damage):

@@ -598,32 +598,5 @@ def test_all_failures_are_reported_together():
 
 
 def test_every_exported_learner_is_registered():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
-
     # cell 3bb51431
     assert unregistered_learners() == []

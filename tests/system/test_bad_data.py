@@ -275,6 +275,18 @@ def test_wrong_omniglot(
     assert not list(tmp_path.rglob("*.npz"))  # and nothing of it is kept
 
 
+def test_check_reads_the_archives_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "OMNIGLOT", datasets.OMNIGLOT[:3])
+    kept = replace(datasets.SOURCES["omniglot"], load=datasets.Glyphs)  # as if from kept arrays
+    monkeypatch.setitem(datasets.SOURCES, "omniglot", kept)
+    omniglot_in(tmp_path, b"any content")
+    assert datasets.check("omniglot", tmp_path)["val"]["classes"] == 195
+    archive = tmp_path / "omniglot" / "images_evaluation.zip"
+    archive.write_bytes(archive.read_bytes().replace(b"any content", b"bad content", 1))
+    with pytest.raises(DataError, match=r"images_evaluation\.zip is damaged"):
+        datasets.check("omniglot", tmp_path)
+
+
 def cifar_in(root: Path) -> Path:
     """Files in the layout of CIFAR-100, all pictures black."""
     folder = root / "cifar-100-binary"

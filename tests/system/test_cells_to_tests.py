@@ -175,6 +175,18 @@ SURVIVE = {
         "## Two",
         "#| test: it\nassert k == {'a': 1}",
     ],
+    "setup that calls a helper of another": [
+        "#| setup\nstate = {}\n\n\ndef note(key):\n    state[key] = 1",
+        "#| setup\nnote('a')",
+        "## Two",
+        "#| test: it\nassert state == {'a': 1}",
+    ],
+    "setup that binds nothing": [
+        "import random",
+        "#| setup\nrandom.seed(7)",
+        "## Two",
+        "#| test: it\nassert f'{random.random():.3f}' == '0.324'",
+    ],
     "setup between two cells": [
         "k = 1",
         "#| setup\nk = 2",
@@ -485,7 +497,7 @@ RUN_ME = [
     "import torch",
     "## Shared",
     "#| setup: once\nwith open('runs.txt', 'a') as log:\n    print('once on', device, file=log)\ndraw = random.random()",
-    "#| test: one\nassert draw and device.type == 'cpu'",
+    "#| test: one\nassert draw and device.type in ('cpu', 'meta')",
     "#| test: two\nrandom.random()\nassert draw",
     "## Alone",
     "#| test: seeds\ntorch.set_default_dtype(torch.float64)\nassert f'{random.random():.4f}' == '0.8444'",
@@ -502,32 +514,28 @@ RUN_ME = [
 def pytest_on(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run pytest on the files of a folder, with the project's conftest as a plugin."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "METABOOK"))}
-    env |= {"PYTHONPATH": str(ROOT / "tests"), "CUDA_VISIBLE_DEVICES": ""} | environment
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "conftest",
-        "-c",
-        os.devnull,
-        "-rs",
-        "--rootdir",
-        ".",
-        *arguments,
-    ]
+    env |= {
+        "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}.",
+        "CUDA_VISIBLE_DEVICES": "",
+    } | environment
+    options = f"-m pytest -p conftest -c {os.devnull} -rs --rootdir .".split()
+    command = [sys.executable, *options, *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
 def test_a_made_file_under_pytest(tmp_path):
+    """On two devices, of which every machine has both: an expensive setup runs once on each."""
     main(str(write(tmp_path, TITLE, *RUN_ME)), str(tmp_path / "tests"))
     (tmp_path / "omniglot").mkdir()
     (tmp_path / "omniglot" / "images_background.zip").touch()
-    done = pytest_on(tmp_path, "tests", METABOOK_DATA=str(tmp_path))
-    assert "5 passed, 2 skipped" in done.stdout, done.stdout
+    (tmp_path / "two.py").write_text(
+        "import conftest\n\nconftest.devices = lambda config: ['cpu', 'meta']\n"
+    )
+    done = pytest_on(tmp_path, "-p", "two", "tests", METABOOK_DATA=str(tmp_path))
+    assert "7 passed, 2 skipped" in done.stdout, done.stdout
     assert "needs a CUDA device" in done.stdout
     assert "METABOOK_DATA does not hold fc100" in done.stdout
-    assert (tmp_path / "runs.txt").read_text() == "once on cpu\n"
+    assert (tmp_path / "runs.txt").read_text() == "once on cpu\nonce on meta\n"
 
 
 def test_unknown_data_and_a_missing_device_are_errors(tmp_path):

@@ -8,6 +8,8 @@ import sys
 
 import check
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 # The command line is made of typer; nothing imports it.
 MODULES = sorted({file.stem for file in check.PACKAGE.glob("[a-z]*.py")} - {"cli"})
@@ -71,6 +73,17 @@ def test_importing_the_library_loads_nothing_before_its_use(imported):
 
 def test_every_module_imports_with_torch_and_numpy_alone(imported):
     assert imported[1] == {}
+
+
+def test_while_testing_calls_are_held_against_their_signatures():
+    from metabook.prototypes import prototypes
+
+    z, y = torch.ones(2, 6, 3), torch.eye(2).repeat(3, 1).expand(2, 6, 2)
+    assert torch.vmap(prototypes)(z, y).shape == (2, 2, 3)
+    with pytest.raises(TypeCheckError, match="parameter 'z'"):
+        prototypes(z, y[0])
+    with pytest.raises(TypeCheckError, match="parameter 'y'"):
+        torch.vmap(prototypes)(z, y[:, :5])
 
 
 IMPORTS = """

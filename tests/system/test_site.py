@@ -346,9 +346,8 @@ def test_the_dark_mode_is_a_click_away_and_remembered(address, tab):
         tab.locator(".theme-switch-button:visible").click()
         tab.locator(f".theme-change-button[data-mode={mode}]:visible").click()
         assert tab.evaluate("document.documentElement.dataset.theme") == mode
-        colours.add(tab.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
         colours.add(tab.evaluate("getComputedStyle(document.body).color"))
-    assert len(colours) == 4
+    assert len(colours) == 2
     tab.goto(address + "glossary.html")
     assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
 

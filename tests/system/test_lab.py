@@ -1,0 +1,134 @@
+"""JupyterLab, as a reader uses it: run all cells of a chapter, move a slider, see the figure change.
+
+Where METABOOK_SITE is set, as in the continuous integration, a missing browser is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from notebooks import ROOT
+
+CHROMIUM = shutil.which("chromium")
+PATIENCE = 120_000  # milliseconds
+SETTINGS = {  # no window about news over the notebook; every cell in the page, also out of sight
+    "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+    "notebook-extension/tracker": '{"windowingMode": "none"}',
+}
+
+pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Settings of its own, so that nothing of the person who runs the test is read or changed."""
+    for name, said in SETTINGS.items():
+        path = home / f"settings/@jupyterlab/{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(said)
+    folders = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTER_DATA_DIR": "data",
+        "JUPYTER_RUNTIME_DIR": "runtime",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+        "IPYTHONDIR": "ipython",
+    }
+    own = {name: str(home / folder) for name, folder in folders.items()}
+    kept = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "METABOOK_FRAMES")}
+    return {**kept, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """JupyterLab on a copy of the chapter (it saves what it runs), reachable from this machine alone."""
+    work, port = tmp_path / "nbs", free_port()
+    work.mkdir()
+    shutil.copy(ROOT / "nbs/A1_explore.ipynb", work)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1"]
+    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}"]
+    command += ["--IdentityProvider.token=", "--ServerApp.password="]
+    log = (tmp_path / "lab.log").open("w")
+    server = subprocess.Popen(command, env=environment(tmp_path / "home"), stdout=log, stderr=log)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/api", server, tmp_path / "lab.log")
+        yield f"http://127.0.0.1:{port}/lab/tree/A1_explore.ipynb?reset"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
+    """Wait until the server answers."""
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(address, timeout=1).close()
+            return
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.25)
+    pytest.fail(f"JupyterLab did not start: {log.read_text()}")
+
+
+@pytest.fixture
+def tab():
+    if not CHROMIUM and not os.environ.get("METABOOK_SITE"):
+        pytest.skip("there is no chromium")
+    sync = pytest.importorskip("playwright.sync_api")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
+        opened = browser.new_page(viewport={"width": 1400, "height": 1000})
+        opened.set_default_timeout(PATIENCE)
+        yield opened
+        browser.close()
+
+
+IDLE = """(() => {
+  const status = document.querySelector(".jp-NotebookPanel [data-status]")?.dataset.status;
+  const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")];
+  return status === "idle" && !prompts.some((prompt) => prompt.textContent.includes("*"));
+})()"""
+
+
+SHOWN = "document.querySelector('.jp-OutputArea:has(.noUi-handle) img').src"
+
+
+def run_all(tab, address: str) -> None:
+    """Open the notebook and run every cell."""
+    tab.goto(address)
+    tab.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+    tab.wait_for_function(IDLE)
+    tab.click('.lm-MenuBar-itemLabel:text-is("Run")')
+    tab.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+    tab.wait_for_function(IDLE)
+
+
+def test_a_slider_changes_its_figure(lab, tab):
+    run_all(tab, lab)
+    slider = tab.locator(".jp-OutputArea .noUi-handle")
+    slider.first.wait_for(state="attached")
+    figure = tab.locator(".jp-OutputArea:has(.noUi-handle)").first
+    before, described = (figure.locator("img").get_attribute(key) for key in ("src", "alt"))
+    slider.first.focus()
+    tab.keyboard.press("ArrowRight")
+    tab.wait_for_function(f"(before) => {SHOWN} !== before", arg=before)
+    assert figure.locator("img").get_attribute("alt") != described
+    assert (
+        tab.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count()
+        == 0
+    )
