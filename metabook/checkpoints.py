@@ -196,7 +196,8 @@ def save(
     weights = to_bytes(
         {k: v.detach().cpu().contiguous().clone() for k, v in learner.state_dict().items()}
     )
-    config = heading(weights) | {"method": method} | more
+    config = heading(weights) | {"method": method}
+    config |= {k: v for k, v in more.items() if k not in config}  # `load` needs its own as they are
     text = json.dumps(config, indent=1, allow_nan=False).encode()
     folder.mkdir(parents=True, exist_ok=True)
     files = {"learner.safetensors": weights, "config.json": text}

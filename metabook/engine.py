@@ -3,6 +3,7 @@
 # %% ../nbs/A2_engine.ipynb #bd26b6c4
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .episodes import Episode, count
-from .networks import Statistics, batch_norms, recording
+from .networks import Statistics, recording, store_running
 
 try:
     from jaxtyping import Float
@@ -19,7 +20,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'over_tasks', 'choose_lift', 'losses']
+__all__ = ['Lift', 'FITS', 'over_tasks', 'choose_lift', 'in_flight', 'losses']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap"]
@@ -39,24 +40,42 @@ def over_tasks(
     results = [f(*tree_map(lambda t, i=i: t[i], args)) for i in range(count(args))]
     return tree_map(lambda *t: torch.stack(t), *results)
 
-# %% ../nbs/A2_engine.ipynb #712ecac7
+# %% ../nbs/A2_engine.ipynb #a179cecb
+FITS = 2**23  # numbers, 32 MiB in float32: with more in flight at once a loop is faster on a CPU
+
+
 def choose_lift(
     learner: nn.Module,  # whose code is lifted
     lift: Lift = "auto",  # "loop" and "vmap" are taken at their word
+    episodes: Episode | None = None,  # a batch of what it is lifted over; `None`: take it as large
 ) -> Literal["loop", "vmap"]:
-    """The faster way for this learner on its device, as measured.
+    """The faster way for this learner and this batch on its device, as measured.
 
-    On a GPU one vectorised call always wins.  On a CPU it loses where images go through convolutions:
-    all tasks at once are more than the caches hold, and weights that differ between tasks make grouped
-    convolutions, which are slow there.  Raises `ValueError` where `lift` is none of the three.
+    On a GPU one vectorised call wins.  So it does on a CPU, until images go through convolutions and
+    make more numbers at once than the caches hold.  Raises `ValueError` where `lift` is none of the
+    three.
     """
     if lift not in ("auto", "loop", "vmap"):
         raise ValueError(f'lift={lift!r}, expected "auto", "loop" or "vmap"')
     if lift != "auto":
         return lift
     on_cpu = all(p.device.type == "cpu" for p in learner.parameters())
-    convolves = any(isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in learner.modules())
-    return "loop" if on_cpu and convolves else "vmap"
+    return "loop" if on_cpu and in_flight(learner, episodes) > FITS else "vmap"
+
+
+def in_flight(
+    learner: nn.Module,  # whose first convolution counts
+    episodes: Episode | None,  # a batch of tasks
+) -> float:  # 0 without convolutions, infinite where the batch is not known
+    "How many numbers the first convolution makes of a batch."
+    kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    first = next((m for m in learner.modules() if isinstance(m, kinds)), None)
+    if first is None:
+        return 0.0
+    if episodes is None:
+        return math.inf
+    pixels = sum(side.x.numel() for side in episodes) / first.in_channels
+    return pixels * first.out_channels / math.prod(first.stride)
 
 # %% ../nbs/A2_engine.ipynb #ef97eba2
 def losses(
@@ -70,14 +89,12 @@ def losses(
     inside a lift may write.  Raises `ValueError` where the examples do not fit, see `Learner.check`.
     """
     learner.check(episodes.support, episodes.query.x)
-    running = {id(m): m for m in batch_norms(learner) if m.stats == "running"}
 
     def one(episode: Episode) -> tuple[Tensor, Statistics]:
-        with recording() as seen:
+        with recording(learner, "running") as seen:
             loss = learner.loss(episode)
-        return loss, {k: v for k, v in seen.items() if k in running}
+        return loss, seen
 
-    values, seen = over_tasks(one, episodes, lift=choose_lift(learner, lift))
-    for key, statistics in seen.items():
-        running[key].update(*(s.detach().mean(0) for s in statistics))
+    values, seen = over_tasks(one, episodes, lift=choose_lift(learner, lift, episodes))
+    store_running(learner, {name: s.detach().mean(0) for name, s in seen.items()})
     return values

@@ -31,8 +31,8 @@ class MAML(Learner):
     support set; the authors' code takes the sum over classes of such means, so its rate of 0.4 for
     5-way tasks is 2.0 here.
 
-    Raises `ValueError` for a rate that is not positive, a negative number of steps, an empty support
-    set, and tasks of another way than the network has outputs.
+    Raises `ValueError` for a rate that is not positive, a negative number of steps, and tasks of
+    another way than the network has outputs; for bad examples see `Learner.check`.
 
     Source: Finn et al. 2017, algorithms 1 and 2; `first_order` as in their section 5.2.
     """
@@ -80,8 +80,6 @@ class MAML(Learner):
         support: Examples,  # of one task
     ) -> Float[Tensor, ""]:
         "L_S(phi), a mean over the support set."
-        if not len(support.y):
-            raise ValueError("the support set is empty: give an example, or take no steps")
         return task_loss(self.kind, call(self.net, phi, support.x), support.y)
 
     def predict(

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from itertools import pairwise
+from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .checkpoints import NETWORKS, register
+from .episodes import positive
 
 try:
     from jaxtyping import Float
@@ -20,52 +23,31 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Statistics', 'Parameters', 'recording', 'using', 'BatchNorm', 'batch_norms', 'MLP', 'Conv4', 'check_images',
-           'ResNet12', 'ResidualBlock', 'call', 'support_statistics']
+__all__ = ['Statistics', 'Parameters', 'tensor_name', 'BatchNorm', 'batch_norms', 'recording', 'call', 'support_statistics',
+           'store_running', 'MLP', 'parameter_count', 'Conv4', 'check_images', 'ResNet12', 'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
-Statistics = dict[int, tuple[Tensor, Tensor]]  # for each BatchNorm layer its mean and variance
-_recording: list[Statistics] = []  # the innermost dictionary is filled
-_given: list[Statistics] = []  # the innermost dictionary is used
+Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
 
 
-@contextmanager
-def recording() -> Iterator[Statistics]:
-    """Within it, every `BatchNorm` layer whose statistics somebody may need notes them.
-
-    A layer that is used twice notes the later ones.  What is recorded inside reaches the recording
-    around it too.
-    """
-    _recording.append({})
-    try:
-        yield _recording[-1]
-    finally:
-        inner = _recording.pop()
-        if _recording:
-            _recording[-1].update(inner)
-
-
-@contextmanager
-def using(
-    statistics: Statistics,  # as `recording` gave them
-) -> Iterator[None]:
-    "Within it, every `BatchNorm` layer normalises with these statistics instead of its batch's."
-    _given.append(statistics)
-    try:
-        yield
-    finally:
-        _given.pop()
+def tensor_name(
+    name: str,  # of a layer within its network; empty for the network itself
+    what: str,  # which of its tensors
+) -> str:
+    "Where `functional_call` finds a tensor of a layer."
+    return f"{name}.{what}" if name else what
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of `[n, channels, height, width]` or `[n, channels]`, in three honest modes.
+    """Batch normalisation of `[n, channels, *space]`, in three modes.
 
-    `stats="batch"`: every batch by its own mean and variance.  Query examples that are predicted
-    together then help each other: transductive.
-    `stats="support"`: the query set by the statistics of the support set: each query stands alone.
-    `stats="running"`: as in ordinary networks; by the batch while training, by running averages in
-    evaluation mode.  The layer never writes a buffer; the engine stores what `loss` recorded.
+    `stats="batch"`: every batch by its own mean and variance.  Queries that are predicted together see
+    one another: transductive.
+    `stats="support"`: the queries by the statistics of the support set, so each stands alone.
+    `stats="running"`: in training by the batch, in evaluation mode by averages kept from training.
 
+    The layer never writes a buffer: see `recording` and `store_running`.  Raises `ValueError` for
+    another number of channels and for an empty batch.
     Source: Ioffe & Szegedy 2015; for the modes Bronskill et al. 2020.
     """
 
@@ -79,53 +61,122 @@ class BatchNorm(nn.Module):
         super().__init__()
         if stats not in ("batch", "support", "running"):
             raise ValueError(f'stats={stats!r}, expected "batch", "support" or "running"')
+        positive(channels=channels)
         self.stats, self.eps, self.momentum = stats, eps, momentum
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        if stats == "running":
-            self.register_buffer("running_mean", torch.zeros(channels))
-            self.register_buffer("running_var", torch.ones(channels))
+        self.weight = nn.Parameter(torch.ones(channels))  # gamma
+        self.bias = nn.Parameter(torch.zeros(channels))  # b
+        running = stats == "running"
+        self.register_buffer("mean", torch.zeros(channels) if running else None)
+        self.register_buffer("var", torch.ones(channels) if running else None)
+        self.notes: list[tuple[str, Statistics]] = []  # who is recording, under which name
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, stats={self.stats!r}"
 
-    def forward(self, x: Float[Tensor, "n c *space"]) -> Float[Tensor, "n c *space"]:
+    @property
+    def given(self) -> bool:
+        "Do the buffers decide, rather than the batch?"
+        return self.mean is not None and not (self.stats == "running" and self.training)
+
+    def forward(self, x: Float[Tensor, "n channels *space"]) -> Float[Tensor, "n channels *space"]:
+        self.check(x)
         axes = (0, *range(2, x.ndim))
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        fixed = self.fixed_statistics()
-        mean = x.mean(axes) if fixed is None else fixed[0]
+        mean = self.mean if self.given else x.mean(axes)
         centred = x - mean.view(shape)
-        var = (centred * centred).mean(axes) if fixed is None else fixed[1]
-        if fixed is None and _recording and self.stats != "batch":
-            _recording[-1][id(self)] = (mean, var)
-        scale = self.weight * torch.rsqrt(var + self.eps)
+        var = self.var if self.given else centred.square().mean(axes)
+        if not self.given:
+            for name, seen in self.notes:
+                seen[tensor_name(name, "mean")], seen[tensor_name(name, "var")] = mean, var
+        scale = self.weight * torch.rsqrt(var + self.eps)  # gamma / s
         return centred * scale.view(shape) + self.bias.view(shape)
 
-    @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor) -> None:
-        "Move the running averages towards new statistics `[channels]`."
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var, self.momentum)
-
-    def fixed_statistics(self) -> tuple[Tensor, Tensor] | None:
-        "The mean and variance to use, or `None` where the batch decides."
-        if self.stats == "running" and not self.training:
-            return self.running_mean, self.running_var
-        if self.stats == "support" and _given:
-            return _given[-1][id(self)]
-        return None
+    def check(self, x: Tensor) -> None:
+        "Raise `ValueError` where a batch cannot be normalised."
+        channels = len(self.weight)
+        if x.ndim < 2 or x.shape[1] != channels:
+            raise ValueError(
+                f"a batch of shape {tuple(x.shape)} for a BatchNorm of {channels} channels: "
+                f"expected [n, {channels}, ...]"
+            )
+        if not self.given and x.numel() == 0:
+            raise ValueError(
+                f"a batch of shape {tuple(x.shape)} is empty, so it has no statistics: "
+                'bring examples, or use stats="support" and give the support set\'s'
+            )
 
 
 def batch_norms(module: nn.Module) -> list[BatchNorm]:
     "The `BatchNorm` layers inside a module."
     return [m for m in module.modules() if isinstance(m, BatchNorm)]
 
+# %% ../nbs/04_networks.ipynb #e2baede8
+Parameters = dict[str, Tensor]
+
+
+@contextmanager
+def recording(
+    network: nn.Module,  # whose layers note what they normalise by
+    stats: Literal["support", "running"] = "support",  # the layers of this mode
+) -> Iterator[Statistics]:
+    """Within it, `BatchNorm` layers of one mode note the mean and variance of their batch.
+
+    They fill the dictionary that it gives: `call` takes it, for a support set's statistics, and so
+    does `store_running`.  A layer that runs twice keeps the later ones.  Recordings may be nested.
+    """
+    seen: Statistics = {}
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, BatchNorm)}
+    layers = {name: layer for name, layer in layers.items() if layer.stats == stats}
+    for name, layer in layers.items():
+        layer.notes.append((name, seen))
+    try:
+        yield seen
+    finally:
+        for layer in layers.values():
+            layer.notes.pop()
+
+
+def call(
+    network: nn.Module,  # whose code runs
+    parameters: Parameters,  # with these in place of its own
+    x: Float[Tensor, "n *features"],  # inputs
+    statistics: Statistics | None = None,  # of the support set, for `BatchNorm(stats="support")`
+) -> Float[Tensor, "n *out"]:
+    "The network's output with other parameters: a pure function of them, ready to be differentiated."
+    return functional_call(network, {**parameters, **(statistics or {})}, (x,))
+
+
+def support_statistics(
+    network: nn.Module,  # whose code runs
+    parameters: Parameters,  # with these in place of its own
+    x: Float[Tensor, "n *features"],  # the support set
+) -> Statistics:
+    """What `call` needs so that each query stands alone: empty unless a layer says `stats="support"`."""
+    if not any(layer.stats == "support" for layer in batch_norms(network)):
+        return {}
+    with recording(network) as statistics:
+        call(network, parameters, x)
+    return statistics
+
+
+@torch.no_grad()
+def store_running(
+    network: nn.Module,  # whose running averages move
+    statistics: Statistics,  # as `recording(network, "running")` gave them, averaged over tasks
+) -> None:
+    "Move the running averages towards new statistics: once an outer step, outside any lift."
+    for name, layer in network.named_modules():
+        if isinstance(layer, BatchNorm) and tensor_name(name, "mean") in statistics:
+            layer.mean.lerp_(statistics[tensor_name(name, "mean")], layer.momentum)
+            layer.var.lerp_(statistics[tensor_name(name, "var")], layer.momentum)
+
 # %% ../nbs/04_networks.ipynb #52fd4281
 @register("mlp", NETWORKS)
 class MLP(nn.Module):
     """Linear layers with ReLU between them; inputs are flattened, `[n, *features] -> [n, sizes[-1]]`.
 
-    The sinusoid network of Finn et al. 2017 is `MLP([1, 40, 40, 1])`.
+    Raises `ValueError` for fewer than two sizes, and for inputs of another width.  The sinusoid network
+    of Finn et al. 2017 is `MLP([1, 40, 40, 1])`.
     """
 
     def __init__(
@@ -133,23 +184,40 @@ class MLP(nn.Module):
         sizes: Sequence[int],  # inputs, hidden layers, outputs
     ):
         super().__init__()
-        layers = [nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
-        self.layers = nn.ModuleList(layers)
+        if len(sizes) < 2:
+            raise ValueError(
+                f"sizes={list(sizes)}, expected at least the number of inputs and of outputs, "
+                "as in [784, 64, 5]"
+            )
+        positive(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Float[Tensor, "n *features"]) -> Float[Tensor, "n out"]:
+        width = self.layers[0].in_features
+        if x.ndim < 2 or prod(x.shape[1:]) != width:
+            raise ValueError(
+                f"inputs of shape {tuple(x.shape)} for an MLP of {width} inputs: expected [n, {width}] "
+                f"or more axes with {width} numbers an example; set sizes[0] to fit the data"
+            )
         x = x.flatten(1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
+def parameter_count(network: nn.Module) -> int:
+    "How many numbers are learned: belongs beside every score that is compared with another."
+    return sum(p.numel() for p in network.parameters())
+
+# %% ../nbs/04_networks.ipynb #ed967e47
 @register("conv4", NETWORKS)
 class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, batch normalisation and ReLU: the field's small backbone.
 
     `pool="max"` halves the image by max-pooling after each block and flattens at the end (Vinyals et
     al. 2016; Snell et al. 2017).  `pool="stride"` halves it by strided convolutions and averages over
-    what is left (Finn et al. 2017 on Omniglot).  With `out` a linear layer follows.
+    what is left (Finn et al. 2017 on Omniglot).  With `out` a linear layer follows; `features` is the
+    length of the embedding before it.  Raises `ValueError` for images of another size.
     """
 
     def __init__(
@@ -162,10 +230,13 @@ class Conv4(nn.Module):
         stats: Literal["batch", "support", "running"] = "batch",  # see `BatchNorm`
     ):
         super().__init__()
+        positive(channels=channels, size=size, width=width, out=1 if out is None else out)
         if pool not in ("max", "stride"):
             raise ValueError(f'pool={pool!r}, expected "max" or "stride"')
         if pool == "max" and size < 16:
-            raise ValueError(f"size={size}: four max-pools need images of at least 16 pixels")
+            raise ValueError(
+                f'size={size}: four max-pools need images of at least 16 pixels, or pool="stride"'
+            )
         self.channels, self.size, self.pool = channels, size, pool
         step = 2 if pool == "stride" else 1
         inputs = [channels, width, width, width]
@@ -183,21 +254,32 @@ class Conv4(nn.Module):
         return self.head(x.mean((2, 3)) if self.pool == "stride" else x.flatten(1))
 
 
-def check_images(x: Tensor, channels: int, size: int) -> None:
-    "Raise `ValueError` unless `x` is `[n, channels, size, size]`."
-    if x.ndim != 4 or x.shape[1:] != (channels, size, size):
+def check_images(
+    x: Tensor,  # what somebody wants to classify
+    channels: int,  # what the network was built for
+    size: int | None = None,  # height and width; `None`: any of at least 16
+) -> None:
+    "Raise `ValueError` unless `x` is a batch of images for this network."
+    fits = x.ndim == 4 and x.shape[1] == channels
+    if not fits or (min(x.shape[2:]) < 16 if size is None else x.shape[2:] != (size, size)):
+        side = "16 or more" if size is None else size
         raise ValueError(
             f"images of shape {tuple(x.shape)}, but this network was built for "
-            f"[n, {channels}, {size}, {size}]: build it with the data's channels and size"
+            f"[n, {channels}, {side}, {side}]: build it with the data's channels and size, or resize"
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"images of type {x.dtype}, expected floats: `Classes.prepare` turns bytes into floats"
         )
 
-
+# %% ../nbs/04_networks.ipynb #5d2192da
 @register("resnet12", NETWORKS)
 class ResNet12(nn.Module):
     """Four residual blocks of three 3x3 convolutions: the field's larger backbone.
 
     Widths 64, 160, 320, 640, leaky ReLU of slope 0.1, a max-pool after each block, the mean over space
-    at the end.  Source: Lee et al. 2019 (MetaOptNet), without its DropBlock.
+    at the end.  Takes images of any size from 16 pixels; raises `ValueError` for others.  Source: Lee
+    et al. 2019 (MetaOptNet), without its DropBlock and dropout.
     """
 
     def __init__(
@@ -208,14 +290,16 @@ class ResNet12(nn.Module):
         stats: Literal["batch", "support", "running"] = "batch",  # see `BatchNorm`
     ):
         super().__init__()
-        inputs = [channels, *widths[:-1]]
-        self.blocks = nn.ModuleList(
-            ResidualBlock(a, b, stats) for a, b in zip(inputs, widths, strict=True)
-        )
+        if len(widths) != 4:
+            raise ValueError(f"widths={list(widths)}, expected four numbers, one for each block")
+        positive(channels=channels, **{f"widths[{i}]": w for i, w in enumerate(widths)})
+        sizes = [channels, *widths]
+        self.blocks = nn.ModuleList(ResidualBlock(a, b, stats) for a, b in pairwise(sizes))
         self.channels, self.features = channels, widths[-1]
         self.head = nn.Identity() if out is None else nn.Linear(self.features, out)
 
     def forward(self, x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n out"]:
+        check_images(x, self.channels)
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean((2, 3)))
@@ -224,45 +308,22 @@ class ResNet12(nn.Module):
 class ResidualBlock(nn.Module):
     "Three convolutions with a 1x1 shortcut around them, then a max-pool that halves the image."
 
-    def __init__(self, channels: int, width: int, stats: str):
+    def __init__(
+        self,
+        channels: int,  # of its input
+        width: int,  # of its output
+        stats: Literal["batch", "support", "running"] = "batch",  # see `BatchNorm`
+    ):
         super().__init__()
         inputs = [channels, width, width]
         self.convs = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1, bias=False) for c in inputs)
-        self.norms = nn.ModuleList(BatchNorm(width, stats) for _ in range(4))
+        self.norms = nn.ModuleList(BatchNorm(width, stats) for _ in inputs)
         self.shortcut = nn.Conv2d(channels, width, 1, bias=False)
+        self.shortcut_norm = BatchNorm(width, stats)
 
-    def forward(self, x: Tensor) -> Tensor:
-        around = self.norms[3](self.shortcut(x))
-        for i, conv in enumerate(self.convs):
-            x = self.norms[i](conv(x))
-            x = F.leaky_relu(x + around if i == 2 else x, 0.1)
+    def forward(self, x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n out h w"]:
+        y = self.shortcut_norm(self.shortcut(x))
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = norm(conv(x))
+            x = F.leaky_relu(x + y if i == 2 else x, 0.1)
         return F.max_pool2d(x, 2)
-
-# %% ../nbs/04_networks.ipynb #e2baede8
-Parameters = dict[str, Tensor]
-
-
-def call(
-    network: nn.Module,  # whose code runs
-    parameters: Parameters,  # with these parameters in place of its own
-    x: Tensor,  # [n, *features]
-    statistics: Statistics | None = None,  # of the support set, for `BatchNorm(stats="support")`
-) -> Tensor:
-    "The network's output with other parameters: a pure function of them, ready to be differentiated."
-    if statistics is None:
-        return functional_call(network, parameters, (x,))
-    with using(statistics):
-        return functional_call(network, parameters, (x,))
-
-
-def support_statistics(
-    network: nn.Module,  # whose code runs
-    parameters: Parameters,  # with these parameters
-    x: Tensor,  # the support set [n, *features]
-) -> Statistics:
-    """What `call` needs so that each query stands alone: empty unless a layer says `stats="support"`."""
-    if not any(layer.stats == "support" for layer in batch_norms(network)):
-        return {}
-    with recording() as statistics:
-        functional_call(network, parameters, (x,))
-    return statistics

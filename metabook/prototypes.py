@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .checkpoints import lookup, register
 from .episodes import Examples
 from .learners import Learner
-from .networks import Statistics, recording, using
+from .networks import Statistics, call, recording
 
 try:
     from jaxtyping import Float
@@ -101,7 +101,7 @@ class ProtoNet(Learner):
 
     def adapt(self, support: Examples) -> tuple[Tensor, Statistics]:
         "The prototypes [way, d] of the task, and the statistics by which queries are normalised."
-        with recording() as statistics:
+        with recording(self.embed) as statistics:
             z = self.embed(support.x)
         return prototypes(z, support.y), statistics
 
@@ -110,6 +110,5 @@ class ProtoNet(Learner):
     ) -> Float[Tensor, "n way"]:
         "Logits: minus the scaled distances.  Source: Snell et al. 2017, equation 2."
         c, statistics = state
-        with using(statistics):
-            z = self.embed(x)
+        z = call(self.embed, {}, x, statistics)  # with its own parameters
         return -self.scale * DISTANCES[self.distance](z, c)

@@ -11,6 +11,7 @@ import pkgutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -497,8 +498,9 @@ def surprise(check: Callable[[Case], str | None], error: Exception) -> Flaw:
     place = error.__traceback__
     while place.tb_next:
         place = place.tb_next
-    where = f"{place.tb_frame.f_code.co_filename}, line {place.tb_lineno}"
-    flaw = Flaw(f"{type(error).__name__}: {error}", str(inspect.getdoc(check)), f"look at {where}")
+    code = place.tb_frame.f_code
+    advice = f"look at {code.co_name} ({Path(code.co_filename).name}, line {place.tb_lineno})"
+    flaw = Flaw(f"{type(error).__name__}: {error}", str(inspect.getdoc(check)), advice)
     flaw.__cause__ = error
     return flaw
 

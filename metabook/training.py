@@ -144,15 +144,17 @@ def answers(
     check_kind(learner, frozen.tasks)
     if queries not in ASK:
         raise ValueError(f'queries={queries!r}, expected "joint" or "single"')
-    device, how, training = place(learner), choose_lift(learner, lift), learner.training
-    one = partial(ASK[queries], learner)
+    device, training = place(learner), learner.training
+
+    def ask(episodes: Episode) -> tuple[Tensor, Tensor]:
+        how = choose_lift(learner, lift, episodes)
+        given = over_tasks(partial(ASK[queries], learner), episodes.to(device), lift=how)
+        return given.cpu(), episodes.query.y.cpu()
+
     batches = bar(frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate")
     learner.eval()
     try:
-        return [
-            (over_tasks(one, episodes.to(device), lift=how).cpu(), episodes.query.y.cpu())
-            for episodes in batches
-        ]
+        return [ask(episodes) for episodes in batches]
     finally:
         learner.train(training)
 

@@ -258,26 +258,29 @@ def only_written(index: str, chapters: list[str]) -> str:
     )
 
 
-def run_sphinx(source: Path, site: Path, build: Path, strict: bool) -> bool:
-    """Make the pages; where it is strict, every warning is an error."""
-    shutil.rmtree(site, ignore_errors=True)
+def run_sphinx(build: Path, strict: bool) -> Path | None:
+    """Make the pages; where it is strict, every warning is an error. Return their folder, or nothing."""
+    pages = build / "pages"
+    shutil.rmtree(pages, ignore_errors=True)
     options = ["-b", "html", "-n", "-E", "-q", "-d", str(build / "doctrees")]
     options += ["-W", "--keep-going"] * strict
-    command = [sys.executable, "-m", "sphinx", *options, str(source), str(site)]
-    return subprocess.run(command).returncode == 0
+    command = [sys.executable, "-m", "sphinx", *options, str(build / "source"), str(pages)]
+    return pages if subprocess.run(command).returncode == 0 else None
 
 
-def finish(chapters: list[Chapter], site: Path) -> None:
-    """Add the part of MathJax that pages load, and the notebooks as they were written, to download."""
+def finish(chapters: list[Chapter], pages: Path, site: Path) -> None:
+    """Add the part of MathJax that pages load, and the notebooks as written; put the site in its place."""
     mathjax = (
         Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
     )
     for part in MATHJAX:
-        target = site / "_static/mathjax" / part
+        target = pages / "_static/mathjax" / part
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (mathjax / part).is_dir() else shutil.copy)(mathjax / part, target)
     for chapter in chapters:
-        shutil.copy(chapter.path, site / "_sources" / chapter.path.name)
+        shutil.copy(chapter.path, pages / "_sources" / chapter.path.name)
+    shutil.rmtree(site, ignore_errors=True)
+    shutil.move(pages, site)
 
 
 def arguments() -> argparse.Namespace:
@@ -307,12 +310,13 @@ def main() -> None:
     ]
     print(f"{len(chapters)} chapters, {len(todo)} to execute, {asked.jobs} at a time", flush=True)
     failures = execute_all(todo, asked.build, asked.jobs)
-    failures = failures or write_source(chapters, asked.build / "source")
+    problems = failures or write_source(chapters, asked.build / "source")
+    failures = [p for p in problems if p.startswith(tuple(c.name for c in chosen))]
     if failures:
         sys.exit("\n\n".join(["The site is not built.", *failures]))
-    if not run_sphinx(asked.build / "source", asked.site, asked.build, strict=not asked.only):
-        sys.exit("The site is not whole: Sphinx gave the warnings above.")
-    finish(chapters, asked.site)
+    if not (pages := run_sphinx(asked.build, strict=not asked.only)):
+        sys.exit("The site is not built: Sphinx gave the warnings above.")
+    finish(chapters, pages, asked.site)
     report(chapters, asked.site, time.perf_counter() - started)
 
 
@@ -320,7 +324,8 @@ def report(chapters: list[Chapter], site: Path, seconds: float) -> None:
     """Say what each chapter took, what the site weighs and where it opens."""
     print("\nchapter                    seconds")
     for chapter in chapters:
-        print(f"{chapter.name:24} {chapter.seconds:9.1f}{'  (earlier run)' * chapter.stored}")
+        notes = "  over a minute" * (chapter.seconds > 60) + "  (earlier run)" * chapter.stored
+        print(f"{chapter.name:24} {chapter.seconds:9.1f}{notes}")
     size = sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) / 1e6
     print(f"\nBuilt in {seconds:.0f} s, {size:.0f} MB. Open {os.path.relpath(site / 'index.html')}")
 

@@ -107,9 +107,14 @@ def facts(module: str, code: list[str], seconds: float) -> str:
     directives = [split_directives(source)[0] for source in code]
     tests, proofs = (sum(key in d for d in directives) for key in ("test", "proves"))
     said = [f"In the library: {{py:mod}}`metabook.{module}`"] if module else []
-    said += [f"{tests} test{'s'[: tests != 1]}, {proofs} of an equation"] if tests else []
+    said += [counted(n, word) for n, word in ((tests, "test"), (proofs, "proof")) if n]
     said += [f"runs in {seconds:.0f} s"] if seconds >= 1 else []
     return small(" · ".join(said), "metabook-facts")
+
+
+def counted(n: int, word: str) -> str:
+    """A number of things: 1 test, 2 tests."""
+    return f"{n} {word}{'s'[: n != 1]}"
 
 
 def small(markdown: str, css: str) -> str:
@@ -125,6 +130,8 @@ def code_cell(name: str, cell: NotebookNode, skipped: str | None) -> list[Notebo
     check_outputs(name, cell, directives)
     tags = {TAGS[key, v] for key, vs in directives.items() for v in vs if (key, v) in TAGS}
     folded = one(directives, "code-summary")
+    if folded.startswith("Solution"):
+        tags = {"hide-cell"}  # what it gives would give it away
     if imports_only(source) and not tags:
         tags, folded = {"hide-input"}, "Imports"
     tags |= {key for key in ("export", "test") if key in directives}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,7 @@ from metabook.training import (
     evaluate,
     fit,
     paired,
+    place,
 )
 
 
@@ -42,6 +46,7 @@ def test_the_worked_example():
     assert by_hand.n == 4 and abs(by_hand.mean - 0.4) < 1e-6
     assert abs(by_hand.standard_error - (0.08 / 3) ** 0.5 / 2) < 1e-6
     assert abs(by_hand.ci95 - 0.160) < 1e-3
+    assert str(by_hand) == "accuracy 40.00 ± 16.00% (4 tasks, joint queries)"
     assert Score(torch.tensor([0.2])).ci95 == math.inf  # one task says nothing about the others
     assert Score(torch.tensor([2.0]), "mse").beats(Score(torch.tensor([3.0]), "mse"))
     assert not Score(torch.tensor([math.nan]), "mse").beats(None)
@@ -173,6 +178,7 @@ def test_a_paired_difference_subtracts_the_covariance():
         )
 
     # cell 8ad74ca9
+    torch.manual_seed(0)
     hard = accuracies(600)[0].float()  # shared by both methods
     noise = 0.03 * torch.randn(2, 600)
     b, a = Score(hard + 0.01 + noise[0]), Score(hard + noise[1])
@@ -182,6 +188,8 @@ def test_a_paired_difference_subtracts_the_covariance():
     assert abs(difference.per_task.var() - expected) < 1e-6
     assert difference.mean == pytest.approx(b.mean - a.mean, abs=1e-6)
     assert difference.ci95 < 0.6 * math.hypot(a.ci95, b.ci95)
+    assert str(difference).startswith("accuracy difference +1.") and difference.queries == "joint"
+    assert paired(a, Score(hard, queries="single")).queries == "mixed"
     for other, message in [
         (Score(hard, episodes="others"), "same episodes"),
         (Score(hard, "mse"), "cannot be compared"),
@@ -216,6 +224,7 @@ def test_joint_and_single_queries():
         [(single, _)] = answers(learner, tasks.freeze(1), "single")
         [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
         assert torch.allclose(single[0], by_hand, atol=1e-4)
+        assert by_hand.requires_grad and not single.requires_grad
         assert torch.allclose(single, joint, atol=1e-4) == alone
         assert learner.transductive != alone
 
@@ -245,15 +254,18 @@ def test_evaluation_changes_nothing(device):
         [(single, _)] = answers(learner, tasks.freeze(1), "single")
         [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
         assert torch.allclose(single[0], by_hand, atol=1e-4)
+        assert by_hand.requires_grad and not single.requires_grad
         assert torch.allclose(single, joint, atol=1e-4) == alone
         assert learner.transductive != alone
     # cell ad4a388a
-    learner = small_net("running").to(device).train()
+    learner = small_net("running").to(device)
     before = {k: v.clone() for k, v in learner.state_dict().items()}
     tasks = FewShot(images(), way=3, shot=1, query=5)
-    first = evaluate(learner, tasks, 20)
+    expected = evaluate(learner.eval(), tasks, 20)
+    first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
     torch.manual_seed(123)  # whatever else drew random numbers in the meantime
     second = evaluate(learner, tasks, 20, lift="loop", batch=7)
+    assert torch.equal(first.per_task, expected.per_task)
     assert first.episodes == second.episodes
     assert torch.allclose(first.per_task, second.per_task)
     assert learner.training and all(p.grad is None for p in learner.parameters())
@@ -286,15 +298,18 @@ def test_what_does_not_fit_is_refused(device):
         [(single, _)] = answers(learner, tasks.freeze(1), "single")
         [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
         assert torch.allclose(single[0], by_hand, atol=1e-4)
+        assert by_hand.requires_grad and not single.requires_grad
         assert torch.allclose(single, joint, atol=1e-4) == alone
         assert learner.transductive != alone
     # cell ad4a388a
-    learner = small_net("running").to(device).train()
+    learner = small_net("running").to(device)
     before = {k: v.clone() for k, v in learner.state_dict().items()}
     tasks = FewShot(images(), way=3, shot=1, query=5)
-    first = evaluate(learner, tasks, 20)
+    expected = evaluate(learner.eval(), tasks, 20)
+    first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
     torch.manual_seed(123)  # whatever else drew random numbers in the meantime
     second = evaluate(learner, tasks, 20, lift="loop", batch=7)
+    assert torch.equal(first.per_task, expected.per_task)
     assert first.episodes == second.episodes
     assert torch.allclose(first.per_task, second.per_task)
     assert learner.training and all(p.grad is None for p in learner.parameters())
@@ -310,6 +325,7 @@ def test_what_does_not_fit_is_refused(device):
         answers(small_net("batch"), tasks.freeze(2), "one")
     with pytest.raises(ValueError, match="3"):
         evaluate(MAML(Conv4(1, out=5, size=16, width=4)), tasks, 2)
+    assert place(small_net("batch"), "meta").type == "meta"  # moved, and says where it is
 
 
 @pytest.mark.proves("eq-outer-update")
@@ -367,6 +383,7 @@ def test_one_outer_step_by_hand():
     for lift in ("loop", "vmap"):
         learner, outer, values = one_step(lift=lift)
         assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert not values.requires_grad
         assert learner.theta.item() == pytest.approx(0.2)
         outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
         assert learner.theta.item() == pytest.approx(0.3)
@@ -427,6 +444,7 @@ def test_one_clipped_step_by_hand():
     for lift in ("loop", "vmap"):
         learner, outer, values = one_step(lift=lift)
         assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
+        assert not values.requires_grad
         assert learner.theta.item() == pytest.approx(0.2)
         outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
         assert learner.theta.item() == pytest.approx(0.3)
@@ -600,6 +618,112 @@ def test_the_best_parameters_are_kept():
     assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
 
 
+def test_each_phase_has_its_mode():
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell f5827b51
+    def trained(shot):
+        "What the smallest learner learns from tasks with so many sightings."
+        learner = Shrink()
+        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
+        fit(
+            learner,
+            Sightings(shot),
+            steps=200,
+            meta_batch=128,
+            lr=0.2,
+            schedule=decay,
+            progress=False,
+        )
+        return learner.theta.item()
+
+    for shot in (1, 2, 5):
+        theta = trained(shot)
+        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
+        assert abs(theta - shot / (shot + 1)) < 0.05
+
+    # cell 254f7d93
+    def kept(metric, scores):
+        "The parameter that a run keeps when the validation scores after each step are these."
+        learner = Shrink()
+        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
+        for step, value in enumerate(scores):
+            learner.theta.data.fill_(step)
+            run.consider(Score(torch.full((2,), value), metric))
+        run.finish()
+        return learner.theta.item()
+
+    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
+    assert kept("mse", [0.5, 0.3, 0.4]) == 1
+    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
+    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
+    # cell 0f941697
+    modes = {"loss": set(), "predict": set()}
+
+    class Watched(Shrink):
+        "Keeps a record of its mode."
+
+        def loss(self, episode):
+            modes["loss"].add(self.training)
+            return super().loss(episode)
+
+        def predict(self, state, x):
+            modes["predict"].add(self.training)
+            return super().predict(state, x)
+
+    run = fit(
+        Watched(), Sightings(), steps=2, meta_batch=4, validate=Sightings(), every=1, progress=False
+    )
+    assert modes == {"loss": {True}, "predict": {True, False}} and not run.learner.training
+
+
 def test_a_bad_run_is_refused_before_it_begins():
     # cell e6c7453f
     def images(n_classes=8, each=12, size=16, seed=0):
@@ -699,6 +823,24 @@ def test_a_bad_run_is_refused_before_it_begins():
     assert kept("mse", [0.5, 0.3, 0.4]) == 1
     assert kept("mse", [math.nan, 0.5, math.nan]) == 1
     assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
+    # cell 0f941697
+    modes = {"loss": set(), "predict": set()}
+
+    class Watched(Shrink):
+        "Keeps a record of its mode."
+
+        def loss(self, episode):
+            modes["loss"].add(self.training)
+            return super().loss(episode)
+
+        def predict(self, state, x):
+            modes["predict"].add(self.training)
+            return super().predict(state, x)
+
+    run = fit(
+        Watched(), Sightings(), steps=2, meta_batch=4, validate=Sightings(), every=1, progress=False
+    )
+    assert modes == {"loss": {True}, "predict": {True, False}} and not run.learner.training
     # cell b8bb18a5
     for wrong, message in [
         (
@@ -734,18 +876,20 @@ def test_the_log_and_the_folder():
     # cell 5b6b343b
     room = tempfile.TemporaryDirectory()
     folder = Path(room.name) / "run"
-    run = wave_run(folder=folder)
+    run = wave_run(steps=5, folder=folder)
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert rows == run.log and rows[0]["settings"]["meta_batch"] == 4
-    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
-    assert run.curve("validation")[0] == [2, 4] and run.best.mean == min(run.curve("validation")[1])
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 5]
+    assert run.curve("validation")[0] == [2, 4, 5] and run.best.mean == min(
+        run.curve("validation")[1]
+    )
     assert {"lr", "gradient_norm", "tasks_per_second", "seconds"} <= set(rows[1])
     assert "loss" in run.status() and "best" in run.status()
 
     config = json.loads((folder / "config.json").read_text())
     assert "query=10" in config["tasks"]["tasks"] and "query=15" in config["validation"]["tasks"]
     assert config["method"]["args"]["steps"] == 1 and config["method"]["args"]["test_steps"] == 2
-    assert config["training"]["steps_taken"] == 4 and config["training"]["optimizer"] == "Adam"
+    assert config["training"]["steps_taken"] == 5 and config["training"]["optimizer"] == "Adam"
 
     again = metabook.load(folder)
     frozen = Sinusoids(5, 10).freeze(20, seed=9)
@@ -768,18 +912,20 @@ def test_an_interrupted_run_keeps_what_it_learned():
     # cell 5b6b343b
     room = tempfile.TemporaryDirectory()
     folder = Path(room.name) / "run"
-    run = wave_run(folder=folder)
+    run = wave_run(steps=5, folder=folder)
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert rows == run.log and rows[0]["settings"]["meta_batch"] == 4
-    assert [row["step"] for row in rows if "loss" in row] == [2, 4]
-    assert run.curve("validation")[0] == [2, 4] and run.best.mean == min(run.curve("validation")[1])
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 5]
+    assert run.curve("validation")[0] == [2, 4, 5] and run.best.mean == min(
+        run.curve("validation")[1]
+    )
     assert {"lr", "gradient_norm", "tasks_per_second", "seconds"} <= set(rows[1])
     assert "loss" in run.status() and "best" in run.status()
 
     config = json.loads((folder / "config.json").read_text())
     assert "query=10" in config["tasks"]["tasks"] and "query=15" in config["validation"]["tasks"]
     assert config["method"]["args"]["steps"] == 1 and config["method"]["args"]["test_steps"] == 2
-    assert config["training"]["steps_taken"] == 4 and config["training"]["optimizer"] == "Adam"
+    assert config["training"]["steps_taken"] == 5 and config["training"]["optimizer"] == "Adam"
 
     again = metabook.load(folder)
     frozen = Sinusoids(5, 10).freeze(20, seed=9)
@@ -798,13 +944,19 @@ def test_an_interrupted_run_keeps_what_it_learned():
 
         return rate
 
-    room = tempfile.TemporaryDirectory()
+    heard = logging.Handler()
+    heard.emit = lambda record: print(record.getMessage())
+    logging.getLogger("metabook").addHandler(heard)
+    said, room = io.StringIO(), tempfile.TemporaryDirectory()
     folder = Path(room.name) / "run"
-    run = wave_run(steps=1000, folder=folder, schedule=interrupt_at(5))
+    with redirect_stdout(said):
+        run = wave_run(steps=1000, folder=folder, schedule=interrupt_at(5))
+    logging.getLogger("metabook").removeHandler(heard)
+    assert said.getvalue().startswith("interrupted: 4 steps in")
     assert run.interrupted and run.best_step in (2, 4) and not run.learner.training
     assert all(torch.equal(v, run.best_state[k]) for k, v in run.learner.state_dict().items())
     assert metabook.load(folder).lr == 0.01
-    print(run)
+    print(said.getvalue())
 
 
 @pytest.mark.proves("eq-ece")

@@ -405,6 +405,11 @@ def test_root_instead_of_square():
     assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
     assert is_squared(squared_euclidean)
 
+    z = z_query.clone().requires_grad_()
+    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(g.square().sum(), z)
+
 
 def test_what_the_loss_expects():
     # cell 6f227c05
@@ -497,6 +502,11 @@ def test_forgotten_class():
     assert not is_squared(torch.cdist)  # the mistake
     assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
     assert is_squared(squared_euclidean)
+
+    z = z_query.clone().requires_grad_()
+    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(g.square().sum(), z)
     # cell 6f227c05
     y = one_hot(torch.tensor([0]), 5)
     logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metabook.engine import choose_lift, losses, over_tasks
+from metabook.engine import choose_lift, in_flight, losses, over_tasks
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, BatchNorm, Conv4
@@ -64,13 +64,21 @@ def test_gradients_go_through_the_lift():
         torch.testing.assert_close(list(lifted), one_by_one, rtol=1e-10, atol=1e-14)
 
 
-def test_the_engine_chooses_and_obeys():
-    # cell f3506fc4
-    small, convolutional = MAML(MLP([1, 8, 1]), kind="regression"), ProtoNet(Conv4(width=4))
-    assert choose_lift(small) == "vmap"
-    assert choose_lift(convolutional) == "loop"
-    assert choose_lift(convolutional, "vmap") == "vmap"
-    assert choose_lift(convolutional.to("meta")) == "vmap"  # any device but the CPU
+def test_the_engine_chooses_by_size_and_device():
+    # cell d492554d
+    def batch_of(tasks, query):
+        classes = Classes.of({str(i): torch.zeros(query + 1, 1, 28, 28) for i in range(5)})
+        return FewShot(classes, 5, 1, query).sample(tasks)
+
+    network = Conv4(width=64, pool="stride")
+    # 4 tasks of 5 (1 + 15) images: 28 x 28 pixels, 64 filters, every second pixel both ways
+    assert in_flight(network, batch_of(4, 15)) == 4 * 80 * 64 * 14 * 14
+    assert choose_lift(network, "auto", batch_of(4, 15)) == "vmap"
+    assert choose_lift(network, "auto", batch_of(16, 15)) == "loop"
+    assert choose_lift(network, "vmap", batch_of(16, 15)) == "vmap"
+    assert choose_lift(network) == "loop"  # without a batch to look at, it expects a large one
+    assert choose_lift(MLP([784, 5]), "auto", batch_of(16, 15)) == "vmap"
+    assert choose_lift(network.to("meta"), "auto", batch_of(16, 15)) == "vmap"  # not a CPU
 
 
 @pytest.mark.proves("eq-running-statistics")
@@ -91,8 +99,8 @@ def test_running_statistics_are_a_mean_over_tasks():
         learner = ProtoNet(Normalised()).train()
         losses(learner, episodes, lift)
         layer = learner.embed[0]
-        torch.testing.assert_close(layer.running_mean, 0.75 * torch.zeros(2) + 0.25 * mean)
-        torch.testing.assert_close(layer.running_var, 0.75 * torch.ones(2) + 0.25 * var)
+        torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
+        torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
 
 
 def test_values_do_not_decide():

@@ -317,6 +317,7 @@ def test_sliders_move_by_keyboard(site, address, tab):
     assert with_sliders
     for name in with_sliders:
         tab.goto(address + name)
+        tab.evaluate("document.querySelectorAll('details').forEach((fold) => (fold.open = true))")
         for figure in tab.locator(".metabook-explore").all():
             shown = {figure.locator("img").get_attribute("src")}
             for slider in figure.locator("input[type=range]").all():
