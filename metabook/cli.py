@@ -46,10 +46,14 @@ class Recipe:
 
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("maml", "sinusoids"): Recipe(
-        "mlp", method={"lr": 0.01}, query=10, steps=15_000, batch=25, lr=2e-3
+        "mlp", method={"lr": 0.01}, query=10, steps=20_000, batch=32, lr=1e-2
     ),
-    ("maml", "images"): Recipe(net={"pool": "stride"}, method={"lr": 0.4, "test_steps": 3}),
-    ("protonet", "images"): Recipe(way=20, steps=1500),
+    ("maml", "images"): Recipe(
+        net={"pool": "stride"}, method={"lr": 0.4, "test_steps": 3}, query=5, steps=4000, lr=3e-3
+    ),
+    ("protonet", "images"): Recipe(
+        net={"pool": "stride", "stats": "running"}, way=20, query=5, steps=3000, batch=1, lr=3e-3
+    ),
 }
 
 

@@ -258,6 +258,7 @@ class Run:
     validation: Frozen | None = None  # tasks that choose the parameters
     folder: Path | None = None  # trained folder
     settings: dict[str, Any] = field(default_factory=dict)  # arguments of `fit`
+    notes: dict[str, Any] = field(default_factory=dict)  # what else the trained folder says
     log: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False  # somebody pressed Ctrl-C
     best: Score | None = None  # on the validation tasks; it was chosen, so it flatters
@@ -333,13 +334,12 @@ class Run:
         self.learner.eval()
         if self.folder and self.outer.taken:
             training = self.settings | {"steps_taken": self.outer.taken, "seconds": self.seconds}
-            save(
-                self.folder,
-                self.learner,
-                tasks=self.tasks.describe(),
-                training=training,
-                validation=self.choice(),
-            )
+            facts = {
+                "tasks": self.tasks.describe(),
+                "training": training,
+                "validation": self.choice(),
+            }
+            save(self.folder, self.learner, **(self.notes | facts))
 
     def choice(self) -> dict[str, Any] | None:
         "What chose the parameters, as JSON has it."
@@ -381,6 +381,7 @@ def fit(
     lift: Lift = "auto",  # see `choose_lift`
     log_every: int = 50,  # steps between rows of the log
     progress: bool = True,  # show a bar with rate, time left, loss and validation score
+    notes: dict[str, Any] | None = None,  # what else config.json shall say (JSON values)
 ) -> Run:
     """Meta-train; with `validate` the learner ends with the parameters of the best validation score.
 
@@ -391,7 +392,7 @@ def fit(
     device = place(learner, device)
     outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, lift)
     settings = dict(steps=steps, meta_batch=meta_batch, lr=lr, clip=clip, every=every, seed=seed)
-    run = begin(learner, tasks, outer, validate, folder, settings)
+    run = begin(learner, tasks, outer, validate, folder, settings, notes or {})
     generator = torch.Generator(device).manual_seed(seed + TRAINING)
     with run.kept():
         for step in run.steps(progress):
@@ -410,6 +411,7 @@ def begin(
     validate: Tasks | Frozen | None,
     folder: str | Path | None,
     settings: dict[str, Any],
+    notes: dict[str, Any],
 ) -> Run:
     "A run before its first step; what can be refused is refused here, not after an hour."
     if validate is not None and not isinstance(validate, Frozen):
@@ -417,10 +419,9 @@ def begin(
     for some in [tasks] if validate is None else [tasks, validate.tasks]:
         check_kind(learner, some)
     settings = settings | {"optimizer": type(outer.optimizer).__name__}
-    run = Run(learner, tasks, outer, validate, new_folder(folder, learner), settings)
-    run.note(
-        settings=settings, tasks=repr(tasks), validation_tasks=repr(validate and validate.tasks)
-    )
+    run = Run(learner, tasks, outer, validate, new_folder(folder, learner), settings, notes)
+    chosen_on = None if validate is None else repr(validate.tasks)
+    run.note(settings=settings, tasks=repr(tasks), validation_tasks=chosen_on, notes=notes)
     return run
 
 

@@ -876,7 +876,7 @@ def test_the_log_and_the_folder():
     # cell 5b6b343b
     room = tempfile.TemporaryDirectory()
     folder = Path(room.name) / "run"
-    run = wave_run(steps=5, folder=folder)
+    run = wave_run(steps=5, folder=folder, notes={"author": "you"})
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert rows == run.log and rows[0]["settings"]["meta_batch"] == 4
     assert [row["step"] for row in rows if "loss" in row] == [2, 4, 5]
@@ -889,7 +889,11 @@ def test_the_log_and_the_folder():
     config = json.loads((folder / "config.json").read_text())
     assert "query=10" in config["tasks"]["tasks"] and "query=15" in config["validation"]["tasks"]
     assert config["method"]["args"]["steps"] == 1 and config["method"]["args"]["test_steps"] == 2
-    assert config["training"]["steps_taken"] == 5 and config["training"]["optimizer"] == "Adam"
+    assert (
+        config["author"] == "you"
+        and config["training"]["steps_taken"] == 5
+        and config["training"]["optimizer"] == "Adam"
+    )
 
     again = metabook.load(folder)
     frozen = Sinusoids(5, 10).freeze(20, seed=9)
@@ -912,7 +916,7 @@ def test_an_interrupted_run_keeps_what_it_learned():
     # cell 5b6b343b
     room = tempfile.TemporaryDirectory()
     folder = Path(room.name) / "run"
-    run = wave_run(steps=5, folder=folder)
+    run = wave_run(steps=5, folder=folder, notes={"author": "you"})
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert rows == run.log and rows[0]["settings"]["meta_batch"] == 4
     assert [row["step"] for row in rows if "loss" in row] == [2, 4, 5]
@@ -925,7 +929,11 @@ def test_an_interrupted_run_keeps_what_it_learned():
     config = json.loads((folder / "config.json").read_text())
     assert "query=10" in config["tasks"]["tasks"] and "query=15" in config["validation"]["tasks"]
     assert config["method"]["args"]["steps"] == 1 and config["method"]["args"]["test_steps"] == 2
-    assert config["training"]["steps_taken"] == 5 and config["training"]["optimizer"] == "Adam"
+    assert (
+        config["author"] == "you"
+        and config["training"]["steps_taken"] == 5
+        and config["training"]["optimizer"] == "Adam"
+    )
 
     again = metabook.load(folder)
     frozen = Sinusoids(5, 10).freeze(20, seed=9)

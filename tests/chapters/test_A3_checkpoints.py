@@ -141,7 +141,9 @@ def test_damage_is_noticed_and_named():
     # cell bd42338f
     def broken(damage):
         "A trained folder after something happened to it."
-        folder = save(fresh(), MAML(MLP([2, 8, 3])))
+        folder = save(
+            fresh(), MAML(MLP([2, 8, 3])), layout=7
+        )  # a name that is taken changes nothing
         damage(folder)
         return folder
 
@@ -192,7 +194,9 @@ def test_half_an_update_is_noticed():
     # cell bd42338f
     def broken(damage):
         "A trained folder after something happened to it."
-        folder = save(fresh(), MAML(MLP([2, 8, 3])))
+        folder = save(
+            fresh(), MAML(MLP([2, 8, 3])), layout=7
+        )  # a name that is taken changes nothing
         damage(folder)
         return folder
 
@@ -287,7 +291,9 @@ def test_an_error_while_writing_keeps_the_earlier_folder():
     # cell bd42338f
     def broken(damage):
         "A trained folder after something happened to it."
-        folder = save(fresh(), MAML(MLP([2, 8, 3])))
+        folder = save(
+            fresh(), MAML(MLP([2, 8, 3])), layout=7
+        )  # a name that is taken changes nothing
         damage(folder)
         return folder
 
