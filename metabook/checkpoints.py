@@ -129,14 +129,14 @@ def lookup(
 
 def build(
     config: dict[str, Any],  # {"name": ..., "args": {...}}
-    registry: dict[str, type[nn.Module]] | None = None,  # where its name is looked up: `METHODS`
+    registry: dict[str, type[nn.Module]] | None = None,  # where its name is looked up: `methods()`
 ) -> nn.Module:
     """A registered class made anew from its name and arguments; its parameters are freshly initialised.
 
     Raises `ValueError` where the name is unknown or the arguments do not fit.
     """
-    registry = METHODS if registry is None else registry
-    cls = lookup(config["name"], registry, "method" if registry is METHODS else "network")
+    known, what = (methods(), "method") if registry is None else (registry, "network")
+    cls = lookup(config["name"], known, what)
     args = {k: build_argument(v) for k, v in config["args"].items()}
     try:
         return cls(**args)
@@ -253,7 +253,6 @@ def load(
     """
     folder, config = Path(folder), read_config(folder)
     state = read_weights(folder / "learner.safetensors", config["weights"])
-    methods()
     try:
         with torch.random.fork_rng(devices=[]):
             learner = build(config["method"])

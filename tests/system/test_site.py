@@ -379,5 +379,6 @@ def test_a_page_offers_its_notebook_as_it_was_written(site):
     for path in offered:
         book = nbformat.read(path, as_version=4)
         assert not any(cell.get("outputs") for cell in book.cells), f"{path.name} holds outputs"
-        assert path.read_bytes() == originals.get(path.name, path).read_bytes()
+        same = path.read_bytes() == originals.get(path.name, path).read_bytes()
+        assert same, f"{path.name} has changed since the site was built"
         assert f"_sources/{path.name}" in (site / f"{path.stem}.html").read_text("utf-8")
