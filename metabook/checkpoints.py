@@ -194,7 +194,10 @@ def save(
 
     folder, method = Path(folder), plain("learner", learner)
     weights = to_bytes(
-        {k: v.detach().cpu().contiguous().clone() for k, v in learner.state_dict().items()}
+        {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in learner.state_dict().items()
+        }
     )
     config = heading(weights) | {"method": method}
     config |= {k: v for k, v in more.items() if k not in config}  # `load` needs its own as they are

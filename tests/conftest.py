@@ -14,6 +14,7 @@ import pytest
 import torch
 from fresh import start_afresh
 from jaxtyping import install_import_hook
+from laid_out import missing
 
 # From here on every call of the library is held against the shapes and types of its signature.
 install_import_hook("metabook", "beartype.beartype")
@@ -27,15 +28,6 @@ MARKS = {
     "data(name)": "needs real data in the folder METABOOK_DATA",
     "proves(*equations)": "checks numbered equations of the book",
 }
-
-# One file by which we know that a data set has been laid out.
-DATA = {
-    "omniglot": "omniglot/images_background.zip",
-    "cifarfs": "cifar-100-binary/train.bin",
-    "fc100": "cifar-100-binary/train.bin",
-    "miniimagenet": "mini-imagenet",
-}
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     choices = ["auto", "cpu", "cuda", "both"]
@@ -67,23 +59,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", where, indirect=True, scope="session")
 
 
-def missing_data(name: str) -> str | None:
-    """Why a test that needs a data set cannot run; None if it can."""
-    if name not in DATA:
-        raise pytest.UsageError(f"no data set is called {name!r}; there are {sorted(DATA)}")
-    root = os.environ.get("METABOOK_DATA")
-    if root and (Path(root) / DATA[name]).exists():
-        return None
-    return f"METABOOK_DATA does not hold {name}" if root else f"{name}: METABOOK_DATA is not set"
-
-
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda") and "cuda" not in devices(config):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         for mark in item.iter_markers("data"):
-            if reason := missing_data(mark.args[0]):
+            if reason := missing(mark.args[0]):
                 item.add_marker(pytest.mark.skip(reason=reason))
         if any(name.startswith("once_") for name in getattr(item, "fixturenames", [])):
             # Under `--dist loadgroup` tests that share an expensive setup share a worker.

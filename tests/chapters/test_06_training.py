@@ -719,7 +719,13 @@ def test_each_phase_has_its_mode():
             return super().predict(state, x)
 
     run = fit(
-        Watched(), Sightings(), steps=2, meta_batch=4, validate=Sightings(), every=1, progress=False
+        Watched().eval(),
+        Sightings(),
+        steps=2,
+        meta_batch=4,
+        validate=Sightings(),
+        every=1,
+        progress=False,
     )
     assert modes == {"loss": {True}, "predict": {True, False}} and not run.learner.training
 
@@ -838,7 +844,13 @@ def test_a_bad_run_is_refused_before_it_begins():
             return super().predict(state, x)
 
     run = fit(
-        Watched(), Sightings(), steps=2, meta_batch=4, validate=Sightings(), every=1, progress=False
+        Watched().eval(),
+        Sightings(),
+        steps=2,
+        meta_batch=4,
+        validate=Sightings(),
+        every=1,
+        progress=False,
     )
     assert modes == {"loss": {True}, "predict": {True, False}} and not run.learner.training
     # cell b8bb18a5

@@ -130,6 +130,56 @@ def test_every_network_comes_back_bit_by_bit():
         assert plain("learner", again) == plain("learner", learner)
 
 
+def test_shared_and_reordered_tensors_are_saved():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell 00063326
+    for learner in some_learners():
+        before = torch.get_rng_state()
+        again = metabook.load(save(fresh(), learner))
+        assert torch.equal(before, torch.get_rng_state())
+        assert type(again) is type(learner) and not again.training
+        assert torch.equal(predictions(learner), predictions(again))
+        assert plain("learner", again) == plain("learner", learner)
+    # cell 516a67d6
+    tied = MAML(MLP([2, 2, 2, 2]))
+    tied.net.layers[1].weight = tied.net.layers[0].weight
+    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
+    for learner in (tied, reordered):
+        again = metabook.load(save(fresh(), learner)).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+
+
 def test_damage_is_noticed_and_named():
     # cell 7f37a552
     room = tempfile.TemporaryDirectory()  # goes away with this notebook
