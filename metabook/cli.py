@@ -26,7 +26,7 @@ from .training import Run, evaluate, fit
 __all__ = ['RECIPES', 'app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'Recipe', 'recipe_for',
            'classes_of', 'tasks_of', 'settings', 'make_learner', 'device_of', 'tell', 'list_methods', 'list_data',
            'get_data', 'check_data', 'train', 'adjusted', 'run_recipe', 'preprocessing', 'test_tasks',
-           'evaluate_folder', 'classify', 'classify_images', 'main']
+           'evaluate_folder', 'classify', 'read_query', 'classify_images', 'main']
 
 # %% ../nbs/A5_command_line.ipynb #2f68ceb5
 @dataclass(frozen=True)
@@ -406,7 +406,7 @@ def classify(
         raise ValueError(f"{folder} was not trained on images: classify needs a learner that was")
     shape = {k: how[k] for k in ("size", "channels", "invert")}
     classes = replace(from_folder(support, **shape), mean=tuple(how["mean"]), std=tuple(how["std"]))
-    query = classes.prepare(torch.stack([read_image(path, **shape) for path in images]))
+    query = classes.prepare(torch.stack([read_query(path, shape) for path in images]))
     answers = classify_images(learner, classes, query)
     note = "\nThese images were classified together: this learner's normalisation lets them help one another."
     text = "\n".join(
@@ -414,6 +414,14 @@ def classify(
     )
     facts = {str(p): a for p, a in zip(images, answers, strict=True)}
     tell(text + (note if learner.transductive and len(images) > 1 else ""), facts, as_json)
+
+
+def read_query(path: Path, how: dict[str, Any]) -> Tensor:
+    "An image to classify.  Raises `ValueError`, naming the file, where it cannot be read."
+    try:
+        return read_image(path, **how)
+    except Exception as error:  # an image library raises many kinds for what is no image
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 @torch.no_grad()
@@ -440,7 +448,7 @@ def classify_images(
 def main() -> None:
     "The `metabook` command: errors that a user can mend are told in a line, without a traceback."
     try:
-        app()
+        app(prog_name="metabook")
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("METABOOK_TRACEBACK"):
             raise

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checkpoints import lookup, write_atomically
-from .episodes import Classes
+from .episodes import Classes, positive
 
 try:
     from jaxtyping import Float, UInt8
@@ -35,10 +35,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['SPLITS', 'GLYPH_FACES', 'OMNIGLOT_FILES', 'OMNIGLOT', 'CIFAR_PARTS', 'CIFAR_FILES', 'SOURCES', 'DataError',
-           'fingerprint', 'shuffled', 'data_root', 'glyph_list', 'distort', 'Glyphs', 'turned', 'Remote', 'members',
-           'unpack', 'omniglot_split', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet', 'read_image', 'from_folder',
-           'Source', 'present', 'fetch', 'check']
+__all__ = ['SPLITS', 'OMNIGLOT_FILES', 'OMNIGLOT', 'SOURCES', 'DataError', 'fingerprint', 'shuffled', 'data_root', 'glyph_list',
+           'Glyphs', 'turned', 'Remote', 'members', 'omniglot_split', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet',
+           'read_image', 'from_folder', 'Source', 'present', 'fetch', 'check']
 
 # %% ../nbs/03_datasets.ipynb #5288b7e4
 SPLITS = ("train", "val", "test")
@@ -132,7 +131,7 @@ def _progress(items: Iterable, what: str, total: int) -> Iterable:
 
 # %% ../nbs/03_datasets.ipynb #f97e09a0
 # The four upright and slanted, plain and bold faces of four families that come with matplotlib.
-GLYPH_FACES = tuple(
+_GLYPH_FACES = tuple(
     family + style
     for family, styles in {
         "DejaVuSans": ("", "-Bold", "-Oblique", "-BoldOblique"),
@@ -179,6 +178,7 @@ _GLYPH_RANGES = {
 }
 
 # %% ../nbs/03_datasets.ipynb #f3d8998d
+_GLYPH_EDITION = 1  # counted up when the same letters come to be drawn in another way
 _GLYPH_PRINTS = {
     "train": "66ebe1a437f9071e",
     "val": "7e165798cdeb6494",
@@ -204,7 +204,7 @@ def _font_path(face: str) -> str:
 
 def _covered(
     letters: str,  # The letters of a split
-) -> tuple[list[list[int]], str]:  # For each letter, which of `GLYPH_FACES` have it; and a hash
+) -> tuple[list[list[int]], str]:  # For each letter, which of `_GLYPH_FACES` have it; and a hash
     """Find the faces of each letter, and make sure that they draw it as they did for this book.
 
     For each face and letter it hashes height, height above the line and advance, in font units:
@@ -213,7 +213,7 @@ def _covered(
     from matplotlib.ft2font import FT2Font, LoadFlags
 
     faces, found = [[] for _ in letters], []
-    for i, face in enumerate(GLYPH_FACES):
+    for i, face in enumerate(_GLYPH_FACES):
         font = FT2Font(_font_path(face))
         known = font.get_charmap()
         for own, letter in zip(faces, letters, strict=True):
@@ -243,13 +243,13 @@ def _draw(letter: str, font: Any) -> UInt8[np.ndarray, "56 56"]:
 
 def _drawings(
     letters: str,  # What to draw
-    faces: list[list[int]],  # For each letter, in which of `GLYPH_FACES`
+    faces: list[list[int]],  # For each letter, in which of `_GLYPH_FACES`
 ) -> UInt8[np.ndarray, "drawings 56 56"]:  # Letter by letter
     """Draw every letter in each of its faces."""
     from PIL import ImageFont
 
     plain = ImageFont.Layout.BASIC  # the other one is not on every machine
-    fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
+    fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in _GLYPH_FACES]
     pairs = zip(letters, faces, strict=True)
     return np.stack([_draw(letter, fonts[i]) for letter, own in pairs for i in own])
 
@@ -280,7 +280,7 @@ def _flow(
     return moved.unflatten(1, (28, 28))
 
 
-def distort(
+def _distort(
     x: Float[Tensor, "n 1 56 56"],  # Drawings, ink 1
     rng: np.random.Generator,  # Where the random numbers come from
 ) -> Float[Tensor, "n 1 28 28"]:  # What somebody else might have drawn
@@ -322,7 +322,7 @@ def _render(split: str, seed: int) -> UInt8[np.ndarray, "letters 20 28 28"]:
     ]
     drawings = torch.from_numpy(_drawings(letters, faces))[:, None]
     parts = [
-        distort(drawings[part].float() / 255, rng) for part in torch.tensor(places).split(2000)
+        _distort(drawings[part].float() / 255, rng) for part in torch.tensor(places).split(2000)
     ]
     return (torch.cat(parts) * 255).round().byte().reshape(-1, 20, 28, 28).numpy()
 
@@ -340,7 +340,7 @@ def Glyphs(
     """
     names = [unicodedata.name(letter) for letter in glyph_list(split)]
     versions = [importlib.metadata.version(p) for p in ("matplotlib", "pillow")]
-    key = (versions, seed, _GLYPH_RANGES[split], _GLYPH_PRINTS[split])
+    key = (_GLYPH_EDITION, versions, seed, _GLYPH_RANGES[split], _GLYPH_PRINTS[split])
     x = _cached(f"glyphs-{split}", key, partial(_render, split, seed), root)
     return _even_classes(x[:, :, None], names, cut=10)
 
@@ -362,9 +362,7 @@ class Remote:
     url: str  # https only
     md5: str  # The checksum that the field knows this file by
     path: str  # Where it lies under the data root
-    gives: tuple[
-        str, ...
-    ] = ()  # What is unpacked beside it and then read; nothing: it is read itself
+    gives: tuple[str, ...] = ()  # What to unpack from it; nothing: it is read as it is
 
 
 def _download(remote: Remote, target: Path) -> None:
@@ -397,7 +395,7 @@ def _obtain(remote: Remote, root: Path) -> Path:
     if not target.exists():
         _download(remote, target)
     if remote.gives:
-        unpack(target, target.parent, remote.gives)
+        _unpack(target, target.parent, remote.gives)
     return target
 
 # %% ../nbs/03_datasets.ipynb #6bf87fc7
@@ -464,7 +462,7 @@ def members(
         ) from error
 
 
-def unpack(
+def _unpack(
     archive: Path,  # Read with `members`
     folder: Path,  # Where the files go
     wanted: tuple[str, ...],  # Which files of the archive, by their full names
@@ -584,9 +582,10 @@ def Omniglot(
 ) -> Classes:  # 20 drawings a class, ink 1 and paper 0
     """Load handwritten characters of 50 alphabets (Lake et al. 2015), split before turned.
 
-    Raises ValueError for an unknown split or protocol and DataError for archives that cannot be
-    fetched or read.
+    Raises ValueError for an unknown split or protocol or a size below 1, and DataError for archives
+    that cannot be fetched or read.
     """
+    positive(size=size)
     names = omniglot_split(split, protocol)
     archives = [_obtain(remote, data_root(root)) for remote in OMNIGLOT_FILES]
     key = ("lanczos", size, [(a.stat().st_size, a.stat().st_mtime_ns) for a in archives])
@@ -596,13 +595,13 @@ def Omniglot(
     return turned(classes) if rotations or (rotations is None and split == "train") else classes
 
 # %% ../nbs/03_datasets.ipynb #52b27103
-CIFAR_PARTS = ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
-CIFAR_FILES = (
+_CIFAR_PARTS = ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
+_CIFAR_FILES = (
     Remote(
         "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         "03b5dce01913d631647c71ecec9e9cb8",
         "cifar-100-binary.tar.gz",
-        tuple(f"cifar-100-binary/{part}" for part in CIFAR_PARTS),
+        tuple(f"cifar-100-binary/{part}" for part in _CIFAR_PARTS),
     ),
 )
 
@@ -655,7 +654,7 @@ def _cifar(
     root: str | Path | None,  # The data root
 ) -> Classes:  # 600 pictures a class
     """Load some classes of CIFAR-100, in the order of `wanted`."""
-    folder = _obtain(CIFAR_FILES[0], data_root(root)).parent / "cifar-100-binary"
+    folder = _obtain(_CIFAR_FILES[0], data_root(root)).parent / "cifar-100-binary"
     names = {k: (folder / f"{k}_label_names.txt").read_text().split() for k in ("fine", "coarse")}
     files = (("train.bin", 50_000), ("test.bin", 10_000))
     rows = np.concatenate([_cifar_rows(folder, *file) for file in files])
@@ -702,6 +701,28 @@ def FC100(
 # %% ../nbs/03_datasets.ipynb #9771d6c5
 _MINI = {"train": 64, "val": 16, "test": 20}  # classes
 _MINI_FILES = ("images", "train.csv", "val.csv", "test.csv")
+# Per channel, as in the code of MetaOptNet (Lee et al. 2019).
+_MINI_STATS = ((0.472, 0.453, 0.410), (0.277, 0.268, 0.284))
+
+
+def _mini_rows(folder: Path, split: str) -> list[tuple[str, str]]:
+    """Read label and file name of each picture of a split, class by class."""
+    with open(folder / f"{split}.csv", newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := {"filename", "label"} - set(reader.fieldnames or ()):
+            raise DataError(
+                f"{folder / split}.csv has no column {' and no '.join(sorted(missing))}; its first "
+                "line should be: filename,label"
+            )
+        rows = sorted((row["label"], row["filename"]) for row in reader)
+    sizes = set(Counter(label for label, _ in rows).values())
+    if len({label for label, _ in rows}) != _MINI[split] or len(sizes) != 1:
+        raise DataError(
+            f"{folder / split}.csv lists {len({label for label, _ in rows})} classes of "
+            f"{min(sizes, default=0)} to {max(sizes, default=0)} pictures, expected "
+            f"{_MINI[split]} classes of 600."
+        )
+    return rows
 
 
 def MiniImageNet(
@@ -716,21 +737,15 @@ def MiniImageNet(
     pictures on, so they cannot be fetched. Raises DataError when they are not there or unreadable.
     """
     number = lookup(split, _MINI, "split")
+    positive(size=size)
     folder = fetch("miniimagenet", root)
-    with open(folder / f"{split}.csv", newline="") as file:
-        rows = [(row["label"], row["filename"]) for row in csv.DictReader(file)]
-    sizes = Counter(label for label, _ in sorted(rows))
-    if len(sizes) != number or len(set(sizes.values())) != 1:
-        raise DataError(
-            f"{folder / split}.csv lists {len(sizes)} classes of {min(sizes.values(), default=0)} "
-            f"to {max(sizes.values(), default=0)} pictures, expected {number} classes of 600."
-        )
-    files = [folder / "images" / name for _, name in sorted(rows)]
+    rows = _mini_rows(folder, split)
+    files = [folder / "images" / name for _, name in rows]
     key = (rows, (folder / "images").stat().st_mtime_ns)
     make = partial(_read_images, files, folder, size=size, channels=3)
     x = _cached(f"miniimagenet-{split}{size}", key, make, root)
     x = x.reshape(number, -1, *x.shape[1:])
-    return _even_classes(x, list(sizes), (0.472, 0.453, 0.410), (0.277, 0.268, 0.284))
+    return _even_classes(x, list(dict.fromkeys(label for label, _ in rows)), *_MINI_STATS)
 
 # %% ../nbs/03_datasets.ipynb #585c9d2d
 def _formats() -> list[str]:
@@ -756,6 +771,13 @@ def _over_white(image: Any) -> Any:
     return image
 
 
+def _check_target(size: int, channels: int) -> None:
+    """Raise ValueError for a size or a number of channels that no image can have."""
+    positive(size=size)
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels}, expected 3 (colour) or 1 (grey)")
+
+
 def read_image(
     source: str | Path | io.IOBase,  # An image in any format that PIL reads
     size: int,  # Height and width to which it is scaled, whatever its proportions
@@ -764,10 +786,12 @@ def read_image(
 ) -> UInt8[Tensor, "channels size size"]:
     """Read one image as a person sees it: turned as the camera says, transparent parts white.
 
-    Raises what PIL raises for a file that is no image, is cut short, or is too large to be safe.
+    Raises ValueError for a size below 1 and for channels other than 1 and 3, and what PIL raises
+    for a file that is no image, is cut short, or is too large to be safe.
     """
     from PIL import Image
 
+    _check_target(size, channels)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(source, formats=_formats()) as image:
@@ -822,8 +846,10 @@ def from_folder(
     statistic of a test set enters a score.
 
     Raises DataError when there are no folders, when a class has no image, and, by name, for
-    images that cannot be read, are too large to be safe, or are links out of the folder.
+    images that cannot be read, are too large to be safe, or are links out of the folder; and
+    ValueError for a size below 1 or channels other than 1 and 3.
     """
+    _check_target(size, channels)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; give one that holds a folder of images per class.")
@@ -850,58 +876,45 @@ class Source:
 
     title: str
     load: Callable[..., Classes]  # Takes a split and `root`
-    folder: str  # Under the data root
-    files: tuple[str, ...]  # What lies in the folder; nothing: it is made on the spot
-    remotes: tuple[Remote, ...]  # Where they come from; nothing: they cannot be fetched
-    megabytes: int  # To fetch
     licence: str
+    folder: str = ""  # Under the data root
+    files: tuple[str, ...] = ()  # What lies in the folder; nothing: it is made on the spot
+    remotes: tuple[Remote, ...] = ()  # Where they come from; nothing: they cannot be fetched
+    megabytes: int = 0  # To fetch
 
 
+_CIFAR = Source(
+    title="CIFAR-FS: CIFAR-100, classes split at random",
+    load=CIFARFS,
+    licence="none stated",
+    folder="cifar-100-binary",
+    files=_CIFAR_PARTS,
+    remotes=_CIFAR_FILES,
+    megabytes=169,
+)
 SOURCES: dict[str, Source] = {
     "glyphs": Source(
-        "Glyphs: letters of five scripts, drawn with matplotlib's fonts",
-        Glyphs,
-        "",
-        (),
-        (),
-        0,
-        "fonts: DejaVu (free), STIX (OFL)",
+        title="Glyphs: letters of five scripts, drawn with matplotlib's fonts",
+        load=Glyphs,
+        licence="fonts: DejaVu (free), STIX (OFL)",
     ),
     "omniglot": Source(
-        "Omniglot: 1,623 handwritten characters of 50 alphabets",
-        Omniglot,
-        "omniglot",
-        ("images_background.zip", "images_evaluation.zip"),
-        OMNIGLOT_FILES,
-        16,
-        "MIT",
+        title="Omniglot: 1,623 handwritten characters of 50 alphabets",
+        load=Omniglot,
+        licence="MIT",
+        folder="omniglot",
+        files=("images_background.zip", "images_evaluation.zip"),
+        remotes=OMNIGLOT_FILES,
+        megabytes=16,
     ),
-    "cifarfs": Source(
-        "CIFAR-FS: CIFAR-100, classes split at random",
-        CIFARFS,
-        "cifar-100-binary",
-        CIFAR_PARTS,
-        CIFAR_FILES,
-        169,
-        "none stated",
-    ),
-    "fc100": Source(
-        "FC100: CIFAR-100, split by superclass",
-        FC100,
-        "cifar-100-binary",
-        CIFAR_PARTS,
-        CIFAR_FILES,
-        169,
-        "none stated",
-    ),
+    "cifarfs": _CIFAR,
+    "fc100": replace(_CIFAR, title="FC100: CIFAR-100, split by superclass", load=FC100),
     "miniimagenet": Source(
-        "mini-ImageNet: 100 classes of ImageNet, 84 x 84",
-        MiniImageNet,
-        "mini-imagenet",
-        _MINI_FILES,
-        (),
-        0,
-        "ImageNet's: research only",
+        title="mini-ImageNet: 100 classes of ImageNet, 84 x 84",
+        load=MiniImageNet,
+        licence="ImageNet's: research only",
+        folder="mini-imagenet",
+        files=_MINI_FILES,
     ),
 }
 

@@ -23,14 +23,14 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Statistics', 'Parameters', 'tensor_name', 'BatchNorm', 'batch_norms', 'recording', 'call', 'support_statistics',
-           'store_running', 'MLP', 'parameter_count', 'Conv4', 'check_images', 'ResNet12', 'ResidualBlock']
+__all__ = ['Statistics', 'Parameters', 'BatchNorm', 'batch_norms', 'recording', 'call', 'support_statistics', 'store_running',
+           'MLP', 'parameter_count', 'Conv4', 'ResNet12', 'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
 
 
-def tensor_name(
+def _tensor_name(
     name: str,  # of a layer within its network; empty for the network itself
     what: str,  # which of its tensors
 ) -> str:
@@ -43,7 +43,8 @@ class BatchNorm(nn.Module):
 
     `stats="batch"`: every batch by its own mean and variance.  Queries that are predicted together see
     one another: transductive.
-    `stats="support"`: the queries by the statistics of the support set, so each stands alone.
+    `stats="support"`: the queries by the statistics of the support set, so each stands alone.  The
+    support set itself passes with nothing given, and then the batch decides: see `support_statistics`.
     `stats="running"`: in training by the batch, in evaluation mode by averages kept from training.
 
     The layer never writes a buffer: see `recording` and `store_running`.  Raises `ValueError` for
@@ -87,7 +88,7 @@ class BatchNorm(nn.Module):
         var = self.var if self.given else centred.square().mean(axes)
         if not self.given:
             for name, seen in self.notes:
-                seen[tensor_name(name, "mean")], seen[tensor_name(name, "var")] = mean, var
+                seen[_tensor_name(name, "mean")], seen[_tensor_name(name, "var")] = mean, var
         scale = self.weight * torch.rsqrt(var + self.eps)  # gamma / s
         return centred * scale.view(shape) + self.bias.view(shape)
 
@@ -166,9 +167,9 @@ def store_running(
 ) -> None:
     "Move the running averages towards new statistics: once an outer step, outside any lift."
     for name, layer in network.named_modules():
-        if isinstance(layer, BatchNorm) and tensor_name(name, "mean") in statistics:
-            layer.mean.lerp_(statistics[tensor_name(name, "mean")], layer.momentum)
-            layer.var.lerp_(statistics[tensor_name(name, "var")], layer.momentum)
+        if isinstance(layer, BatchNorm) and _tensor_name(name, "mean") in statistics:
+            layer.mean.lerp_(statistics[_tensor_name(name, "mean")], layer.momentum)
+            layer.var.lerp_(statistics[_tensor_name(name, "var")], layer.momentum)
 
 # %% ../nbs/04_networks.ipynb #52fd4281
 @register("mlp", NETWORKS)
@@ -246,7 +247,7 @@ class Conv4(nn.Module):
         self.head = nn.Identity() if out is None else nn.Linear(self.features, out)
 
     def forward(self, x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n out"]:
-        check_images(x, self.channels, self.size)
+        _check_images(x, self.channels, self.size)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.relu(norm(conv(x)))
             if self.pool == "max":
@@ -254,7 +255,7 @@ class Conv4(nn.Module):
         return self.head(x.mean((2, 3)) if self.pool == "stride" else x.flatten(1))
 
 
-def check_images(
+def _check_images(
     x: Tensor,  # what somebody wants to classify
     channels: int,  # what the network was built for
     size: int | None = None,  # height and width; `None`: any of at least 16
@@ -299,7 +300,7 @@ class ResNet12(nn.Module):
         self.head = nn.Identity() if out is None else nn.Linear(self.features, out)
 
     def forward(self, x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n out"]:
-        check_images(x, self.channels)
+        _check_images(x, self.channels)
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean((2, 3)))

@@ -84,7 +84,8 @@ class ProtoNet(Learner):
     `distance="squared"` is the paper's choice.  `"cosine"` has a learned scale, 10 at the start (Gidaris
     & Komodakis 2018).  The support and the query set pass through the network one after the other:
     with `BatchNorm(stats="batch")` each has its own statistics, where the authors' code normalises
-    both together in training.  Raises `ValueError` for an unknown distance.
+    both together in training.  Raises `ValueError` for an unknown distance.  A class without a
+    support example makes every logit NaN: inside a lift nobody may look at values, so look before.
     """
 
     head = False

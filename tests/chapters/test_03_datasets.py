@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw, ImageFont
 from metabook.datasets import (
     _CIFAR_FS,
     _FC100,
+    _GLYPH_FACES,
     _GLYPH_PRINTS,
     CIFARFS,
     FC100,
-    GLYPH_FACES,
     OMNIGLOT,
     OMNIGLOT_FILES,
     SOURCES,
@@ -35,13 +35,15 @@ from metabook.datasets import (
     Omniglot,
     _cached,
     _covered,
+    _distort,
+    _drawings,
     _font_path,
     _ink,
     _render,
     _two_sides,
+    _unpack,
     check,
     data_root,
-    distort,
     fingerprint,
     from_folder,
     glyph_list,
@@ -51,7 +53,6 @@ from metabook.datasets import (
     read_image,
     shuffled,
     turned,
-    unpack,
 )
 from metabook.episodes import Classes
 
@@ -128,29 +129,50 @@ def test_the_fonts_are_those_of_the_book():
     assert _covered("ab")[1] != _covered("ac")[1]
 
 
+def test_drawings_stand_in_the_middle():
+    # cell 0b71663e
+    for drawing in _drawings("Rψщ", [[0, 8], [3], [13]]):
+        for axis in (0, 1):
+            inked = np.flatnonzero(drawing.max(axis))
+            assert abs(inked[0] + inked[-1] - 55) <= 3
+
+
 def test_without_chance_nothing_is_distorted():
     # cell 62390a47
     class Still(np.random.Generator):
-        "A random generator whose every draw is its mean."
+        "A random generator whose every draw is its mean, but for one turn that you may set."
+
+        turn = 0.0
 
         def normal(self, mean, deviation, size):
-            return np.zeros(size)
+            draws = np.zeros(size)
+            if size[0] == 4:  # turn, slant and two scales
+                draws[0] = self.turn
+            return draws
 
         def random(self, size):
             return np.full(size, 0.5)
 
     ramp = torch.linspace(0, 1, 56).expand(56, 56)
-    still = distort(torch.stack([ramp, ramp.T])[:, None], Still(np.random.PCG64()))
+    ramps, chance = torch.stack([ramp, ramp.T])[:, None], Still(np.random.PCG64())
+    still = _distort(ramps, chance)
     expected = torch.nn.functional.avg_pool2d(ramp[None], 2)[0]
     assert torch.allclose(still[0, 0], expected, atol=0.01)
     assert torch.allclose(still[1, 0], expected.T, atol=0.01)  # x stays x and y stays y
+    chance.turn = math.pi / 2  # and a quarter turn is a quarter turn
+    assert torch.allclose(_distort(ramps, chance), torch.rot90(still, 1, (-2, -1)), atol=1e-4)
 
 
 def test_distortions_keep_the_ink():
+    # cell 0b71663e
+    for drawing in _drawings("Rψщ", [[0, 8], [3], [13]]):
+        for axis in (0, 1):
+            inked = np.flatnonzero(drawing.max(axis))
+            assert abs(inked[0] + inked[-1] - 55) <= 3
     # cell 20b630c1
     drawing = torch.zeros(1, 1, 56, 56)
     drawing[..., 20:36, 24:32] = 1.0
-    many = distort(drawing.expand(500, -1, -1, -1), np.random.default_rng(0))
+    many = _distort(drawing.expand(500, -1, -1, -1), np.random.default_rng(0))
     assert many.min() >= 0 and many.max() <= 1
     ink = many.sum((1, 2, 3)) / (8 * 4)
     assert 0.9 < ink.median() < 1.2 and ink.min() > 0.3 and ink.max() < 3
@@ -293,8 +315,8 @@ def test_the_lists_follow_the_rules():
     def candidates():
         "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
         plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
+        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in _GLYPH_FACES]
+        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in _GLYPH_FACES]
         found = {"train": "", "val": "", "test": ""}
         for letter in map(chr, sorted(set().union(*known))):
             split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
@@ -388,14 +410,14 @@ def test_archives_are_read_whole():
                 archive.addfile(info, io.BytesIO(content))
         for name in ("some.zip", "some.tar.gz"):
             assert dict(members(Path(folder, name))) == files
-            unpack(Path(folder, name), Path(folder, "out"), ("a/b/two.txt",))
+            _unpack(Path(folder, name), Path(folder, "out"), ("a/b/two.txt",))
             assert Path(folder, "out/a/b/two.txt").read_bytes() == b"22"
             with pytest.raises(
                 DataError, match=r"some\.(zip|tar\.gz) unpacks to more than 2 bytes"
             ):
                 dict(members(Path(folder, name), most_bytes=2))
             with pytest.raises(DataError, match=r"does not hold other\.txt"):
-                unpack(Path(folder, name), Path(folder), ("a/one.txt", "other.txt"))
+                _unpack(Path(folder, name), Path(folder), ("a/one.txt", "other.txt"))
         Path(folder, "some.zip").write_bytes(Path(folder, "some.zip").read_bytes()[:-30])
         with pytest.raises(DataError, match=r"some\.zip is damaged or cut short"):
             dict(members(Path(folder, "some.zip")))
@@ -424,9 +446,8 @@ def test_alphabets_stay_on_one_side():
     train, val, test = sides["alphabet"]
     assert not train & val and not train & test and not val & test
     assert (len(train), len(val), len(test)) == (25, 5, 20)
-    assert (
-        len(sides["random"][0] & sides["random"][2]) == 50
-    )  # every alphabet trains, and every one tests
+    train, _, test = sides["random"]
+    assert len(train & test) == 50  # every alphabet trains, and every one tests
 
 
 def test_characters_are_split_before_they_are_turned():
@@ -440,15 +461,13 @@ def test_characters_are_split_before_they_are_turned():
     train, val, test = sides["alphabet"]
     assert not train & val and not train & test and not val & test
     assert (len(train), len(val), len(test)) == (25, 5, 20)
-    assert (
-        len(sides["random"][0] & sides["random"][2]) == 50
-    )  # every alphabet trains, and every one tests
+    train, _, test = sides["random"]
+    assert len(train & test) == 50  # every alphabet trains, and every one tests
     # cell 4f439b7a
     train, val, test = (omniglot_split(split) for split in SPLITS)
     assert (len(train), len(val), len(test)) == (1100, 100, 423) and len(set(OMNIGLOT)) == 1623
-    assert sorted(train + val + test) == sorted(
-        OMNIGLOT
-    )  # so no test character has a sister in training
+    # Each character stands on one side, so none has a sister in training.
+    assert sorted(train + val + test) == sorted(OMNIGLOT)
 
 
 def test_one_bit_images_ignore_the_filter():
@@ -470,20 +489,15 @@ def test_omniglot_is_what_was_published():
     # cell f7d45ee5
     if present("omniglot"):
         data = Omniglot("test")
-        assert (
-            len(data) == 423
-            and data.x.shape == (8460, 1, 28, 28)
-            and set(data.sizes.tolist()) == {20}
-        )
+        assert data.x.shape == (8460, 1, 28, 28) and data.sizes.tolist() == [20] * 423
         assert data.names == omniglot_split("test")
         with zipfile.ZipFile(data_root() / OMNIGLOT_FILES[1].path) as archive:
             i = next(i for i, n in enumerate(data.names) if n.startswith("Tengwar/"))
             files = sorted(
                 n for n in archive.namelist() if data.names[i] in n and n.endswith(".png")
             )
-            assert torch.equal(
-                data.of_class(i)[7, 0], torch.from_numpy(_ink(archive.read(files[7]), 28))
-            )
+            drawing = torch.from_numpy(_ink(archive.read(files[7]), 28))
+        assert torch.equal(data.of_class(i)[7, 0], drawing)
         assert 0.03 < data.prepare(data.x).mean() < 0.2  # ink is 1, and there is little of it
 
 
@@ -499,23 +513,18 @@ def test_omniglot_turns_in_training_only():
     train, val, test = sides["alphabet"]
     assert not train & val and not train & test and not val & test
     assert (len(train), len(val), len(test)) == (25, 5, 20)
-    assert (
-        len(sides["random"][0] & sides["random"][2]) == 50
-    )  # every alphabet trains, and every one tests
+    train, _, test = sides["random"]
+    assert len(train & test) == 50  # every alphabet trains, and every one tests
     # cell 4f439b7a
     train, val, test = (omniglot_split(split) for split in SPLITS)
     assert (len(train), len(val), len(test)) == (1100, 100, 423) and len(set(OMNIGLOT)) == 1623
-    assert sorted(train + val + test) == sorted(
-        OMNIGLOT
-    )  # so no test character has a sister in training
+    # Each character stands on one side, so none has a sister in training.
+    assert sorted(train + val + test) == sorted(OMNIGLOT)
     # cell af00d79d
     if present("omniglot"):
         train, flat = Omniglot("train"), Omniglot("train", rotations=False)
-        assert (
-            len(train) == 4400
-            and torch.equal(train.x, turned(flat).x)
-            and train.names[0].endswith("rot000")
-        )
+        assert len(train) == 4400 and torch.equal(train.x, turned(flat).x)
+        assert train.names[0].endswith("rot000")
         assert len(Omniglot("val")) == 100 and len(Omniglot("test", rotations=True)) == 4 * 423
         assert len(Omniglot("test", "alphabet")) == 659
 
@@ -584,6 +593,40 @@ def test_images_are_read_as_you_see_them():
     assert read_back(clear, format="PNG") == [[255, 255], [255, 255]]
     deep = Image.fromarray(np.array([[0, 100], [200, 255]], np.uint16) * 257)
     assert read_back(deep, format="PNG") == [[0, 100], [200, 255]]
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (40, 20)))
+    assert 100 < read_back(stripes, format="PNG")[0][0] < 155  # an average, not the nearest pixel
+
+
+def test_images_that_nobody_can_want():
+    # cell 4fca12a9
+    with tempfile.TemporaryDirectory() as folder:
+        for name, colour, number in (("red", "red", 3), ("blue ü", "blue", 2)):
+            Path(folder, name).mkdir()
+            for i in range(number):
+                Image.new("RGB", (40, 30), colour).save(Path(folder, name, f"{i}.png"))
+        Path(folder, "red", "notes.txt").write_text("no image, and not meant as one")
+        Path(folder, "red", ".hidden.png").write_text("hidden")
+        data = from_folder(folder, size=16)
+        grey = from_folder(folder, size=16, channels=1, invert=True)
+    assert data.names == ["blue ü", "red"] and data.sizes.tolist() == [2, 3]
+    assert data.x.shape == (5, 3, 16, 16) and data.x[0, :, 0, 0].tolist() == [0, 0, 255]
+    assert data.prepare(data.x).max() == 2 and data.prepare(data.x).min() == -2
+    assert (
+        grey.x.shape == (5, 1, 16, 16) and grey.x[0, 0, 0, 0] == 255 - 29
+    )  # blue is dark: much ink
+    # cell 8c257a05
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(ValueError, match="size=0, expected an integer of at least 1"):
+            from_folder(folder, size=0)
+        with pytest.raises(ValueError, match=r"channels=4, expected 3 \(colour\) or 1 \(grey\)"):
+            from_folder(folder, channels=4)
+        for loader in (Omniglot, MiniImageNet):
+            with pytest.raises(ValueError, match="size=-1"):
+                loader("test", size=-1, root=folder)
+        file = Path(folder, "big.png")
+        Image.new("1", (10_000, 10_000)).save(file)  # 100 million pixels in a few kilobytes
+        with pytest.raises(Image.DecompressionBombWarning, match="100000000 pixels"):
+            read_image(file, size=2)
 
 
 def test_sources_can_be_asked_for():
@@ -674,8 +717,8 @@ def test_random_splits_leave_relatives_in_training():
     def candidates():
         "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
         plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
+        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in _GLYPH_FACES]
+        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in _GLYPH_FACES]
         found = {"train": "", "val": "", "test": ""}
         for letter in map(chr, sorted(set().union(*known))):
             split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
@@ -698,7 +741,7 @@ def test_random_splits_leave_relatives_in_training():
     # cell 7e42aa82
     test = shuffled(glyph_list("test"), "held out")[:150]
     every = set("".join(map(glyph_list, SPLITS))) - set(test)
-    rest = sorted(every)
+    rest = shuffled(every, "a random split")[: len(glyph_list("train"))]
     by_script = look_apart(test, glyph_list("train")).min(1).values
     at_random = look_apart(test, rest).min(1).values
     print(
@@ -747,8 +790,8 @@ def test_some_letters_survive_a_half_turn():
     def candidates():
         "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
         plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
+        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in _GLYPH_FACES]
+        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in _GLYPH_FACES]
         found = {"train": "", "val": "", "test": ""}
         for letter in map(chr, sorted(set().union(*known))):
             split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
@@ -838,8 +881,8 @@ def test_small_letters_are_no_strangers_to_capitals():
     def candidates():
         "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
         plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in GLYPH_FACES]
+        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in _GLYPH_FACES]
+        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in _GLYPH_FACES]
         found = {"train": "", "val": "", "test": ""}
         for letter in map(chr, sorted(set().union(*known))):
             split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])

@@ -19,9 +19,9 @@ from metabook.networks import (
     BatchNorm,
     Conv4,
     ResNet12,
+    _check_images,
     batch_norms,
     call,
-    check_images,
     parameter_count,
     recording,
     store_running,
@@ -249,6 +249,10 @@ def test_running_averages():
     assert layer.mean.item() == 0 and layer.var.item() == 1  # nothing was written inside the lift
     store_running(layer, {k: s.mean(0) for k, s in seen.items()})
     torch.testing.assert_close(torch.stack([layer.mean, layer.var]), torch.tensor([[0.35], [1.15]]))
+    fast = BatchNorm(1, "running", momentum=1.0)  # forgets at once
+    store_running(fast, {k: s.mean(0).requires_grad_() for k, s in seen.items()})
+    assert not fast.mean.requires_grad and not fast.var.requires_grad
+    torch.testing.assert_close(torch.stack([fast.mean, fast.var]), torch.tensor([[3.5], [2.5]]))
 
 
 def test_statistics_are_plain():
@@ -285,6 +289,10 @@ def test_statistics_are_plain():
     assert layer.mean.item() == 0 and layer.var.item() == 1  # nothing was written inside the lift
     store_running(layer, {k: s.mean(0) for k, s in seen.items()})
     torch.testing.assert_close(torch.stack([layer.mean, layer.var]), torch.tensor([[0.35], [1.15]]))
+    fast = BatchNorm(1, "running", momentum=1.0)  # forgets at once
+    store_running(fast, {k: s.mean(0).requires_grad_() for k, s in seen.items()})
+    assert not fast.mean.requires_grad and not fast.var.requires_grad
+    torch.testing.assert_close(torch.stack([fast.mean, fast.var]), torch.tensor([[3.5], [2.5]]))
     # cell f1afc797
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -310,11 +318,82 @@ def test_statistics_are_plain():
 
 
 def test_batch_norm_errors():
+    # cell 1d6881cc
+    torch.manual_seed(0)
+    support, query = torch.randn(5, 3, 4, 4), 2 + 3 * torch.randn(7, 3, 4, 4)
+
+    def by_statistics_of(x, eps=1e-5):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        return (query - mean) / (var + eps).sqrt()
+
+    torch.testing.assert_close(BatchNorm(3, "batch")(query), by_statistics_of(query))
+
+    layer = BatchNorm(3, "support")
+    statistics = support_statistics(layer, {}, support)
+    torch.testing.assert_close(call(layer, {}, query, statistics), by_statistics_of(support))
+
+    layer = BatchNorm(3, "running")
+    torch.testing.assert_close(layer(query), by_statistics_of(query))  # in training
+    layer.eval()
+    torch.testing.assert_close(layer(query), query / (1 + 1e-5) ** 0.5)  # averages still 0 and 1
+    layer.mean += 1
+    torch.testing.assert_close(layer(query), (query - 1) / (1 + 1e-5) ** 0.5)
+    # cell c95eeec3
+    layer = BatchNorm(1, "running")
+
+    def seen_by_one_task(x):
+        with recording(layer, "running") as seen:
+            layer(x)
+        return seen
+
+    tasks = torch.tensor([[0.0, 2.0], [4.0, 8.0]])[..., None]
+    seen = vmap(seen_by_one_task)(tasks)
+    assert layer.mean.item() == 0 and layer.var.item() == 1  # nothing was written inside the lift
+    store_running(layer, {k: s.mean(0) for k, s in seen.items()})
+    torch.testing.assert_close(torch.stack([layer.mean, layer.var]), torch.tensor([[0.35], [1.15]]))
+    fast = BatchNorm(1, "running", momentum=1.0)  # forgets at once
+    store_running(fast, {k: s.mean(0).requires_grad_() for k, s in seen.items()})
+    assert not fast.mean.requires_grad and not fast.var.requires_grad
+    torch.testing.assert_close(torch.stack([fast.mean, fast.var]), torch.tensor([[3.5], [2.5]]))
+    # cell f1afc797
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(2, 3), BatchNorm(3, "support"), nn.ReLU(), BatchNorm(3, "support")
+    )
+    support, query = torch.randn(4, 2), torch.randn(6, 2)
+    with recording(net) as outer, recording(net[1]) as inner:
+        net(support)
+    assert list(outer) == ["1.mean", "1.var", "3.mean", "3.var"] and list(inner) == ["mean", "var"]
+    assert outer["1.mean"] is inner["mean"]
+
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(call(twin, {}, query, outer), call(net, {}, query, outer))
+    torch.testing.assert_close(net(query), twin(query))  # nothing has stayed behind
+    assert not any(layer.notes for layer in batch_norms(net))
+
+    def through(support):
+        return call(net, {}, query, support_statistics(net, {}, support)).square().sum()
+
+    assert grad(through)(support).abs().min() > 0
+    lifted = vmap(grad(through))(torch.stack([support, 2 * support]))
+    torch.testing.assert_close(lifted[0], grad(through)(support))
     # cell 9a0dbec9
     with pytest.raises(ValueError, match=r"expected \[n, 3, ...\]"):
         BatchNorm(3)(torch.zeros(5, 4))
     with pytest.raises(ValueError, match="is empty, so it has no statistics"):
         BatchNorm(3)(torch.zeros(0, 3, 5, 5))
+    with pytest.raises(ValueError, match="channels=0"):
+        BatchNorm(0)
+
+    layer, support = BatchNorm(3, "support"), torch.randn(5, 3)
+    statistics = support_statistics(layer, {}, support)
+    assert call(layer, {}, torch.zeros(0, 3), statistics).shape == (
+        0,
+        3,
+    )  # given statistics need no batch
+    with recording(layer) as seen:
+        call(layer, {}, support, statistics)
+    assert not seen  # the batch was not measured
 
 
 def test_mlp():
@@ -454,7 +533,7 @@ def test_image_errors():
     with pytest.raises(ValueError, match="width=0"):
         Conv4(width=0)
     with pytest.raises(ValueError, match="expected floats"):
-        check_images(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), 1, 28)
+        _check_images(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), 1, 28)
 
 
 @pytest.mark.proves("eq-resnet12-parameters")
@@ -519,6 +598,8 @@ def test_resnet12_parameters(device):
         net(torch.zeros(2, 3, 12, 12))
     with pytest.raises(ValueError, match="expected four numbers"):
         ResNet12(widths=(64, 128))
+    with pytest.raises(ValueError, match=r"widths\[2\]=0"):
+        ResNet12(widths=(4, 4, 0, 4))
 
 
 def test_resnet12_equals_the_reference(device):
@@ -582,6 +663,8 @@ def test_resnet12_equals_the_reference(device):
         net(torch.zeros(2, 3, 12, 12))
     with pytest.raises(ValueError, match="expected four numbers"):
         ResNet12(widths=(64, 128))
+    with pytest.raises(ValueError, match=r"widths\[2\]=0"):
+        ResNet12(widths=(4, 4, 0, 4))
     # cell 5029da8d
     torch.manual_seed(0)
     net = ResNet12(3, widths=(4, 5, 6, 7)).double()
@@ -620,15 +703,12 @@ def test_gamma_gradient():
     def built_in(x, gamma):
         return F.batch_norm(x, None, None, gamma, None, training=True)
 
-    def three_ways(tasks, g):
-        "Its derivative with respect to the inputs."
-        f = inner_gradient(ours)
+    def in_a_loop_and_lifted(layer, tasks, g):
+        "Its derivative with respect to the inputs, computed both ways."
+        f = inner_gradient(layer)
         loop = [torch.autograd.grad(f(x, g), x)[0] for x in tasks]
         lifted = torch.autograd.grad(vmap(f, (0, None))(tasks, g).sum(), tasks)[0]
-        other = torch.autograd.grad(
-            vmap(inner_gradient(built_in), (0, None))(tasks, g).sum(), tasks
-        )[0]
-        return torch.stack(loop), lifted, other
+        return torch.stack(loop), lifted
 
     # cell 0f9e3369
     torch.manual_seed(0)
@@ -636,7 +716,7 @@ def test_gamma_gradient():
         torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True),
         torch.randn(5, 3).double(),
     )
-    loop, lifted, other = three_ways(tasks, g)
+    loop, lifted = in_a_loop_and_lifted(ours, tasks, g)
 
     def mean(t):
         return t.mean(-2, keepdim=True)
@@ -664,15 +744,12 @@ def test_meta_gradients_are_accurate():
     def built_in(x, gamma):
         return F.batch_norm(x, None, None, gamma, None, training=True)
 
-    def three_ways(tasks, g):
-        "Its derivative with respect to the inputs."
-        f = inner_gradient(ours)
+    def in_a_loop_and_lifted(layer, tasks, g):
+        "Its derivative with respect to the inputs, computed both ways."
+        f = inner_gradient(layer)
         loop = [torch.autograd.grad(f(x, g), x)[0] for x in tasks]
         lifted = torch.autograd.grad(vmap(f, (0, None))(tasks, g).sum(), tasks)[0]
-        other = torch.autograd.grad(
-            vmap(inner_gradient(built_in), (0, None))(tasks, g).sum(), tasks
-        )[0]
-        return torch.stack(loop), lifted, other
+        return torch.stack(loop), lifted
 
     # cell 0f9e3369
     torch.manual_seed(0)
@@ -680,7 +757,7 @@ def test_meta_gradients_are_accurate():
         torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True),
         torch.randn(5, 3).double(),
     )
-    loop, lifted, other = three_ways(tasks, g)
+    loop, lifted = in_a_loop_and_lifted(ours, tasks, g)
 
     def mean(t):
         return t.mean(-2, keepdim=True)

@@ -123,6 +123,22 @@ def test_far_from_the_origin():
 
 
 def test_twice_differentiable():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+    # cell ea362412
+    by_hand = {
+        squared_euclidean: [2.0, 5.0],
+        euclidean: [math.sqrt(2), math.sqrt(5)],
+        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
+    }
+    for function, expected in by_hand.items():
+        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
+        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
+
     # cell bb2c5cab
     def as_written(z, c):
         "The formula as it stands: a tensor of shape [n, way, d]."
@@ -145,13 +161,19 @@ def test_twice_differentiable():
     # cell 12ebbcb2
     z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     c = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    zero = torch.zeros_like(z)
     for f in (squared_euclidean, euclidean, cosine_distance):
         assert torch.autograd.gradgradcheck(f, (z, c))
-        for edge in (c.detach().repeat(2, 1).requires_grad_(), zero.clone().requires_grad_()):
-            (g,) = torch.autograd.grad(f(edge, c).sum(), edge, create_graph=True)
+        for edge in (two, torch.zeros(2, 2)):  # on the prototypes, and at the origin
+            edge = edge.clone().requires_grad_()
+            (g,) = torch.autograd.grad(f(edge, two).sum(), edge, create_graph=True)
             (h,) = torch.autograd.grad(g.square().sum(), edge)
             assert g.isfinite().all() and h.isfinite().all()
+
+    short = 1e-4 * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(euclidean(short, 0 * short), torch.full_like(short, 1e-4))
+    torch.testing.assert_close(
+        cosine_distance(short, two.double()), cosine_distance(1e4 * short, two.double())
+    )
 
 
 @pytest.mark.proves("eq-proto-softmax")
@@ -245,6 +267,7 @@ def test_keeps_the_contract(device):
     for distance, stats in zip(DISTANCES, ("batch", "support", "running"), strict=True):
         net = Conv4(size=16, width=4, stats=stats)
         check_learner(ProtoNet(net, distance).to(device), FewShot(noise, way=3, shot=2, query=3))
+    assert not ProtoNet.head  # nothing in the network has the size of the way
 
 
 @pytest.mark.proves("eq-proto-linear")
@@ -386,6 +409,7 @@ def test_cosine_loss_has_a_floor():
         torch.testing.assert_close(loss.item(), lowest(scale, 5), atol=1e-5, rtol=1e-5)
         others = F.cross_entropy(learner.predict((torch.randn(5, 2), {}), z), y)
         assert others >= lowest(scale, 5)
+    assert list(dict(learner.named_parameters())) == ["scale"]  # it is learned
     round(lowest(1, 20), 2), round(math.exp(-lowest(1, 20)), 2)
 
 
@@ -412,7 +436,30 @@ def test_root_instead_of_square():
 
 
 def test_what_the_loss_expects():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
+    # cell 263a6745
+    def is_squared(distance):
+        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
+
+    assert not is_squared(torch.cdist)  # the mistake
+    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
+    assert is_squared(squared_euclidean)
+
+    z = z_query.clone().requires_grad_()
+    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(g.square().sum(), z)
     # cell 6f227c05
+    d = squared_euclidean(z_query, two)  # 2 and 5
+    assert (-d).softmax(1)[0, 0] > 0.95
+    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
+
     y = one_hot(torch.tensor([0]), 5)
     logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
     p, label = logits.softmax(1), torch.tensor([0])
@@ -443,6 +490,13 @@ def test_queries_stand_alone():
 
 
 def test_labels_are_only_names():
+    # cell 0f9e4c2e
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+
     # cell d669c138
     class AsIs(nn.Module):
         "The input itself, flattened: an embedding that has learned nothing."
@@ -452,7 +506,23 @@ def test_labels_are_only_names():
         def forward(self, x):
             return x.flatten(1)
 
+    # cell 263a6745
+    def is_squared(distance):
+        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
+
+    assert not is_squared(torch.cdist)  # the mistake
+    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
+    assert is_squared(squared_euclidean)
+
+    z = z_query.clone().requires_grad_()
+    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(g.square().sum(), z)
     # cell 6f227c05
+    d = squared_euclidean(z_query, two)  # 2 and 5
+    assert (-d).softmax(1)[0, 0] > 0.95
+    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
+
     y = one_hot(torch.tensor([0]), 5)
     logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
     p, label = logits.softmax(1), torch.tensor([0])
@@ -508,6 +578,10 @@ def test_forgotten_class():
     with pytest.raises(RuntimeError, match="not implemented"):
         torch.autograd.grad(g.square().sum(), z)
     # cell 6f227c05
+    d = squared_euclidean(z_query, two)  # 2 and 5
+    assert (-d).softmax(1)[0, 0] > 0.95
+    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
+
     y = one_hot(torch.tensor([0]), 5)
     logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
     p, label = logits.softmax(1), torch.tensor([0])
@@ -531,8 +605,25 @@ def test_forgotten_class():
     right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
     misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
     assert right.all() and not misled.any()
+
     # cell 688f2662
+    def require_every_class(support):
+        "Raise `ValueError` where a class has no support example."
+        if missing := (support.y.sum(0) == 0).nonzero().flatten().tolist():
+            raise ValueError(
+                f"no support example of class {missing[0]}: show one, or leave the class out and number "
+                "the others from 0"
+            )
+
     y = one_hot(torch.tensor([0, 0, 1, 1]), 3)  # three classes, two of them shown
-    logits = ProtoNet(AsIs())(Examples(points, y), points)
+    support = Examples(points, y)
+    logits = ProtoNet(AsIs())(support, points)
     assert logits.isnan().all()
     assert len(logits.argmax(1).unique()) == 1  # an answer all the same
+
+    c = y.T @ points / y.sum(0).clamp_min(1)[:, None]  # no repair: (0, 0) is shown as class 0,
+    assert squared_euclidean(points[:1], c).argmin() == 2  # and goes to the class never shown
+
+    require_every_class(Examples(points, labels))
+    with pytest.raises(ValueError, match="no support example of class 2"):
+        require_every_class(support)

@@ -1,0 +1,127 @@
+"""The command `metabook` as a user types it: results, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from metabook.cli import main
+
+TINY = ["--net", "width=4", "--steps", "2", "--batch", "1", "--train-way", "5", "--every", "2"]
+
+
+def typed(monkeypatch, *words) -> int:
+    "The exit status of a command line."
+    monkeypatch.setattr(sys, "argv", ["metabook", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    "A folder that was trained for two steps."
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert typed(patch, "train", "protonet", "--data", "glyphs", *TINY, "--out", folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["evaluate"], ["classify"], ["data"], ["methods"]]
+)
+def test_every_command_explains_itself(words, monkeypatch, capsys):
+    assert typed(monkeypatch, *words, "--help") == 0
+    assert "Usage: metabook" in capsys.readouterr().out
+
+
+WRONG = {
+    "trian": "Did you mean 'train'",
+    "train mamel": "unknown method 'mamel': did you mean 'maml'",
+    "train maml --data glyfs": "unknown data set 'glyfs': did you mean 'glyphs'",
+    "train maml --network conv5": "unknown network 'conv5': did you mean 'conv4'",
+    "train maml --set lr": "--set lr: expected NAME=VALUE",
+    "train maml --set rate=1": "unexpected keyword argument 'rate'",
+    "train maml --set lr=-1.0": "lr=-1.0, expected a positive inner rate",
+    "train maml --net pool=mean": "'mean'",
+    "train maml --way 1": "greater than or equal to 2",
+    "train protonet --shot 11": "need 11 on each side of its cut",
+    "train protonet --train-way 5000": "way=5000, but the data has",
+    "train protonet --data sinusoids": "regression",
+    "train maml --device tpu": "--device tpu: expected cpu, cuda or auto",
+    "evaluate nowhere": "no trained folder",
+    "classify nowhere a.png --support b": "no trained folder",
+    "data get omniglott": "unknown data set 'omniglott': did you mean 'omniglot'",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_errors_say_what_to_do_without_a_traceback(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert typed(monkeypatch, *line.split()) == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert WRONG[line] in said and "Traceback" not in said
+
+
+def test_a_run_is_not_overwritten(trained, monkeypatch, capsys):
+    before = (trained / "learner.safetensors").read_bytes()
+    assert typed(monkeypatch, "train", "protonet", *TINY, "--out", trained) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (trained / "learner.safetensors").read_bytes() == before
+
+
+def test_what_a_trained_folder_says(trained):
+    config = json.loads((trained / "config.json").read_text())
+    assert config["task"] == {"data": "glyphs", "way": 5, "shot": 1, "size": 84, "channels": 3}
+    assert config["preprocessing"]["invert"] is True and config["preprocessing"]["size"] == 28
+    rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert any("validation" in row for row in rows) and any("loss" in row for row in rows)
+
+
+def test_evaluating_twice_gives_the_same(trained, monkeypatch, capsys):
+    words = ["evaluate", trained, "--tasks", 5, "--way", 3, "--json"]
+    found = []
+    for _ in range(2):
+        assert typed(monkeypatch, *words) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] and found[0][0]["n"] == 5
+
+
+def test_classify_wants_images_that_can_be_read(trained, monkeypatch, capsys, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "support" / name).mkdir(parents=True)
+        Image.new("L", (40, 30), 255).save(tmp_path / "support" / name / "1.png")
+    (tmp_path / "text.png").write_text("no image")
+    words = ["classify", trained, "--support", tmp_path / "support"]
+    assert typed(monkeypatch, *words, tmp_path / "text.png") == 2
+    assert "text.png" in capsys.readouterr().err
+    assert typed(monkeypatch, *words, tmp_path / "absent.png") == 2
+    assert "absent.png" in capsys.readouterr().err
+    assert typed(monkeypatch, *words, tmp_path / "support/a/1.png") == 0
+
+
+def test_own_images_from_end_to_end(monkeypatch, capsys, tmp_path):
+    from metabook.datasets import Glyphs
+
+    for split in ("train", "val", "test"):
+        letters = Glyphs("train").select(range(6))
+        for i in range(6):
+            folder = tmp_path / "mine" / split / f"letter {i}"
+            folder.mkdir(parents=True)
+            for j, image in enumerate(letters.of_class(i)[:4, 0]):
+                Image.fromarray(255 - image.numpy()).save(folder / f"{j}.png")
+    size = ["--size", 28, "--channels", 1, "--way", 3, "--query", 2]
+    words = ["train", "protonet", "--data", tmp_path / "mine", *size, *TINY]
+    assert typed(monkeypatch, *words, "--out", tmp_path / "run") == 0
+    assert typed(monkeypatch, "evaluate", tmp_path / "run", "--tasks", 4) == 0
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_python_m_metabook_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "metabook", "methods"], capture_output=True)
+    assert done.returncode == 0 and b"protonet" in done.stdout
