@@ -96,5 +96,5 @@ def losses(
         return loss, seen
 
     values, seen = over_tasks(one, episodes, lift=choose_lift(learner, lift, episodes))
-    store_running(learner, {name: s.detach().mean(0) for name, s in seen.items()})
+    store_running(learner, {name: s.mean(0) for name, s in seen.items()})
     return values

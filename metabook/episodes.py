@@ -126,6 +126,7 @@ class Tasks:
         seed: int = 0,  # the same seed gives the same episodes, on every device
     ) -> Frozen:
         "The `n` episodes of a seed, held as indices that were drawn on the CPU."
+        positive(n=n)
         generator = torch.Generator().manual_seed(seed)
         sizes = [n] if self.same_shapes else [1] * n
         return Frozen(self, [self.draw(k, generator) for k in sizes], seed)
@@ -157,6 +158,7 @@ class Frozen:
         batch: int = 32,  # how many episodes are gathered at once
     ) -> Iterator[Episode]:
         "The episodes, `batch` at a time and in order."
+        positive(batch=batch)
         for group in self.groups:
             for i in range(0, count(group), batch):
                 yield self.tasks.gather(tree_map(lambda t, i=i: t[i : i + batch], group))
@@ -251,6 +253,8 @@ class Classes:
         **more: Any,  # `mean`, `std`
     ) -> Classes:
         "Classes from a dictionary of tensors, for data that you already hold."
+        if not examples:
+            raise ValueError("examples is empty, expected at least one class and its tensor")
         sizes = torch.tensor([len(x) for x in examples.values()])
         return cls(torch.cat(list(examples.values())), sizes, list(examples), **more)
 
@@ -451,10 +455,10 @@ class VariedWayShot(FewShot):
         shot: tuple[int, int] = (1, 5),  # smallest and largest mean number of support examples
         query: int = 10,  # query examples of each class
     ):
+        for name, pair in {"way": way, "shot": shot}.items():
+            if not isinstance(pair, Sequence) or len(pair) != 2 or pair[0] > pair[1]:
+                raise ValueError(f"{name}={pair!r}, expected (smallest, largest), such as (2, 5)")
         positive(way=way[0], shot=shot[0], query=query)
-        for name, (low, high) in {"way": way, "shot": shot}.items():
-            if low > high:
-                raise ValueError(f"{name}=({low}, {high}): the smaller number comes first")
         self.classes, self.ways, self.shots, self.query = classes, way, shot, query
         check_enough(classes, way[1], shot[1], query)
 

@@ -63,7 +63,6 @@ class Case:
         device = None if parameter is None else parameter.device
         episodes = tasks.sample(n, torch.Generator().manual_seed(seed))
         fresh = copy.deepcopy(learner).double().eval()
-        fresh.zero_grad()
         return cls(fresh, tasks, episodes.to(device, torch.float64))
 
     def episode(self, i: int = 0) -> Episode:

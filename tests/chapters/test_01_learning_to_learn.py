@@ -34,6 +34,7 @@ def test_when_meta_learning_saves_little():
     # error / sigma^2 = tau^2 / (tau^2 + sigma^2) > 0.9, so sigma^2 < 1/9 with tau^2 = 1.
     error = lambda sigma2: sigma2 / (1 + sigma2)  # noqa: E731
     assert math.isclose(error(1 / 9) / (1 / 9), 0.9)
+    assert error(0.1) / 0.1 > 0.9 > error(0.12) / 0.12  # smaller noise saves less
 
 
 def test_several_readings():
@@ -43,5 +44,5 @@ def test_several_readings():
     generator = torch.Generator().manual_seed(0)
     mu = torch.randn(200_000, generator=generator)
     mean = mu + math.sqrt(sigma2 / K) * torch.randn(200_000, generator=generator)
-    best = (mean * mu).mean() / mean.square().mean()  # least squares weight
+    best = (mean * mu).mean() / mean.square().mean()  # least squares weight, for m = 0
     assert abs(best.item() - tau2 / (tau2 + sigma2 / K)) < 0.01

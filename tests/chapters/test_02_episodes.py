@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from metabook.episodes import (
     Classes,
@@ -18,6 +20,8 @@ from metabook.episodes import (
     Tasks,
     VariedWayShot,
     choose,
+    one_hot,
+    uneven,
 )
 
 
@@ -35,6 +39,8 @@ def test_wrong_labels_are_refused():
     # cell 7b1ad91f
     with pytest.raises(ValueError, match="way=2 allows 0 to 1"):
         Examples.of(torch.zeros(3, 1), torch.tensor([0, 1, 2]), way=2)
+    with pytest.raises(ValueError, match="labels run from -1 to 1"):
+        Examples.of(torch.zeros(3, 1), torch.tensor([0, 1, -1]), way=2)
     with pytest.raises(ValueError, match="exactly one label"):
         Examples.of(torch.zeros(3, 1), torch.tensor([0, 1]), way=2)
 
@@ -47,6 +53,10 @@ def test_episode_moves_and_keeps_integers():
     moved = pair.to(dtype=torch.float64)
     assert moved.support.x.dtype == moved.query.y.dtype == torch.float64
     assert moved.support.info["classes"].dtype == torch.int64
+    assert {t.device.type for t in tree_leaves(pair.to("meta"))} == {
+        "meta"
+    }  # a device without memory
+    assert one_hot(torch.zeros(2, dtype=torch.int64, device="meta"), 3).device.type == "meta"
 
 
 @pytest.mark.proves("eq-zero-baseline")
@@ -60,12 +70,29 @@ def test_predicting_zero_costs_what_the_formula_says():
     assert abs(squares.mean().item() - formula) < four_errors < 0.03
 
 
+def test_a_task_is_one_curve_seen_at_different_points():
+    # cell 4709f3e3
+    support, query = Sinusoids(shot=4, query=6).sample(20_000, torch.Generator().manual_seed(0))
+    assert support.x.shape == (20_000, 4, 1) and query.y.shape == (20_000, 6, 1)
+    for part in (support, query):
+        A, p = part.info["task"].T[..., None, None]
+        assert torch.allclose(part.y, A * torch.sin(part.x - p))
+        assert -5 <= part.x.min() < -4.99 and 4.99 < part.x.max() <= 5
+        assert 0.1 <= A.min() < 0.11 and 4.99 < A.max() <= 5
+    assert (support.x[:, :, None] != query.x[:, None]).float().mean() > 0.9999  # no point in both
+    there = Sinusoids(device="meta").sample(2, torch.Generator())  # drawn here, made there
+    assert there.support.y.device.type == "meta" and Sinusoids().describe()["kind"] == "regression"
+
+
 def test_classes_of_different_size():
     # cell 5820fcde
     data = Classes.of({"cat": torch.zeros(3, 1, 2, 2), "dog": torch.ones(5, 1, 2, 2)})
     assert len(data) == 2 and data.sizes.tolist() == [3, 5] and data.starts.tolist() == [0, 3]
     assert torch.equal(data.of_class(1), torch.ones(5, 1, 2, 2))
     assert data.select([1]).names == ["dog"] and len(data.select([1]).x) == 5
+    swapped = replace(data, cut=torch.tensor([1, 2])).to("cpu").select([1, 0])
+    assert swapped.sizes.tolist() == [5, 3] and swapped.cut.tolist() == [2, 1]
+    assert torch.equal(swapped.of_class(0), torch.ones(5, 1, 2, 2)) and swapped.name(0) == "dog"
 
 
 def test_bytes_become_what_the_network_sees():
@@ -73,12 +100,18 @@ def test_bytes_become_what_the_network_sees():
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     seen = Classes(pixels, torch.tensor([2]), mean=(0.5,), std=(0.25,)).prepare(pixels)
     assert seen.flatten().tolist() == [-2.0, 2.0]  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25
+    white = torch.full((4, 3, 3, 3), 255, dtype=torch.uint8)  # each channel has its own mean
+    colour = Classes.of({"a": white[:2], "b": white[2:]}, mean=(0.0, 0.5, 1.0))
+    x = FewShot(colour, way=2, shot=1, query=1).sample(6).query.x
+    assert torch.equal(x, torch.tensor([1.0, 0.5, 0.0])[:, None, None].expand(6, 2, 3, 3, 3))
 
 
 def test_broken_data_is_refused():
     # cell b1d97c34
     with pytest.raises(ValueError, match="'dog' has no examples"):
         Classes.of({"cat": torch.zeros(3, 2), "dog": torch.zeros(0, 2)})
+    with pytest.raises(ValueError, match="at least one class"):
+        Classes.of({})
     with pytest.raises(ValueError, match="add up to 4"):
         Classes(torch.zeros(3, 2), torch.tensor([4]))
     with pytest.raises(ValueError, match="1 names for 2 classes"):
@@ -146,7 +179,11 @@ def test_support_and_query_stand_on_different_sides_of_a_cut():
     side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
     assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
     assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
-    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    first = side[0][..., 0].float()
+    assert 0.4 < first.mean() < 0.6  # either side may be support ...
+    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
+    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
+    assert frozen[0] == frozen[1]  # the generator decides the coins too
 
 
 def test_too_little_data_is_refused_by_name():
@@ -170,7 +207,11 @@ def test_too_little_data_is_refused_by_name():
     side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
     assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
     assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
-    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    first = side[0][..., 0].float()
+    assert 0.4 < first.mean() < 0.6  # either side may be support ...
+    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
+    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
+    assert frozen[0] == frozen[1]  # the generator decides the coins too
     # cell fe14474e
     with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
         FewShot(numbered, way=7)
@@ -205,7 +246,11 @@ def test_the_data_decides_where_tensors_are(device):
     side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
     assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
     assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
-    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    first = side[0][..., 0].float()
+    assert 0.4 < first.mean() < 0.6  # either side may be support ...
+    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
+    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
+    assert frozen[0] == frozen[1]  # the generator decides the coins too
     # cell fe14474e
     with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
         FewShot(numbered, way=7)
@@ -223,6 +268,9 @@ def test_the_data_decides_where_tensors_are(device):
     assert tasks.sample(2).query.y.device == data.x.device
     assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
     assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
+    assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
 
 
 def test_varied_tasks_keep_their_promises(device):
@@ -246,7 +294,11 @@ def test_varied_tasks_keep_their_promises(device):
     side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
     assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
     assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
-    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    first = side[0][..., 0].float()
+    assert 0.4 < first.mean() < 0.6  # either side may be support ...
+    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
+    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
+    assert frozen[0] == frozen[1]  # the generator decides the coins too
     # cell fe14474e
     with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
         FewShot(numbered, way=7)
@@ -264,14 +316,19 @@ def test_varied_tasks_keep_their_promises(device):
     assert tasks.sample(2).query.y.device == data.x.device
     assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
     assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
+    assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
     # cell 92ea4528
     tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5), query=10)
-    ways, uneven_counts = set(), 0
+    ways, shots, uneven_counts, ascending = set(), set(), 0, 0
     for seed in range(40):
         support, query = tasks.sample(8, torch.Generator().manual_seed(seed))
         per_class = support.y.sum(1)
         ways.add(support.y.shape[-1])
+        shots.add(support.y.shape[1] / support.y.shape[2])
         uneven_counts += int((per_class != per_class[:, :1]).any())
+        ascending += int((support.info["classes"].diff(dim=1) > 0).all())
         assert (per_class >= 1).all() and (query.y.sum(1) == 10).all()
         for s, q in zip(support.x[..., 0], query.x[..., 0], strict=True):
             assert len(set(s.tolist()) | set(q.tolist())) == len(s) + len(
@@ -281,7 +338,183 @@ def test_varied_tasks_keep_their_promises(device):
         assert torch.equal(
             support.info["classes"].gather(1, labels), support.x[..., 0].long() // 20
         )
-    assert ways == {2, 3, 4, 5, 6} and uneven_counts > 20
+    assert ways == {2, 3, 4, 5, 6} and shots == {1, 2, 3, 4, 5} and uneven_counts > 20
+    assert ascending < 5  # labels are a fresh order of the classes here too
+
+
+def test_classes_of_different_size_give_only_their_own(device):
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+    # cell aa0b7ddc
+    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
+    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
+    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
+    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
+    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
+    first = side[0][..., 0].float()
+    assert 0.4 < first.mean() < 0.6  # either side may be support ...
+    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
+    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
+    assert frozen[0] == frozen[1]  # the generator decides the coins too
+    # cell fe14474e
+    with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
+        FewShot(numbered, way=7)
+    with pytest.raises(
+        ValueError, match=r"class '0' has 20 examples, but shot=6 and query=15 need 21"
+    ):
+        FewShot(numbered, shot=6)
+    with pytest.raises(ValueError, match=r"shot=0, expected an integer of at least 1"):
+        FewShot(numbered, shot=0)
+    with pytest.raises(ValueError, match="on each side of its cut"):
+        FewShot(Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12)), query=9)
+    # cell 9e6b0fdf
+    data = numbered.to(device)
+    tasks = FewShot(data, way=2, query=3)
+    assert tasks.sample(2).query.y.device == data.x.device
+    assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
+    assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
+    assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
+    # cell 92ea4528
+    tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5), query=10)
+    ways, shots, uneven_counts, ascending = set(), set(), 0, 0
+    for seed in range(40):
+        support, query = tasks.sample(8, torch.Generator().manual_seed(seed))
+        per_class = support.y.sum(1)
+        ways.add(support.y.shape[-1])
+        shots.add(support.y.shape[1] / support.y.shape[2])
+        uneven_counts += int((per_class != per_class[:, :1]).any())
+        ascending += int((support.info["classes"].diff(dim=1) > 0).all())
+        assert (per_class >= 1).all() and (query.y.sum(1) == 10).all()
+        for s, q in zip(support.x[..., 0], query.x[..., 0], strict=True):
+            assert len(set(s.tolist()) | set(q.tolist())) == len(s) + len(
+                q
+            )  # no overlap, no repeats
+        labels = support.y.argmax(-1)
+        assert torch.equal(
+            support.info["classes"].gather(1, labels), support.x[..., 0].long() // 20
+        )
+    assert ways == {2, 3, 4, 5, 6} and shots == {1, 2, 3, 4, 5} and uneven_counts > 20
+    assert ascending < 5  # labels are a fresh order of the classes here too
+    # cell 1d4f1bb0
+    sizes = torch.tensor([4, 9, 5, 7])
+    uneven_sizes = Classes(torch.arange(4.0).repeat_interleave(sizes)[:, None], sizes)
+    for tasks in (
+        FewShot(uneven_sizes, way=3, shot=1, query=3),
+        VariedWayShot(uneven_sizes, way=(2, 4), shot=(1, 2), query=2),
+    ):
+        for part in tasks.sample(200):
+            mine = part.info["classes"].gather(1, part.y.argmax(-1))
+            assert torch.equal(part.x[..., 0].long(), mine)
+
+
+def test_uneven_weights_spread_the_counts():
+    # cell 27fe057e
+    spare = torch.ones(2000, 2, 100, dtype=torch.bool)
+    taken = (
+        uneven(spare, 50, torch.Generator().manual_seed(0)) // 100
+    )  # class of each taken example
+    second = taken.sum(1).float()
+    assert abs(second.mean() - 25) < 1  # no class is preferred
+    assert second.std() > 5  # equal weights would give 3.1, the root of 50 * 1/4 * 150/199
+    assert uneven(spare[:, :, :1], 2).sort(1).values.tolist() == [[0, 1]] * 2000  # one of each
+
+
+def test_wrong_ranges_are_refused(device):
+    # cell 08a2ae5d
+    numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+    # cell aa0b7ddc
+    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
+    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
+    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
+    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
+    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
+    first = side[0][..., 0].float()
+    assert 0.4 < first.mean() < 0.6  # either side may be support ...
+    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
+    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
+    assert frozen[0] == frozen[1]  # the generator decides the coins too
+    # cell fe14474e
+    with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
+        FewShot(numbered, way=7)
+    with pytest.raises(
+        ValueError, match=r"class '0' has 20 examples, but shot=6 and query=15 need 21"
+    ):
+        FewShot(numbered, shot=6)
+    with pytest.raises(ValueError, match=r"shot=0, expected an integer of at least 1"):
+        FewShot(numbered, shot=0)
+    with pytest.raises(ValueError, match="on each side of its cut"):
+        FewShot(Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12)), query=9)
+    # cell 9e6b0fdf
+    data = numbered.to(device)
+    tasks = FewShot(data, way=2, query=3)
+    assert tasks.sample(2).query.y.device == data.x.device
+    assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
+    assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
+    assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
+    # cell 92ea4528
+    tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5), query=10)
+    ways, shots, uneven_counts, ascending = set(), set(), 0, 0
+    for seed in range(40):
+        support, query = tasks.sample(8, torch.Generator().manual_seed(seed))
+        per_class = support.y.sum(1)
+        ways.add(support.y.shape[-1])
+        shots.add(support.y.shape[1] / support.y.shape[2])
+        uneven_counts += int((per_class != per_class[:, :1]).any())
+        ascending += int((support.info["classes"].diff(dim=1) > 0).all())
+        assert (per_class >= 1).all() and (query.y.sum(1) == 10).all()
+        for s, q in zip(support.x[..., 0], query.x[..., 0], strict=True):
+            assert len(set(s.tolist()) | set(q.tolist())) == len(s) + len(
+                q
+            )  # no overlap, no repeats
+        labels = support.y.argmax(-1)
+        assert torch.equal(
+            support.info["classes"].gather(1, labels), support.x[..., 0].long() // 20
+        )
+    assert ways == {2, 3, 4, 5, 6} and shots == {1, 2, 3, 4, 5} and uneven_counts > 20
+    assert ascending < 5  # labels are a fresh order of the classes here too
+    # cell 1d4f1bb0
+    sizes = torch.tensor([4, 9, 5, 7])
+    uneven_sizes = Classes(torch.arange(4.0).repeat_interleave(sizes)[:, None], sizes)
+    for tasks in (
+        FewShot(uneven_sizes, way=3, shot=1, query=3),
+        VariedWayShot(uneven_sizes, way=(2, 4), shot=(1, 2), query=2),
+    ):
+        for part in tasks.sample(200):
+            mine = part.info["classes"].gather(1, part.y.argmax(-1))
+            assert torch.equal(part.x[..., 0].long(), mine)
+    # cell 6526c753
+    with pytest.raises(ValueError, match=r"shot=\(3, 2\), expected \(smallest, largest\)"):
+        VariedWayShot(numbered, way=(2, 2), shot=(3, 2))
+    with pytest.raises(ValueError, match="shot=11 and query=10 need 21"):
+        VariedWayShot(numbered, way=(2, 6), shot=(1, 11))
 
 
 def test_frozen_varied_tasks_hold_every_shape(device):
@@ -305,7 +538,11 @@ def test_frozen_varied_tasks_hold_every_shape(device):
     side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
     assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
     assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
-    assert 0.4 < side[0][..., 0].float().mean() < 0.6  # either side may be support
+    first = side[0][..., 0].float()
+    assert 0.4 < first.mean() < 0.6  # either side may be support ...
+    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
+    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
+    assert frozen[0] == frozen[1]  # the generator decides the coins too
     # cell fe14474e
     with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
         FewShot(numbered, way=7)
@@ -323,14 +560,19 @@ def test_frozen_varied_tasks_hold_every_shape(device):
     assert tasks.sample(2).query.y.device == data.x.device
     assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
     assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
+    assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
     # cell 92ea4528
     tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5), query=10)
-    ways, uneven_counts = set(), 0
+    ways, shots, uneven_counts, ascending = set(), set(), 0, 0
     for seed in range(40):
         support, query = tasks.sample(8, torch.Generator().manual_seed(seed))
         per_class = support.y.sum(1)
         ways.add(support.y.shape[-1])
+        shots.add(support.y.shape[1] / support.y.shape[2])
         uneven_counts += int((per_class != per_class[:, :1]).any())
+        ascending += int((support.info["classes"].diff(dim=1) > 0).all())
         assert (per_class >= 1).all() and (query.y.sum(1) == 10).all()
         for s, q in zip(support.x[..., 0], query.x[..., 0], strict=True):
             assert len(set(s.tolist()) | set(q.tolist())) == len(s) + len(
@@ -340,7 +582,23 @@ def test_frozen_varied_tasks_hold_every_shape(device):
         assert torch.equal(
             support.info["classes"].gather(1, labels), support.x[..., 0].long() // 20
         )
-    assert ways == {2, 3, 4, 5, 6} and uneven_counts > 20
+    assert ways == {2, 3, 4, 5, 6} and shots == {1, 2, 3, 4, 5} and uneven_counts > 20
+    assert ascending < 5  # labels are a fresh order of the classes here too
+    # cell 1d4f1bb0
+    sizes = torch.tensor([4, 9, 5, 7])
+    uneven_sizes = Classes(torch.arange(4.0).repeat_interleave(sizes)[:, None], sizes)
+    for tasks in (
+        FewShot(uneven_sizes, way=3, shot=1, query=3),
+        VariedWayShot(uneven_sizes, way=(2, 4), shot=(1, 2), query=2),
+    ):
+        for part in tasks.sample(200):
+            mine = part.info["classes"].gather(1, part.y.argmax(-1))
+            assert torch.equal(part.x[..., 0].long(), mine)
+    # cell 6526c753
+    with pytest.raises(ValueError, match=r"shot=\(3, 2\), expected \(smallest, largest\)"):
+        VariedWayShot(numbered, way=(2, 2), shot=(3, 2))
+    with pytest.raises(ValueError, match="shot=11 and query=10 need 21"):
+        VariedWayShot(numbered, way=(2, 6), shot=(1, 11))
     # cell c0df75bf
     tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5))
     frozen = tasks.freeze(12, seed=1)
@@ -362,9 +620,17 @@ def test_a_seed_is_a_set_of_episodes():
     assert FewShot(numbered, way=3, shot=2, query=5).freeze(50, seed=7).hash != first.hash
     torch.manual_seed(123)  # the global seed has no say
     assert tasks.freeze(50, seed=7).hash == first.hash
+    names = FewShot(replace(numbered, names=list("abcdef")), way=3, shot=1, query=5)
+    assert names.freeze(50, seed=7).hash != first.hash  # the same numbers of other classes
+    drawn = tasks.draw(50, torch.Generator().manual_seed(7))
+    assert torch.equal(first.groups[0].support, drawn.support)  # the seed itself, not one near it
+    other_queries = replace(first, groups=[drawn._replace(query=drawn.query.flip(1))])
+    assert other_queries.hash != first.hash
     batches = [e.query.x for e in first.episodes(batch=16)]
     assert [len(b) for b in batches] == [16, 16, 16, 2]
     assert torch.equal(torch.cat(batches), tasks.gather(again.groups[0]).query.x)
+    with pytest.raises(ValueError, match="n=0, expected an integer of at least 1"):
+        VariedWayShot(numbered, way=(2, 3)).freeze(0)
 
 
 def test_the_same_episodes_on_every_device(device):
@@ -381,9 +647,17 @@ def test_the_same_episodes_on_every_device(device):
     assert FewShot(numbered, way=3, shot=2, query=5).freeze(50, seed=7).hash != first.hash
     torch.manual_seed(123)  # the global seed has no say
     assert tasks.freeze(50, seed=7).hash == first.hash
+    names = FewShot(replace(numbered, names=list("abcdef")), way=3, shot=1, query=5)
+    assert names.freeze(50, seed=7).hash != first.hash  # the same numbers of other classes
+    drawn = tasks.draw(50, torch.Generator().manual_seed(7))
+    assert torch.equal(first.groups[0].support, drawn.support)  # the seed itself, not one near it
+    other_queries = replace(first, groups=[drawn._replace(query=drawn.query.flip(1))])
+    assert other_queries.hash != first.hash
     batches = [e.query.x for e in first.episodes(batch=16)]
     assert [len(b) for b in batches] == [16, 16, 16, 2]
     assert torch.equal(torch.cat(batches), tasks.gather(again.groups[0]).query.x)
+    with pytest.raises(ValueError, match="n=0, expected an integer of at least 1"):
+        VariedWayShot(numbered, way=(2, 3)).freeze(0)
     # cell b4e6d7d7
     here, there = FewShot(numbered, query=5), FewShot(numbered.to(device), query=5)
     assert here.freeze(20, seed=1).hash == there.freeze(20, seed=1).hash
@@ -489,7 +763,9 @@ def test_no_two_batches_are_alike():
     tasks = FewShot(numbered, query=5)
     batches = [tasks.draw(4, generator).support.tolist() for _ in range(50)]
     rows = [tuple(row) for batch in batches for row in batch]
-    assert len(set(rows)) > 195  # of 200: now and then chance repeats a task
+    assert (
+        len(set(rows)) == 200
+    )  # of 2.3 billion: chance would repeat one in 1 of 100,000 such runs
 
 
 def test_redrawing_covers_every_example():
@@ -527,7 +803,9 @@ def test_redrawing_covers_every_example():
     tasks = FewShot(numbered, query=5)
     batches = [tasks.draw(4, generator).support.tolist() for _ in range(50)]
     rows = [tuple(row) for batch in batches for row in batch]
-    assert len(set(rows)) > 195  # of 200: now and then chance repeats a task
+    assert (
+        len(set(rows)) == 200
+    )  # of 2.3 billion: chance would repeat one in 1 of 100,000 such runs
     # cell f2c39587
     only = numbered.select([0, 1])
     episodes = FewShot(only, way=2, shot=1, query=1).sample(2000)
@@ -579,3 +857,7 @@ def test_a_narrow_range_of_phases_can_be_memorised():
     waves = Sinusoids(shot=1, query=100).sample(20_000, torch.Generator().manual_seed(0)).query
     mean_curve = -2.55 * (2 / math.pi) * torch.cos(waves.x)
     assert (waves.y - mean_curve).square().mean() < 3.1 < 4.25
+    amplitude, phase = waves.info["task"].T[..., None, None]
+    narrow = amplitude * torch.sin(waves.x - phase * 0.1 / math.pi)  # phases in [0, 0.1]
+    guess = 2.55 * torch.sin(waves.x - 0.05)  # the mean amplitude, the middle phase
+    assert (narrow - guess).square().mean() < 1.1  # about Var[A] E[sin^2] = 2.0 * 0.53

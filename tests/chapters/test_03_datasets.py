@@ -747,7 +747,9 @@ def test_random_splits_leave_relatives_in_training():
     print(
         f"median distance to training: {by_script.median():.2f} by script, {at_random.median():.2f} at random"
     )
-    assert by_script.min() > 0.1 and at_random.median() < 0.6 * by_script.median()
+    assert (
+        at_random.median() < 0.11 <= by_script.min() + 1e-3
+    )  # the border, give or take PIL's rounding
 
 
 def test_some_letters_survive_a_half_turn():

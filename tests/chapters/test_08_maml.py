@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,7 @@ from metabook.engine import losses
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.learners import Learner, task_loss
 from metabook.maml import MAML
-from metabook.networks import MLP, Conv4
+from metabook.networks import MLP, Conv4, call
 from metabook.testing import check_learner
 from metabook.training import evaluate, fit
 
@@ -175,7 +176,9 @@ def test_objective():
     each = torch.stack([learner.loss(task.episode()) for task in (SMALL, easy)])
     close(each, 2.34, 0.0)
     close(learner.combine(each), 1.17)
-    close(learner.eval().loss(SMALL.episode()), 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2)
+    after_two = 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2
+    close(learner.eval().loss(SMALL.episode()), after_two)
+    close(plane((0.0, 0.0), lr=0.1, steps=2).eval().loss(SMALL.episode()), after_two)
 
 
 def test_errors_say_what_to_do():
@@ -251,12 +254,16 @@ def test_errors_say_what_to_do():
     each = torch.stack([learner.loss(task.episode()) for task in (SMALL, easy)])
     close(each, 2.34, 0.0)
     close(learner.combine(each), 1.17)
-    close(learner.eval().loss(SMALL.episode()), 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2)
+    after_two = 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2
+    close(learner.eval().loss(SMALL.episode()), after_two)
+    close(plane((0.0, 0.0), lr=0.1, steps=2).eval().loss(SMALL.episode()), after_two)
     # cell fe845ec6
-    with pytest.raises(ValueError, match=r"lr=-0\.1, expected a positive inner rate"):
-        plane((0.0, 0.0), lr=-0.1)
-    with pytest.raises(ValueError, match="test_steps=-1: expected at least 0"):
-        plane((0.0, 0.0), lr=0.1, test_steps=-1)
+    for rate in (-0.1, 0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"lr={rate}, expected a positive inner rate"):
+            plane((0.0, 0.0), lr=rate)
+    for steps, test_steps in [(-1, 1), (1, -1)]:
+        with pytest.raises(ValueError, match=f"test_steps={test_steps}: expected at least 0"):
+            plane((0.0, 0.0), lr=0.1, steps=steps, test_steps=test_steps)
     nothing = Examples(torch.zeros(0, 2).double(), torch.zeros(0, 1).double())
     with pytest.raises(ValueError, match="the support set is empty"):
         plane((0.0, 0.0), lr=0.1)(nothing, torch.zeros(1, 2).double())
@@ -591,6 +598,7 @@ def test_first_order_gradient():
     close(meta_gradient(first, SMALL), -2.4, -1.8)
     end = plane((0.4, 0.2), lr=0.1, steps=0)  # phi_1 as a start, no steps: the plain query gradient
     torch.testing.assert_close(meta_gradient(first, SMALL), meta_gradient(end, SMALL))
+    close(meta_gradient(plane((0.0, 0.0), lr=0.1, steps=2, first_order=True), SMALL), -1.44, -1.62)
     twin = plane((0.0, 0.0), lr=0.1)  # adaptation itself is the same
     torch.testing.assert_close(
         first.adapt(SMALL.episode().support), twin.adapt(SMALL.episode().support)
@@ -660,6 +668,7 @@ def test_first_order_error():
     close(meta_gradient(first, SMALL), -2.4, -1.8)
     end = plane((0.4, 0.2), lr=0.1, steps=0)  # phi_1 as a start, no steps: the plain query gradient
     torch.testing.assert_close(meta_gradient(first, SMALL), meta_gradient(end, SMALL))
+    close(meta_gradient(plane((0.0, 0.0), lr=0.1, steps=2, first_order=True), SMALL), -1.44, -1.62)
     twin = plane((0.0, 0.0), lr=0.1)  # adaptation itself is the same
     torch.testing.assert_close(
         first.adapt(SMALL.episode().support), twin.adapt(SMALL.episode().support)
@@ -1849,20 +1858,27 @@ def test_queries_together_and_alone():
     assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
 
     # cell 0fe2da6c
-    def together_and_alone(stats):
+    def adapted_to_images(stats):
         torch.manual_seed(0)
         learner = MAML(
             Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats), lr=0.4
         ).double()
         images = torch.randn(9, 1, 16, 16).double()
-        support = Examples.of(images[:3], torch.arange(3), way=3)
-        state = learner.adapt(support._replace(y=support.y.double()))
-        alone = torch.cat([learner.predict(state, image[None]) for image in images[3:]])
-        return learner.predict(state, images[3:]), alone
+        support = Examples(images[:3], torch.eye(3).double())
+        return learner, learner.adapt(support), support.x, images[3:]
+
+    def together_and_alone(stats):
+        learner, state, _, queries = adapted_to_images(stats)
+        alone = torch.cat([learner.predict(state, image[None]) for image in queries])
+        return learner.predict(state, queries), alone
 
     together, alone = together_and_alone("batch")
     assert not torch.allclose(together, alone)  # transductive
     torch.testing.assert_close(*together_and_alone("support"))  # each query stands alone
+
+    learner, state, seen, _ = adapted_to_images("support")
+    phi, _ = state
+    torch.testing.assert_close(learner.predict(state, seen), call(learner.net, phi, seen))
 
 
 def test_buffers_stay():
@@ -2067,20 +2083,27 @@ def test_buffers_stay():
     assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
 
     # cell 0fe2da6c
-    def together_and_alone(stats):
+    def adapted_to_images(stats):
         torch.manual_seed(0)
         learner = MAML(
             Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats), lr=0.4
         ).double()
         images = torch.randn(9, 1, 16, 16).double()
-        support = Examples.of(images[:3], torch.arange(3), way=3)
-        state = learner.adapt(support._replace(y=support.y.double()))
-        alone = torch.cat([learner.predict(state, image[None]) for image in images[3:]])
-        return learner.predict(state, images[3:]), alone
+        support = Examples(images[:3], torch.eye(3).double())
+        return learner, learner.adapt(support), support.x, images[3:]
+
+    def together_and_alone(stats):
+        learner, state, _, queries = adapted_to_images(stats)
+        alone = torch.cat([learner.predict(state, image[None]) for image in queries])
+        return learner.predict(state, queries), alone
 
     together, alone = together_and_alone("batch")
     assert not torch.allclose(together, alone)  # transductive
     torch.testing.assert_close(*together_and_alone("support"))  # each query stands alone
+
+    learner, state, seen, _ = adapted_to_images("support")
+    phi, _ = state
+    torch.testing.assert_close(learner.predict(state, seen), call(learner.net, phi, seen))
 
     # cell 83486aa4
     def buffers_change(net, adapt):

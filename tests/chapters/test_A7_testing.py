@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.func import grad
@@ -21,6 +23,7 @@ from metabook.testing import (
     another_way,
     check_learner,
     classes_are_names,
+    far_apart,
     gradients_are_true,
     gradients_arrive,
     kind_matches,
@@ -37,6 +40,16 @@ from metabook.testing import (
     unregistered_learners,
     works_without_grad,
 )
+
+
+def test_how_far_apart():
+    # cell 3a974f30
+    one, same = {"z": torch.tensor([1.0, 2.0])}, {"z": torch.tensor([1.0, 2.0 + 1e-9]).double()}
+    assert far_apart(one, same) is None
+    assert far_apart(one, {"z": torch.tensor([1.0, 2.5])}) == 0.5
+    assert far_apart(one, {"z": torch.tensor([1.0, 2.0, 2.0])}) == math.inf
+    assert math.isnan(far_apart(one, {"z": torch.tensor([1.0, math.nan])}))
+    assert far_apart([], []) is None
 
 
 def test_wrong_kinds_and_shapes_are_found():
@@ -80,12 +93,17 @@ def test_wrong_kinds_and_shapes_are_found():
         def param_groups(self):
             return [{"params": [self.embed.weight]}]
 
+    class TwiceTrained(Smoother):
+        def param_groups(self):
+            return super().param_groups() * 2
+
     for check in (kind_matches, predictions_fit, param_groups_are_complete):
         assert not fails(check, Smoother())
     assert "'classification'" in fails(kind_matches, Smoother(16, "classification"))
     assert "shape (6, 1)" in fails(predictions_fit, Flat())
     assert "not finite" in fails(predictions_fit, Infinite())
     assert "embed.bias 0 times" in fails(param_groups_are_complete, Untrained())
+    assert "embed.weight 2 times" in fails(param_groups_are_complete, TwiceTrained())
     print(fails(predictions_fit, Flat()))
 
 
@@ -183,6 +201,18 @@ def test_gradients_that_are_not_derivatives_are_found():
             super().__init__()
             self.spare = nn.Parameter(torch.zeros(1))
 
+    class Kinked(Smoother):
+        "Its only parameter stands next to a kink: the larger step jumps over it."
+
+        def __init__(self):
+            super().__init__()
+            self.embed.requires_grad_(False)
+            self.level = nn.Parameter(torch.tensor(3e-7))
+
+        def predict(self, state, x):
+            return super().predict(state, x) + self.level.abs()
+
+    assert gradients_are_true(Case.of(Kinked(), sinusoids, 3, 0)) is None
     for check in (gradients_arrive, gradients_are_true):
         assert check(Case.of(Smoother(), sinusoids, 3, 0)) is None
     assert "not the derivative, at embed.weight" in fails(gradients_are_true, Cut())
@@ -242,6 +272,18 @@ def test_first_order_is_a_declared_exception():
             super().__init__()
             self.spare = nn.Parameter(torch.zeros(1))
 
+    class Kinked(Smoother):
+        "Its only parameter stands next to a kink: the larger step jumps over it."
+
+        def __init__(self):
+            super().__init__()
+            self.embed.requires_grad_(False)
+            self.level = nn.Parameter(torch.tensor(3e-7))
+
+        def predict(self, state, x):
+            return super().predict(state, x) + self.level.abs()
+
+    assert gradients_are_true(Case.of(Kinked(), sinusoids, 3, 0)) is None
     for check in (gradients_arrive, gradients_are_true):
         assert check(Case.of(Smoother(), sinusoids, 3, 0)) is None
     assert "not the derivative, at embed.weight" in fails(gradients_are_true, Cut())
@@ -406,6 +448,10 @@ def test_what_happens_behind_the_scenes_is_found():
             self.tasks += 1
             return super().adapt(support)
 
+    class CountingInTraining(Counting):
+        def adapt(self, support):
+            return super().adapt(support) if self.training else Smoother.adapt(self, support)
+
     class Remembering(Smoother):
         def adapt(self, support):
             self.latest = super().adapt(support)
@@ -427,6 +473,7 @@ def test_what_happens_behind_the_scenes_is_found():
     quiet = (nothing_is_written, state_is_complete, adapting_is_deterministic, works_without_grad)
     assert not any(fails(check, Smoother()) for check in quiet)
     assert "tasks changed" in fails(nothing_is_written, Counting())
+    assert "training=True" in fails(nothing_is_written, CountingInTraining())
     assert "in between" in fails(state_is_complete, Remembering())
     assert "two adaptations" in fails(adapting_is_deterministic, Noisy())
     assert "torch.func.grad" in fails(works_without_grad, Autograd())
@@ -471,6 +518,10 @@ def test_what_cannot_be_saved_is_found():
             self.tasks += 1
             return super().adapt(support)
 
+    class CountingInTraining(Counting):
+        def adapt(self, support):
+            return super().adapt(support) if self.training else Smoother.adapt(self, support)
+
     class Remembering(Smoother):
         def adapt(self, support):
             self.latest = super().adapt(support)
@@ -492,6 +543,7 @@ def test_what_cannot_be_saved_is_found():
     quiet = (nothing_is_written, state_is_complete, adapting_is_deterministic, works_without_grad)
     assert not any(fails(check, Smoother()) for check in quiet)
     assert "tasks changed" in fails(nothing_is_written, Counting())
+    assert "training=True" in fails(nothing_is_written, CountingInTraining())
     assert "in between" in fails(state_is_complete, Remembering())
     assert "two adaptations" in fails(adapting_is_deterministic, Noisy())
     assert "torch.func.grad" in fails(works_without_grad, Autograd())
