@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
-from .checkpoints import NETWORKS, build, load, lookup, methods, read_config, save
+from .checkpoints import NETWORKS, build, load, lookup, methods, read_config
 from .datasets import SOURCES, check, fetch, from_folder, present, read_image
 from .episodes import Classes, Examples, FewShot, Sinusoids, Tasks
 from .learners import Learner
@@ -276,17 +276,10 @@ def train(
     task = {"data": data, "way": way, "shot": shot, "size": size, "channels": channels}
     out = out or Path("runs") / f"{method}-{Path(data).name}-{way}way-{shot}shot"
     run = run_recipe(method, recipe, task, every, device_of(device), seed, out)
-    facts = {
-        "folder": str(out),
-        "seconds": run.seconds,
-        "validation": run.best.row(),
-        "step": run.best_step,
-    }
-    tell(
-        f"{out}: best validation {run.best} at step {run.best_step}, {run.seconds:.0f} s",
-        facts,
-        as_json,
-    )
+    best = run.best.row() if run.best else None  # nothing was validated yet when Ctrl-C came
+    facts = {"folder": str(out), "seconds": run.seconds, "validation": best, "step": run.best_step}
+    told = f"{out}: best validation {run.best} at step {run.best_step}, {run.seconds:.0f} s"
+    tell(told, facts, as_json)
 
 
 def adjusted(
@@ -319,7 +312,8 @@ def run_recipe(
     validate = test_tasks(task, "val", device)
     torch.manual_seed(seed)
     learner = make_learner(method, recipe, validate).to(device)
-    run = fit(
+    notes = {"task": task, "recipe": asdict(recipe), "preprocessing": preprocessing(task, tasks)}
+    return fit(
         learner,
         tasks,
         steps=recipe.steps,
@@ -330,15 +324,8 @@ def run_recipe(
         every=every,
         seed=seed,
         folder=out,
+        notes=notes,
     )
-    more = {
-        "task": task,
-        "recipe": asdict(recipe),
-        "seed": seed,
-        "preprocessing": preprocessing(task, tasks),
-    }
-    save(out, learner, tasks=tasks.describe(), validation=run.best.row(), **more)
-    return run
 
 
 def preprocessing(task: dict[str, Any], tasks: Tasks) -> dict[str, Any]:

@@ -100,10 +100,6 @@ def test_bytes_become_what_the_network_sees():
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     seen = Classes(pixels, torch.tensor([2]), mean=(0.5,), std=(0.25,)).prepare(pixels)
     assert seen.flatten().tolist() == [-2.0, 2.0]  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25
-    white = torch.full((4, 3, 3, 3), 255, dtype=torch.uint8)  # each channel has its own mean
-    colour = Classes.of({"a": white[:2], "b": white[2:]}, mean=(0.0, 0.5, 1.0))
-    x = FewShot(colour, way=2, shot=1, query=1).sample(6).query.x
-    assert torch.equal(x, torch.tensor([1.0, 0.5, 0.0])[:, None, None].expand(6, 2, 3, 3, 3))
 
 
 def test_broken_data_is_refused():
@@ -156,6 +152,14 @@ def test_labels_name_the_classes_that_info_says():
         labels = part.y.argmax(-1)
         assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
         assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
+
+
+def test_images_reach_the_learner_prepared():
+    # cell 8bf56fba
+    white = torch.full((4, 3, 3, 3), 255, dtype=torch.uint8)  # each channel has its own mean
+    colour = Classes.of({"a": white[:2], "b": white[2:]}, mean=(0.0, 0.5, 1.0))
+    x = FewShot(colour, way=2, shot=1, query=1).sample(6).query.x
+    assert torch.equal(x, torch.tensor([1.0, 0.5, 0.0])[:, None, None].expand(6, 2, 3, 3, 3))
 
 
 def test_support_and_query_stand_on_different_sides_of_a_cut():

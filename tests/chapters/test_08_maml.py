@@ -258,7 +258,7 @@ def test_errors_say_what_to_do():
     close(learner.eval().loss(SMALL.episode()), after_two)
     close(plane((0.0, 0.0), lr=0.1, steps=2).eval().loss(SMALL.episode()), after_two)
     # cell fe845ec6
-    for rate in (-0.1, 0, math.inf, math.nan):
+    for rate in (-0.1, 0.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"lr={rate}, expected a positive inner rate"):
             plane((0.0, 0.0), lr=rate)
     for steps, test_steps in [(-1, 1), (1, -1)]:
