@@ -38,7 +38,7 @@ class Examples(NamedTuple):
     @classmethod
     def of(
         cls,
-        x: Shaped[Tensor, "*tasks n *features"],  # the inputs
+        x: Shaped[Tensor, "..."],  # the inputs, [*tasks, n, *features]
         labels: Int[Tensor, "*tasks n"],  # class indices, 0 to way - 1
         way: int,  # how many classes the task has
     ) -> Examples:

@@ -29,6 +29,7 @@ MARKS = {
     "proves(*equations)": "checks numbered equations of the book",
 }
 
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     choices = ["auto", "cpu", "cuda", "both"]
     parser.addoption(

@@ -196,7 +196,7 @@ def test_squared_error_by_hand():
 
 def test_accuracy_by_hand():
     # cell cbd16f9f
-    answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 0.0, 9.0]])
+    answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 6.0, 9.0]])
     classes = torch.eye(3)[[1, 0, 1, 2]]  # the third answer is wrong
     assert task_score("classification", answers, classes) == 3 / 4
 
