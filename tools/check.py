@@ -1,7 +1,7 @@
 """What `make check` looks at in a few seconds: check.py
 
 Library and chapter tests are what the notebooks say, notebooks are clean, every equation has a proof that can be tried,
-and no module of the library imports one that stands below it in docs/order.txt.
+every exported learner is in the registry, and no module of the library imports one that stands below it in docs/order.txt.
 """
 
 from __future__ import annotations
@@ -69,6 +69,15 @@ def unproved() -> list[str]:
     return problems(read_book(NBS))
 
 
+def unregistered() -> list[str]:
+    from metabook.testing import unregistered_learners  # imports torch
+
+    return [
+        f"{name} is exported, but not registered: decorate it with @register"
+        for name in unregistered_learners()
+    ]
+
+
 # --- the order of modules
 
 
@@ -118,6 +127,7 @@ CHECKS: list[Callable[[], list[str]]] = [
     stale_library,
     stale_tests,
     unproved,
+    unregistered,
     misordered,
 ]
 
@@ -131,7 +141,7 @@ def main() -> None:
             problems += refused.args
     if problems:
         sys.exit("\n".join(dict.fromkeys(problems)))
-    print("notebooks, library, chapter tests, proofs and imports are in order")
+    print("notebooks, library, chapter tests, proofs, registry and imports are in order")
 
 
 if __name__ == "__main__":
