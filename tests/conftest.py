@@ -60,13 +60,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", where, indirect=True, scope="session")
 
 
+def missing_data(name: str) -> str | None:
+    """Why a test that needs a data set cannot run; None if it can."""
+    try:
+        return missing(name)
+    except KeyError as error:
+        raise pytest.UsageError(error.args[0]) from None
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cuda") and "cuda" not in devices(config):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         for mark in item.iter_markers("data"):
-            if reason := missing(mark.args[0]):
+            if reason := missing_data(mark.args[0]):
                 item.add_marker(pytest.mark.skip(reason=reason))
         if any(name.startswith("once_") for name in getattr(item, "fixturenames", [])):
             # Under `--dist loadgroup` tests that share an expensive setup share a worker.
