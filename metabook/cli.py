@@ -49,10 +49,14 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         "mlp", method={"lr": 0.01}, query=10, steps=20_000, batch=32, lr=1e-2
     ),
     ("maml", "images"): Recipe(
-        net={"pool": "stride"}, method={"lr": 0.4, "test_steps": 3}, query=5, steps=4000, lr=3e-3
+        net={"pool": "stride", "stats": "support"},
+        method={"lr": 0.4, "test_steps": 3},
+        query=5,
+        steps=12_000,
+        lr=3e-3,
     ),
     ("protonet", "images"): Recipe(
-        net={"pool": "stride", "stats": "running"}, way=20, query=5, steps=3000, batch=1, lr=3e-3
+        net={"pool": "stride", "stats": "running"}, way=20, query=5, steps=4000, batch=1, lr=3e-3
     ),
 }
 
@@ -253,7 +257,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Outer rate.", min=0)] = None,
     size: Annotated[int, typer.Option(help="Scale the images of a folder to this size.")] = 84,
     channels: Annotated[int, typer.Option(help="Of a folder's images: 3 colour, 1 grey.")] = 3,
-    every: Annotated[int, typer.Option(help="Steps between validations.", min=1)] = 250,
+    every: Annotated[
+        int | None, typer.Option(help="Steps between validations; a tenth of all.", min=1)
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Where to write the trained folder.")] = None,
@@ -300,7 +306,7 @@ def run_recipe(
     method: str,
     recipe: Recipe,
     task: dict[str, Any],  # data, way, shot, size, channels of the tasks in testing
-    every: int,
+    every: int | None,
     device: torch.device,
     seed: int,
     out: Path,
@@ -321,7 +327,7 @@ def run_recipe(
         lr=recipe.lr,
         schedule=lambda step: 0.5 * (1 + math.cos(math.pi * step / recipe.steps)),
         validate=validate,
-        every=every,
+        every=every or max(1, recipe.steps // 10),
         seed=seed,
         folder=out,
         notes=notes,
