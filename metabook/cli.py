@@ -26,7 +26,7 @@ from .training import Run, evaluate, fit
 __all__ = ['RECIPES', 'app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'Recipe', 'recipe_for',
            'classes_of', 'tasks_of', 'settings', 'make_learner', 'device_of', 'tell', 'list_methods', 'list_data',
            'get_data', 'check_data', 'train', 'adjusted', 'run_recipe', 'preprocessing', 'test_tasks',
-           'evaluate_folder', 'classify', 'read_query', 'classify_images', 'main']
+           'evaluate_folder', 'provenance', 'classify', 'read_query', 'classify_images', 'main']
 
 # %% ../nbs/A5_command_line.ipynb #2f68ceb5
 @dataclass(frozen=True)
@@ -379,11 +379,16 @@ def evaluate_folder(
     kinds = ("joint", "single") if learner.kind == "classification" else ("joint",)
     scores = [evaluate(learner, frozen, queries=q, progress=not as_json) for q in kinds]
     text = "\n".join([f"{frozen.tasks}, episodes {frozen.hash}", *map(str, scores)])
-    tell(
-        text,
-        [score.row() | {"tasks": str(frozen.tasks), "seed": seed} for score in scores],
-        as_json,
-    )
+    about = {"tasks": str(frozen.tasks), "seed": seed} | provenance(config, frozen.tasks.device)
+    tell(text, [score.row() | about for score in scores], as_json)
+
+
+def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    "Where a score comes from: what a row of `results/` needs beside the score itself."
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    made = {key: config[key] for key in ("method", "task", "recipe", "training", "validation")}
+    versions = {key: config[key] for key in ("metabook", "torch")}
+    return made | versions | {"device": name, "threads": torch.get_num_threads()}
 
 # %% ../nbs/A5_command_line.ipynb #1968a8d1
 @app.command()

@@ -87,6 +87,7 @@ def test_train_evaluate_classify():
     rows = json.loads(metabook("evaluate", work / "run", "--tasks", 20, "--json"))
     assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
     assert rows[0]["episodes"] == rows[1]["episodes"]
+    assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
 
     for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
         (work / "support" / name).mkdir(parents=True)
@@ -132,6 +133,7 @@ def test_sinusoids_from_the_command_line():
     rows = json.loads(metabook("evaluate", work / "run", "--tasks", 20, "--json"))
     assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
     assert rows[0]["episodes"] == rows[1]["episodes"]
+    assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
 
     for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
         (work / "support" / name).mkdir(parents=True)
