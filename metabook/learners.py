@@ -110,7 +110,8 @@ def check_support(
     if y.ndim < 2 or not y.is_floating_point():
         raise ValueError(
             f"support.y is {y.dtype} of shape {tuple(y.shape)}, expected floats [n, way] or [n, out]: "
-            "make one-hot rows of class numbers with Examples.of(x, labels, way)"
+            "make one-hot rows of class numbers with Examples.of(x, labels, way), a column of "
+            "targets with y[:, None]"
         )
     lead = y.ndim - 1  # the axes that count examples, and tasks where there is an axis for them
     if x.shape[:lead] != y.shape[:lead]:
@@ -178,4 +179,7 @@ def check_match(predictions: Tensor, y: Tensor) -> None:
             f"the network gives {predictions.shape[-1]} outputs, but the task's way (or number of "
             f"targets) is {y.shape[-1]}: build the network with {y.shape[-1]} outputs"
         )
-    raise ValueError(f"{tuple(predictions.shape)} predictions for {tuple(y.shape)} targets")
+    raise ValueError(
+        f"predictions of shape {tuple(predictions.shape)} for targets of shape {tuple(y.shape)}: "
+        "predict has to give one row for each query"
+    )

@@ -166,6 +166,7 @@ def ask_jointly(learner: Learner, episode: Episode) -> Tensor:
 
 def ask_singly(learner: Learner, episode: Episode) -> Tensor:
     "Predictions for the queries of one task, one by one, as a user would ask them."
+    learner.check(episode.support, episode.query.x)
     state = learner.adapt(episode.support)
     return vmap(lambda x: learner.predict(state, x[None])[0])(episode.query.x)
 
@@ -360,7 +361,7 @@ class Run:
 
 # %% ../nbs/06_training.ipynb #d0222d47
 VALIDATION_TASKS = 200  # frozen by `fit` where `validate` is not frozen yet
-TRAINING, VALIDATION = 1 << 30, 1 << 31  # added to seeds: see "The same numbers twice"
+TRAINING, VALIDATION = 1 << 30, 1 << 31  # keep seeds apart: see "The same numbers twice"
 
 
 def fit(
