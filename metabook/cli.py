@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 import os
@@ -16,17 +17,20 @@ import torch
 import typer
 from torch import Tensor
 
+import metabook
 from .checkpoints import NETWORKS, build, load, lookup, methods, read_config
-from .datasets import SOURCES, check, fetch, from_folder, present, read_image
+from .datasets import SOURCES, SPLITS, check, fetch, from_folder, present, read_image
 from .episodes import Classes, Examples, FewShot, Sinusoids, Tasks
 from .learners import Learner
 from .training import Run, evaluate, fit
 
 # %% auto #0
-__all__ = ['RECIPES', 'app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'Recipe', 'recipe_for',
-           'classes_of', 'tasks_of', 'settings', 'make_learner', 'device_of', 'tell', 'list_methods', 'list_data',
-           'get_data', 'check_data', 'train', 'adjusted', 'run_recipe', 'preprocessing', 'test_tasks',
-           'evaluate_folder', 'provenance', 'classify', 'read_query', 'classify_images', 'main']
+__all__ = ['RECIPES', 'app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay',
+           'TrainWay', 'TrainQuery', 'Network', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels',
+           'Every', 'Out', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'training_tasks', 'test_tasks',
+           'settings', 'network_arguments', 'make_learner', 'tell_version', 'options', 'device_of', 'tell',
+           'list_methods', 'list_data', 'get_data', 'check_data', 'train', 'adjusted', 'run_recipe', 'preprocessing',
+           'evaluate_folder', 'check_way', 'provenance', 'classify', 'read_query', 'classify_images', 'main']
 
 # %% ../nbs/A5_command_line.ipynb #2f68ceb5
 @dataclass(frozen=True)
@@ -37,7 +41,6 @@ class Recipe:
     net: dict[str, Any] = field(default_factory=dict)  # its arguments
     method: dict[str, Any] = field(default_factory=dict)  # the method's arguments
     way: int | None = None  # of training tasks, where higher than in testing
-    shot: int | None = None  # of training tasks, where other than in testing
     query: int = 10  # query examples of each class (or points of each curve) in training
     steps: int = 2000  # outer steps
     batch: int = 4  # tasks of each outer step
@@ -52,7 +55,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         net={"pool": "stride", "stats": "support"},
         method={"lr": 0.4, "test_steps": 3},
         query=5,
-        steps=12_000,
+        steps=9_000,
         lr=3e-3,
     ),
     ("protonet", "images"): Recipe(
@@ -68,40 +71,62 @@ def recipe_for(method: str, data: str) -> Recipe:
     return RECIPES.get((method, data)) or RECIPES.get((method, kind)) or plain
 
 # %% ../nbs/A5_command_line.ipynb #2ac72edb
-def classes_of(
-    data: str,  # a name of `SOURCES`, or a folder with train, val and test
-    split: str,  # "train", "val" or "test"
-    size: int,  # of the images; only for a folder
-    channels: int,  # of the images; only for a folder
-) -> Classes:
-    "One split of a data set.  Raises `ValueError`, with the nearest name, for unknown data."
-    if data in SOURCES:
-        return SOURCES[data].load(split)
+def data_named(
+    data: str,  # a name of `SOURCES`, "sinusoids", or a folder
+) -> str:
+    """The name, or the full path of the folder, so that it is found again from anywhere.
+
+    Raises `ValueError` for unknown data, and for a folder in which a class stands on two sides.
+    """
+    if data in SOURCES or data == "sinusoids":
+        return data
     folder = Path(data).expanduser()
-    if folder.is_dir() and (folder / split).is_dir():
-        return from_folder(folder / split, size, channels)
-    if folder.is_dir() or os.sep in data:
+    if not folder.is_dir() and os.sep not in data:
+        lookup(data, dict.fromkeys([*SOURCES, "sinusoids"]), "data set or folder")
+    if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
         raise ValueError(
             f"--data {data}: expected a folder that holds train, val and test, each with a folder "
-            f"of images for every class; there is no {folder / split}"
+            f"of images for every class; there is no {folder / missing[0]}"
         )
-    return lookup(data, dict.fromkeys([*SOURCES, "sinusoids"]), "data set")
+    names = {split: {f.name for f in (folder / split).iterdir() if f.is_dir()} for split in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        if shared := sorted(names[one] & names[other]):
+            raise ValueError(
+                f"--data {data}: class {shared[0]!r} stands in both {one} and {other}: scores would "
+                "count what was trained on; keep it in one"
+            )
+    return str(folder.resolve())
 
 
-def tasks_of(
-    data: str,  # as for `classes_of`, or "sinusoids"
+def classes_of(
+    task: dict[str, Any],  # its "data"; for a folder also "size" and "channels"
     split: str,  # "train", "val" or "test"
-    way: int,  # classes of a task
-    shot: int,  # support examples of each class, or points of a curve
-    query: int,  # query examples of each class, or points of a curve
-    device: torch.device,  # where the data lies
-    size: int = 84,  # of the images of a folder
-    channels: int = 3,  # of the images of a folder
-) -> Tasks:
-    "The distribution over tasks that the options describe."
-    if data == "sinusoids":
-        return Sinusoids(shot, query, device)
-    return FewShot(classes_of(data, split, size, channels).to(device), way, shot, query)
+) -> Classes:
+    "One split of a data set."
+    if task["data"] in SOURCES:
+        return SOURCES[task["data"]].load(split)
+    return from_folder(Path(task["data"]) / split, task["size"], task["channels"])
+
+
+def training_tasks(task: dict[str, Any], recipe: Recipe, device: torch.device) -> Tasks:
+    "What to train on; never more classes in a task than there are."
+    if task["data"] == "sinusoids":
+        return Sinusoids(task["shot"], recipe.query, device)
+    classes, way = classes_of(task, "train"), recipe.way or task["way"]
+    if task["way"] <= len(classes) < way:
+        typer.echo(f"training tasks have {len(classes)} classes, all there are", err=True)
+        way = len(classes)
+    return FewShot(classes.to(device), way, task["shot"], recipe.query)
+
+
+def test_tasks(task: dict[str, Any], split: str, device: torch.device) -> Tasks:
+    "The tasks to validate or test on: as many queries of each class as the data has, 15 at most."
+    if task["data"] == "sinusoids":
+        return Sinusoids(task["shot"], 100, device)
+    classes = classes_of(task, split)
+    spare = classes.sizes - task["shot"] if classes.cut is None else classes.cut
+    query = task.get("query") or max(1, min(15, int(spare.min())))
+    return FewShot(classes.to(device), task["way"], task["shot"], query)
 
 # %% ../nbs/A5_command_line.ipynb #5c34c9aa
 def settings(
@@ -121,6 +146,18 @@ def settings(
     return result
 
 
+def network_arguments(network: str, tasks: Tasks, head: bool) -> dict[str, Any]:
+    "What the tasks decide about a network: its inputs, and its outputs where it has a head."
+    lookup(network, NETWORKS, "network")
+    out = getattr(tasks, "way", 1) if head else None
+    shape = tasks.describe().get("examples", {}).get("shape", [1])
+    if network == "mlp":
+        hidden = [40, 40] if len(shape) == 1 else [256, 64]
+        return {"sizes": [math.prod(shape), *hidden, *([out] if out else [])]}
+    size = {"size": shape[-1]} if network == "conv4" else {}
+    return {"channels": shape[0], "out": out} | size
+
+
 def make_learner(
     method: str,  # a registered method
     recipe: Recipe,  # network and arguments
@@ -128,23 +165,21 @@ def make_learner(
 ) -> Learner:
     "A freshly initialised learner that fits the tasks."
     cls = lookup(method, methods(), "method")
-    lookup(recipe.network, NETWORKS, "network")
-    out = getattr(tasks, "way", 1) if cls.head else None
-    shape = tasks.describe().get("examples", {}).get("shape", [1])
-    if recipe.network == "mlp":
-        net = {
-            "sizes": [
-                math.prod(shape),
-                *([40, 40] if len(shape) == 1 else [256, 64]),
-                *([out] if out else []),
-            ]
-        }
-    else:
-        net = {"channels": shape[0], "out": out}
-        net |= {"size": shape[-1]} if recipe.network == "conv4" else {}
+    known = dict(inspect.signature(cls).parameters)
+    for name in recipe.method:
+        lookup(name, known, f"argument of {method}")
+    for name in recipe.net:
+        network = lookup(recipe.network, NETWORKS, "network")
+        lookup(name, dict(inspect.signature(network).parameters), f"argument of {recipe.network}")
+    if tasks.kind == "regression" and "kind" not in known:
+        raise ValueError(f"{method} is for classification, and {tasks} are regression: use maml")
+    net = network_arguments(recipe.network, tasks, cls.head)
     kind = {"kind": "regression"} if tasks.kind == "regression" else {}
-    first = next(iter(inspect.signature(cls).parameters))
-    config = {first: {"name": recipe.network, "args": net | recipe.net}, **kind, **recipe.method}
+    config = {
+        next(iter(known)): {"name": recipe.network, "args": net | recipe.net},
+        **kind,
+        **recipe.method,
+    }
     return build({"name": method, "args": config})
 
 # %% ../nbs/A5_command_line.ipynb #10230bb0
@@ -156,6 +191,24 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="List, fetch and check data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+def tell_version(wanted: bool) -> bool:
+    "Print the version and stop."
+    if wanted:
+        typer.echo(f"metabook {metabook.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    "Meta-learning from the command line: train, evaluate, classify."
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Folder = Annotated[Path, typer.Argument(help="A folder that `metabook train` wrote.")]
@@ -235,57 +288,76 @@ def check_data(
     tell("\n".join(lines), report, as_json)
 
 # %% ../nbs/A5_command_line.ipynb #a084b9a7
+DataName = Annotated[
+    str, typer.Option(help="A name of `metabook data list`, `sinusoids`, or a folder.")
+]
+TestWay = Annotated[int, typer.Option(help="Classes of a validation or test task.", min=2)]
+TrainWay = Annotated[
+    int | None, typer.Option(help="Classes of a training task; often more.", min=2)
+]
+TrainQuery = Annotated[
+    int | None, typer.Option(help="Query examples of each class in training.", min=1)
+]
+Network = Annotated[str | None, typer.Option(help="A network of `metabook methods`.")]
+MethodArgs = Annotated[
+    list[str], typer.Option("--set", help="NAME=VALUE for the method: --set lr=0.4.")
+]
+NetArgs = Annotated[
+    list[str], typer.Option("--net", help="NAME=VALUE for the network: --net width=32.")
+]
+Steps = Annotated[int | None, typer.Option(help="Outer steps.", min=1)]
+Batch = Annotated[int | None, typer.Option(help="Tasks of each outer step.", min=1)]
+Rate = Annotated[float | None, typer.Option(help="Outer rate; the inner one is --set lr=...")]
+Size = Annotated[int, typer.Option(help="Scale the images of a folder to this size.", min=16)]
+Channels = Annotated[int, typer.Option(help="Of a folder's images: 3 colour, 1 grey.")]
+Every = Annotated[
+    int | None, typer.Option(help="Steps between validations; a tenth of all.", min=1)
+]
+Out = Annotated[
+    Path | None, typer.Option(help="The folder to write; runs/METHOD-DATA-... if not said.")
+]
+
+
 @app.command()
 def train(
     method: Annotated[str, typer.Argument(help="A name of `metabook methods`.")],
-    data: Annotated[
-        str, typer.Option(help="A name of `metabook data list`, `sinusoids`, or a folder.")
-    ] = "glyphs",
-    way: Way = 5,
+    data: DataName = "glyphs",
+    way: TestWay = 5,
     shot: Shot = None,
-    query: Query = None,
-    train_way: Annotated[
-        int | None, typer.Option(help="Classes of a training task.", min=2)
-    ] = None,
-    network: Annotated[str | None, typer.Option(help="A network of `metabook methods`.")] = None,
-    method_args: Annotated[
-        list[str], typer.Option("--set", help="NAME=VALUE for the method.")
-    ] = [],  # noqa: B006
-    net_args: Annotated[list[str], typer.Option("--net", help="NAME=VALUE for the network.")] = [],  # noqa: B006
-    steps: Annotated[int | None, typer.Option(help="Outer steps.", min=1)] = None,
-    batch: Annotated[int | None, typer.Option(help="Tasks of each outer step.", min=1)] = None,
-    lr: Annotated[float | None, typer.Option(help="Outer rate.", min=0)] = None,
-    size: Annotated[int, typer.Option(help="Scale the images of a folder to this size.")] = 84,
-    channels: Annotated[int, typer.Option(help="Of a folder's images: 3 colour, 1 grey.")] = 3,
-    every: Annotated[
-        int | None, typer.Option(help="Steps between validations; a tenth of all.", min=1)
-    ] = None,
+    query: TrainQuery = None,
+    train_way: TrainWay = None,
+    network: Network = None,
+    method_args: MethodArgs = [],  # noqa: B006
+    net_args: NetArgs = [],  # noqa: B006
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: Rate = None,
+    size: Size = 84,
+    channels: Channels = 3,
+    every: Every = None,
     device: Device = "auto",
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Where to write the trained folder.")] = None,
+    out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Meta-train a method and write a trained folder.
 
     What is not said comes from the method's recipe for that data.
     """
-    said = {
-        "network": network,
-        "query": query,
-        "way": train_way,
-        "steps": steps,
-        "batch": batch,
-        "lr": lr,
-    }
+    said = {"network": network, "query": query, "way": train_way}
+    said |= {"steps": steps, "batch": batch, "lr": lr}
     recipe = adjusted(recipe_for(method, data), said, method_args, net_args)
-    shot = shot or (5 if data == "sinusoids" else 1)
-    task = {"data": data, "way": way, "shot": shot, "size": size, "channels": channels}
-    out = out or Path("runs") / f"{method}-{Path(data).name}-{way}way-{shot}shot"
-    run = run_recipe(method, recipe, task, every, device_of(device), seed, out)
+    task = {"data": data_named(data), "way": way, "shot": shot or (5 if data == "sinusoids" else 1)}
+    if task["data"] not in [*SOURCES, "sinusoids"]:
+        task |= {"size": size, "channels": channels}
+    name = f"{method}-{Path(task['data']).name}-{way}way-{task['shot']}shot"
+    run = run_recipe(
+        method, recipe, task, every, device_of(device), seed, out or Path("runs") / name
+    )
     best = run.best.row() if run.best else None  # nothing was validated yet when Ctrl-C came
-    facts = {"folder": str(out), "seconds": run.seconds, "validation": best, "step": run.best_step}
-    told = f"{out}: best validation {run.best} at step {run.best_step}, {run.seconds:.0f} s"
-    tell(told, facts, as_json)
+    facts = {"folder": str(run.folder), "seconds": run.seconds, "validation": best}
+    told = f"{run.folder}: best validation {run.best} at step {run.best_step}, {run.seconds:.0f} s"
+    tell(told, facts | {"step": run.best_step}, as_json)
 
 
 def adjusted(
@@ -296,6 +368,8 @@ def adjusted(
 ) -> Recipe:
     "The recipe with what the options say; another network drops the recipe's network arguments."
     changes = {name: value for name, value in said.items() if value is not None}
+    if changes.get("lr", 1) <= 0:
+        raise ValueError(f"--lr {changes['lr']}: expected a positive outer rate")
     net = {} if changes.get("network", recipe.network) != recipe.network else recipe.net
     changes["net"] = net | settings(net_args, "--net")
     changes["method"] = recipe.method | settings(method_args, "--set")
@@ -305,16 +379,16 @@ def adjusted(
 def run_recipe(
     method: str,
     recipe: Recipe,
-    task: dict[str, Any],  # data, way, shot, size, channels of the tasks in testing
+    task: dict[str, Any],  # data, way and shot of the tasks in testing
     every: int | None,
     device: torch.device,
     seed: int,
     out: Path,
 ) -> Run:
     "Train, select on validation tasks, and write what `evaluate` and `classify` need to know."
-    shape = (task["size"], task["channels"])
-    way = recipe.way or task["way"]
-    tasks = tasks_of(task["data"], "train", way, task["shot"], recipe.query, device, *shape)
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: name a folder")
+    tasks = training_tasks(task, recipe, device)
     validate = test_tasks(task, "val", device)
     torch.manual_seed(seed)
     learner = make_learner(method, recipe, validate).to(device)
@@ -345,18 +419,6 @@ def preprocessing(task: dict[str, Any], tasks: Tasks) -> dict[str, Any]:
         k: examples[k] for k in ("mean", "std")
     }
 
-
-def test_tasks(task: dict[str, Any], split: str, device: torch.device) -> Tasks:
-    "The tasks to validate or test on: as many queries of each class as the data has, 15 at most."
-    if task["data"] == "sinusoids":
-        return Sinusoids(task["shot"], 100, device)
-    classes = classes_of(task["data"], split, task["size"], task["channels"])
-    spare = (
-        int(classes.sizes.min()) - task["shot"] if classes.cut is None else int(classes.cut.min())
-    )
-    query = task.get("query") or max(1, min(15, spare))
-    return FewShot(classes.to(device), task["way"], task["shot"], query)
-
 # %% ../nbs/A5_command_line.ipynb #f850d167
 @app.command("evaluate")
 def evaluate_folder(
@@ -374,6 +436,7 @@ def evaluate_folder(
     learner, config = load(folder), read_config(folder)
     said = {"data": data, "way": way, "shot": shot, "query": query}
     task = config["task"] | {name: value for name, value in said.items() if value is not None}
+    check_way(learner, config, task["way"], "--way")
     frozen = test_tasks(task, "test", device_of(device)).freeze(tasks, seed)
     learner.to(frozen.tasks.device)
     kinds = ("joint", "single") if learner.kind == "classification" else ("joint",)
@@ -381,6 +444,16 @@ def evaluate_folder(
     text = "\n".join([f"{frozen.tasks}, episodes {frozen.hash}", *map(str, scores)])
     about = {"tasks": str(frozen.tasks), "seed": seed} | provenance(config, frozen.tasks.device)
     tell(text, [score.row() | about for score in scores], as_json)
+
+
+def check_way(learner: Learner, config: dict[str, Any], way: int, where: str) -> None:
+    "Raise `ValueError` where a learner with a head is asked about another number of classes."
+    trained = config["task"]["way"]
+    if learner.kind == "classification" and learner.head and way != trained:
+        raise ValueError(
+            f"this learner was trained for {trained} classes, but {where} has {way}: bring "
+            f"{trained}, or train again with --way {way}"
+        )
 
 
 def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -398,12 +471,18 @@ def classify(
     support: Annotated[Path, typer.Option(help="A folder of example images for every class.")],
     as_json: AsJson = False,
 ) -> None:
-    "Few-shot classify your own images with a trained learner."
-    learner, how = load(folder), read_config(folder).get("preprocessing")
+    """Few-shot classify your own images with a trained learner.
+
+    Images are scaled as in the training; a learner trained on glyphs or omniglot expects dark
+    strokes on light ground.
+    """
+    learner, config = load(folder), read_config(folder)
+    how = config.get("preprocessing")
     if not how:
         raise ValueError(f"{folder} was not trained on images: classify needs a learner that was")
     shape = {k: how[k] for k in ("size", "channels", "invert")}
     classes = replace(from_folder(support, **shape), mean=tuple(how["mean"]), std=tuple(how["std"]))
+    check_way(learner, config, len(classes), str(support))
     query = classes.prepare(torch.stack([read_query(path, shape) for path in images]))
     answers = classify_images(learner, classes, query)
     note = "\nThese images were classified together: this learner's normalisation lets them help one another."
@@ -416,6 +495,8 @@ def classify(
 
 def read_query(path: Path, how: dict[str, Any]) -> Tensor:
     "An image to classify.  Raises `ValueError`, naming the file, where it cannot be read."
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         return read_image(path, **how)
     except Exception as error:  # an image library raises many kinds for what is no image

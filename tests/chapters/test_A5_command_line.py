@@ -13,17 +13,25 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from metabook.checkpoints import methods
-from metabook.cli import Recipe, app, classes_of, make_learner, recipe_for, settings
+from metabook.cli import Recipe, app, data_named, make_learner, recipe_for, settings
 from metabook.datasets import SOURCES
 from metabook.episodes import Classes, FewShot, Sinusoids
 
 
 def test_unknown_data_gets_the_nearest_name():
     # cell ff29387b
-    with pytest.raises(ValueError, match="unknown data set 'omniglott': did you mean 'omniglot'"):
-        classes_of("omniglott", "train", 28, 1)
+    with pytest.raises(
+        ValueError, match="unknown data set or folder 'omniglott': did you mean 'omniglot'"
+    ):
+        data_named("omniglott")
     with pytest.raises(ValueError, match="holds train, val and test"):
-        classes_of("/nowhere/at/all", "train", 28, 1)
+        data_named("/nowhere/at/all")
+    work = Path(tempfile.mkdtemp())
+    for folder in ("train/a", "val/b", "test/a"):
+        (work / folder).mkdir(parents=True)
+    with pytest.raises(ValueError, match="class 'a' stands in both train and test"):
+        data_named(str(work))
+    shutil.rmtree(work)
 
 
 def test_settings_read_json_or_text():
@@ -46,7 +54,7 @@ def test_every_method_can_be_made_from_words():
         assert isinstance(learner, cls) and learner.config["name"] == name
     with pytest.raises(ValueError, match="unknown method 'mamel': did you mean 'maml'"):
         make_learner("mamel", Recipe(), Sinusoids())
-    with pytest.raises(ValueError, match="unexpected keyword argument 'rate'"):
+    with pytest.raises(ValueError, match="unknown argument of maml 'rate'"):
         make_learner("maml", Recipe("mlp", method={"rate": 1}), Sinusoids())
 
 
@@ -54,37 +62,37 @@ def test_methods_and_data_are_listed():
     # cell f2c41e78
     run = CliRunner()
 
-    def metabook(*words):
+    def typed(*words):
         "Run a command as if it were typed, and return what it prints."
         result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return result.output
 
     # cell 00719a23
-    assert "protonet" in metabook("methods") and "conv4" in metabook("methods")
-    assert json.loads(metabook("methods", "--json"))["methods"]["maml"]
-    assert json.loads(metabook("data", "list", "--json"))["glyphs"]["present"]
+    assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
+    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
 
 
 def test_train_evaluate_classify():
     # cell f2c41e78
     run = CliRunner()
 
-    def metabook(*words):
+    def typed(*words):
         "Run a command as if it were typed, and return what it prints."
         result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return result.output
 
     # cell 00719a23
-    assert "protonet" in metabook("methods") and "conv4" in metabook("methods")
-    assert json.loads(metabook("methods", "--json"))["methods"]["maml"]
-    assert json.loads(metabook("data", "list", "--json"))["glyphs"]["present"]
+    assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
+    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
     # cell fa411053
     work = Path(tempfile.mkdtemp())
     small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
-    metabook("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
-    rows = json.loads(metabook("evaluate", work / "run", "--tasks", 20, "--json"))
+    typed("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
+    rows = json.loads(typed("evaluate", work / "run", "--tasks", 20, "--json"))
     assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
     assert rows[0]["episodes"] == rows[1]["episodes"]
     assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
@@ -95,7 +103,7 @@ def test_train_evaluate_classify():
             glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
             Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
     answer = json.loads(
-        metabook(
+        typed(
             "classify",
             work / "run",
             "--support",
@@ -116,21 +124,21 @@ def test_sinusoids_from_the_command_line():
     # cell f2c41e78
     run = CliRunner()
 
-    def metabook(*words):
+    def typed(*words):
         "Run a command as if it were typed, and return what it prints."
         result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return result.output
 
     # cell 00719a23
-    assert "protonet" in metabook("methods") and "conv4" in metabook("methods")
-    assert json.loads(metabook("methods", "--json"))["methods"]["maml"]
-    assert json.loads(metabook("data", "list", "--json"))["glyphs"]["present"]
+    assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
+    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
     # cell fa411053
     work = Path(tempfile.mkdtemp())
     small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
-    metabook("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
-    rows = json.loads(metabook("evaluate", work / "run", "--tasks", 20, "--json"))
+    typed("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
+    rows = json.loads(typed("evaluate", work / "run", "--tasks", 20, "--json"))
     assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
     assert rows[0]["episodes"] == rows[1]["episodes"]
     assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
@@ -141,7 +149,7 @@ def test_sinusoids_from_the_command_line():
             glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
             Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
     answer = json.loads(
-        metabook(
+        typed(
             "classify",
             work / "run",
             "--support",
@@ -158,7 +166,7 @@ def test_sinusoids_from_the_command_line():
     shutil.rmtree(work)
     # cell a1c1dc36
     work = Path(tempfile.mkdtemp())
-    metabook("train", "maml", "--data", "sinusoids", "--steps", 20, "--out", work / "run")
-    (row,) = json.loads(metabook("evaluate", work / "run", "--tasks", 50, "--json"))
+    typed("train", "maml", "--data", "sinusoids", "--steps", 20, "--out", work / "run")
+    (row,) = json.loads(typed("evaluate", work / "run", "--tasks", 50, "--json"))
     assert row["metric"] == "mse" and row["mean"] < 6
     shutil.rmtree(work)

@@ -43,16 +43,18 @@ def test_every_command_explains_itself(words, monkeypatch, capsys):
 WRONG = {
     "trian": "Did you mean 'train'",
     "train mamel": "unknown method 'mamel': did you mean 'maml'",
-    "train maml --data glyfs": "unknown data set 'glyfs': did you mean 'glyphs'",
+    "train maml --data glyfs": "unknown data set or folder 'glyfs': did you mean 'glyphs'",
     "train maml --network conv5": "unknown network 'conv5': did you mean 'conv4'",
     "train maml --set lr": "--set lr: expected NAME=VALUE",
-    "train maml --set rate=1": "unexpected keyword argument 'rate'",
+    "train maml --set rate=1": "unknown argument of maml 'rate'",
     "train maml --set lr=-1.0": "lr=-1.0, expected a positive inner rate",
     "train maml --net pool=mean": "'mean'",
     "train maml --way 1": "greater than or equal to 2",
     "train protonet --shot 11": "need 11 on each side of its cut",
-    "train protonet --train-way 5000": "way=5000, but the data has",
-    "train protonet --data sinusoids": "regression",
+    "train protonet --way 5000": "way=5000, but the data has",
+    "train protonet --data sinusoids": "protonet is for classification",
+    "train maml --net widht=8": "unknown argument of conv4 'widht': did you mean 'width'",
+    "train maml --lr 0": "--lr 0.0: expected a positive outer rate",
     "train maml --device tpu": "--device tpu: expected cpu, cuda or auto",
     "evaluate nowhere": "no trained folder",
     "classify nowhere a.png --support b": "no trained folder",
@@ -77,7 +79,7 @@ def test_a_run_is_not_overwritten(trained, monkeypatch, capsys):
 
 def test_what_a_trained_folder_says(trained):
     config = json.loads((trained / "config.json").read_text())
-    assert config["task"] == {"data": "glyphs", "way": 5, "shot": 1, "size": 84, "channels": 3}
+    assert config["task"] == {"data": "glyphs", "way": 5, "shot": 1}
     assert config["preprocessing"]["invert"] is True and config["preprocessing"]["size"] == 28
     rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert any("validation" in row for row in rows) and any("loss" in row for row in rows)
@@ -101,7 +103,7 @@ def test_classify_wants_images_that_can_be_read(trained, monkeypatch, capsys, tm
     assert typed(monkeypatch, *words, tmp_path / "text.png") == 2
     assert "text.png" in capsys.readouterr().err
     assert typed(monkeypatch, *words, tmp_path / "absent.png") == 2
-    assert "absent.png" in capsys.readouterr().err
+    assert "absent.png: no such file" in capsys.readouterr().err
     assert typed(monkeypatch, *words, tmp_path / "support/a/1.png") == 0
 
 
@@ -109,9 +111,9 @@ def test_own_images_from_end_to_end(monkeypatch, capsys, tmp_path):
     from metabook.datasets import Glyphs
 
     for split in ("train", "val", "test"):
-        letters = Glyphs("train").select(range(6))
+        letters = Glyphs(split).select(range(6))
         for i in range(6):
-            folder = tmp_path / "mine" / split / f"letter {i}"
+            folder = tmp_path / "mine" / split / letters.names[i]
             folder.mkdir(parents=True)
             for j, image in enumerate(letters.of_class(i)[:4, 0]):
                 Image.fromarray(255 - image.numpy()).save(folder / f"{j}.png")
@@ -120,6 +122,21 @@ def test_own_images_from_end_to_end(monkeypatch, capsys, tmp_path):
     assert typed(monkeypatch, *words, "--out", tmp_path / "run") == 0
     assert typed(monkeypatch, "evaluate", tmp_path / "run", "--tasks", 4) == 0
     assert "accuracy" in capsys.readouterr().out
+    (tmp_path / "mine" / "val" / Glyphs("train").names[0]).mkdir()
+    assert typed(monkeypatch, *words, "--out", tmp_path / "other") == 2
+    assert "stands in both train and val" in capsys.readouterr().err
+
+
+def test_maml_tells_apart_as_many_classes_as_it_was_trained_for(monkeypatch, capsys, tmp_path):
+    words = ["train", "maml", "--net", "width=4", "--steps", 2, "--batch", 1]
+    assert typed(monkeypatch, *words, "--out", tmp_path / "run") == 0
+    assert typed(monkeypatch, "evaluate", tmp_path / "run", "--way", 3) == 2
+    assert "trained for 5 classes, but --way has 3" in capsys.readouterr().err
+
+
+def test_the_version_is_told(monkeypatch, capsys):
+    assert typed(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("metabook 0.")
 
 
 def test_python_m_metabook_is_the_command():
