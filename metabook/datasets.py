@@ -335,7 +335,8 @@ def Glyphs(
     """Draw letters with matplotlib's fonts: a data set that needs no download.
 
     The first 10 drawings of a class use one half of its typefaces and the last 10 the other, and
-    `cut` says so: support and query of an episode never share a typeface. Raises ValueError for
+    `cut` says so: support and query of an episode never share a typeface, and each has at most 10
+    examples of a class (`FewShot(..., query=10)`). Raises ValueError for
     an unknown split and DataError when the fonts are others than this book's.
     """
     names = [unicodedata.name(letter) for letter in glyph_list(split)]
