@@ -222,11 +222,12 @@ class Sinusoids(Tasks):
         return Episode(*sides)
 
 # %% ../nbs/02_episodes.ipynb #3c40d714
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Classes:
     """Class-organised data in one tensor: the examples of a class stand together.
 
-    Raises `ValueError` where the sizes do not add up to the data, or a class is empty.
+    Raises `ValueError` where the sizes do not add up to the data, a class is empty, or bytes are no
+    images with a `mean` and a `std` for each channel (or one for all).
     """
 
     x: Shaped[Tensor, "n *features"]  # uint8 images [n, channels, height, width], or floats
@@ -245,6 +246,26 @@ class Classes:
             raise ValueError(f"class {self.name(empty[0])!r} has no examples: leave it out")
         if self.names and len(self.names) != len(self.sizes):
             raise ValueError(f"{len(self.names)} names for {len(self.sizes)} classes")
+        if self.x.dtype == torch.uint8:
+            self.check_images()
+
+    def check_images(self) -> None:
+        "Raise `ValueError` unless the bytes are images that `prepare` can prepare."
+        if self.x.ndim != 4:
+            raise ValueError(
+                f"bytes of shape {tuple(self.x.shape)}: images are [n, channels, height, width]; "
+                "other data comes as floats"
+            )
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, self.x.shape[1]):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} for images of {self.x.shape[1]} channels: give one "
+                    "number, or one for each channel"
+                )
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.x.shape[1:]))
+        return f"Classes({len(self)} classes, {len(self.x)} examples of {shape}, {self.x.dtype})"
 
     @classmethod
     def of(

@@ -93,6 +93,7 @@ def test_classes_of_different_size():
     swapped = replace(data, cut=torch.tensor([1, 2])).to("cpu").select([1, 0])
     assert swapped.sizes.tolist() == [5, 3] and swapped.cut.tolist() == [2, 1]
     assert torch.equal(swapped.of_class(0), torch.ones(5, 1, 2, 2)) and swapped.name(0) == "dog"
+    assert repr(data) == "Classes(2 classes, 8 examples of 1x2x2, torch.float32)"
 
 
 def test_bytes_become_what_the_network_sees():
@@ -112,6 +113,10 @@ def test_broken_data_is_refused():
         Classes(torch.zeros(3, 2), torch.tensor([4]))
     with pytest.raises(ValueError, match="1 names for 2 classes"):
         Classes(torch.zeros(3, 2), torch.tensor([1, 2]), names=["cat"])
+    with pytest.raises(ValueError, match="images are"):
+        Classes(torch.zeros(3, 2, dtype=torch.uint8), torch.tensor([3]))
+    with pytest.raises(ValueError, match="for images of 3 channels"):
+        Classes(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([1]), std=(1.0, 1.0))
 
 
 @pytest.mark.proves("eq-ordered-choice")
