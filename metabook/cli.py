@@ -27,10 +27,11 @@ from .training import Run, evaluate, fit
 # %% auto #0
 __all__ = ['RECIPES', 'app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay',
            'TrainWay', 'TrainQuery', 'Network', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels',
-           'Every', 'Out', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'training_tasks', 'test_tasks',
-           'settings', 'network_arguments', 'make_learner', 'tell_version', 'options', 'device_of', 'tell',
-           'list_methods', 'list_data', 'get_data', 'check_data', 'train', 'adjusted', 'run_recipe', 'preprocessing',
-           'evaluate_folder', 'check_way', 'provenance', 'classify', 'read_query', 'classify_images', 'main']
+           'Every', 'Out', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images', 'training_tasks',
+           'test_tasks', 'settings', 'network_arguments', 'make_learner', 'tell_version', 'options', 'device_of',
+           'tell', 'list_methods', 'list_data', 'get_data', 'check_data', 'train', 'adjusted', 'run_recipe',
+           'preprocessing', 'evaluate_folder', 'check_way', 'provenance', 'classify', 'read_query', 'classify_images',
+           'main']
 
 # %% ../nbs/A5_command_line.ipynb #2f68ceb5
 @dataclass(frozen=True)
@@ -99,13 +100,23 @@ def data_named(
 
 
 def classes_of(
-    task: dict[str, Any],  # its "data"; for a folder also "size" and "channels"
+    task: dict[str, Any],  # its "data"; for a folder also how its images are read
     split: str,  # "train", "val" or "test"
 ) -> Classes:
     "One split of a data set."
     if task["data"] in SOURCES:
         return SOURCES[task["data"]].load(split)
-    return from_folder(Path(task["data"]) / split, task["size"], task["channels"])
+    return own_images(Path(task["data"]) / split, task)
+
+
+def own_images(
+    folder: Path,  # a folder of images for every class
+    how: dict[str, Any],  # "size", "channels"; of a trained learner also "invert", "mean", "std"
+) -> Classes:
+    "Images from a folder, prepared as a trained learner expects them where `how` says it."
+    classes = from_folder(folder, how["size"], how["channels"], how.get("invert", False))
+    scaled = {key: tuple(how[key]) for key in ("mean", "std") if key in how}
+    return replace(classes, **scaled)
 
 
 def training_tasks(task: dict[str, Any], recipe: Recipe, device: torch.device) -> Tasks:
@@ -434,15 +445,17 @@ def evaluate_folder(
 ) -> None:
     "Measure a trained folder on frozen test tasks; query examples together, and each alone."
     learner, config = load(folder), read_config(folder)
-    said = {"data": data, "way": way, "shot": shot, "query": query}
-    task = config["task"] | {name: value for name, value in said.items() if value is not None}
+    said = {"data": data and data_named(data), "way": way, "shot": shot, "query": query}
+    said = {name: value for name, value in said.items() if value is not None}
+    task = config["task"] | config["preprocessing"] | said
     check_way(learner, config, task["way"], "--way")
     frozen = test_tasks(task, "test", device_of(device)).freeze(tasks, seed)
     learner.to(frozen.tasks.device)
     kinds = ("joint", "single") if learner.kind == "classification" else ("joint",)
     scores = [evaluate(learner, frozen, queries=q, progress=not as_json) for q in kinds]
     text = "\n".join([f"{frozen.tasks}, episodes {frozen.hash}", *map(str, scores)])
-    about = {"tasks": str(frozen.tasks), "seed": seed} | provenance(config, frozen.tasks.device)
+    about = {"tasks": str(frozen.tasks), "tested_on": task["data"], "seed": seed}
+    about |= provenance(config, frozen.tasks.device)
     tell(text, [score.row() | about for score in scores], as_json)
 
 
@@ -481,7 +494,7 @@ def classify(
     if not how:
         raise ValueError(f"{folder} was not trained on images: classify needs a learner that was")
     shape = {k: how[k] for k in ("size", "channels", "invert")}
-    classes = replace(from_folder(support, **shape), mean=tuple(how["mean"]), std=tuple(how["std"]))
+    classes = own_images(support, how)
     check_way(learner, config, len(classes), str(support))
     query = classes.prepare(torch.stack([read_query(path, shape) for path in images]))
     answers = classify_images(learner, classes, query)

@@ -81,7 +81,7 @@ def unregistered() -> list[str]:
 # --- the order of modules
 
 
-def library_imports(source: str) -> set[str]:
+def imports_within(source: str) -> set[str]:
     """What a module imports of the library, at any depth: modules, and names of the package other than dunders."""
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -107,7 +107,7 @@ def import_problems(sources: dict[str, str], names: list[str]) -> list[str]:
         if module not in names
     ]
     for module in (m for m in names if m in sources):
-        wrong = library_imports(sources[module]) - set(names[: names.index(module)])
+        wrong = imports_within(sources[module]) - set(names[: names.index(module)])
         bad += [
             f"{LIBRARY}.{module} imports {m}, which does not stand above it" for m in sorted(wrong)
         ]

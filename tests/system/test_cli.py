@@ -122,9 +122,27 @@ def test_own_images_from_end_to_end(monkeypatch, capsys, tmp_path):
     assert typed(monkeypatch, *words, "--out", tmp_path / "run") == 0
     assert typed(monkeypatch, "evaluate", tmp_path / "run", "--tasks", 4) == 0
     assert "accuracy" in capsys.readouterr().out
+    others = ["evaluate", tmp_path / "run", "--tasks", 4, "--query", 5, "--data"]
+    assert typed(monkeypatch, *others, "glyfs") == 2
+    assert "did you mean 'glyphs'" in capsys.readouterr().err
+    assert typed(monkeypatch, *others, "glyphs") == 0
     (tmp_path / "mine" / "val" / Glyphs("train").names[0]).mkdir()
     assert typed(monkeypatch, *words, "--out", tmp_path / "other") == 2
     assert "stands in both train and val" in capsys.readouterr().err
+
+
+def test_a_learner_reads_other_images_as_it_was_trained(trained, monkeypatch, capsys, tmp_path):
+    for split in ("train", "val", "test"):
+        for name in "abc":
+            (tmp_path / split / (split + name)).mkdir(parents=True)
+            for j in range(3):
+                Image.new("RGB", (30, 40), (90 * j,) * 3).save(
+                    tmp_path / split / (split + name) / f"{j}.png"
+                )
+    words = ["evaluate", trained, "--data", tmp_path, "--way", 3, "--tasks", 2, "--json"]
+    assert typed(monkeypatch, *words) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row["n"] == 2 and row["tested_on"] == str(tmp_path) and row["task"]["data"] == "glyphs"
 
 
 def test_maml_tells_apart_as_many_classes_as_it_was_trained_for(monkeypatch, capsys, tmp_path):

@@ -102,7 +102,7 @@ def late():
 
 def test_imports_are_seen_in_each_of_their_forms():
     seen = {"engine", "episodes", "networks", "maml", "load", "training"}
-    assert check.library_imports(IMPORTS) == seen
+    assert check.imports_within(IMPORTS) == seen
 
 
 def test_what_stands_below_or_nowhere_is_told():
