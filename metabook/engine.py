@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'FITS', 'over_tasks', 'choose_lift', 'in_flight', 'losses']
+__all__ = ['Lift', 'FITS', 'over_tasks', 'choose_lift', 'in_flight', 'losses', 'graded', 'overhearing']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap"]
@@ -88,13 +89,36 @@ def losses(
     New running averages of `BatchNorm(stats="running")` are the mean over tasks, stored here: nothing
     inside a lift may write.  Raises `ValueError` where the examples do not fit, see `Learner.check`.
     """
+    return graded(learner, episodes, lift)[0]
+
+
+def graded(
+    learner: nn.Module,  # a `Learner`
+    episodes: Episode,  # a batch of tasks
+    lift: Lift = "auto",  # see `choose_lift`
+) -> tuple[Float[Tensor, "tasks"], Float[Tensor, "tasks n out"] | None]:
+    """`losses`, and what the learner answered to the queries on the way, detached.
+
+    `None` stands for the answers of a learner whose `loss` does not call `forward`.
+    """
     learner.check(episodes.support, episodes.query.x)
 
-    def one(episode: Episode) -> tuple[Tensor, Statistics]:
-        with recording(learner, "running") as seen:
+    def one(episode: Episode) -> tuple[Tensor, Statistics, list[Tensor]]:
+        with recording(learner, "running") as seen, overhearing(learner) as answers:
             loss = learner.loss(episode)
-        return loss, seen
+        return loss, seen, answers[-1:]
 
-    values, seen = over_tasks(one, episodes, lift=choose_lift(learner, lift, episodes))
+    values, seen, answers = over_tasks(one, episodes, lift=choose_lift(learner, lift, episodes))
     store_running(learner, {name: s.mean(0) for name, s in seen.items()})
-    return values
+    return values, answers[0] if answers else None
+
+
+@contextmanager
+def overhearing(learner: nn.Module) -> Iterator[list[Tensor]]:
+    "Within it, what the learner's `forward` answers is noted, detached."
+    answers: list[Tensor] = []
+    handle = learner.register_forward_hook(lambda *call: answers.append(call[-1].detach()))
+    try:
+        yield answers
+    finally:
+        handle.remove()

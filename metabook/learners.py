@@ -37,6 +37,7 @@ class Learner(nn.Module):
     label_equivariant: bool = True  # does renaming the classes only rename the answers?
     order_invariant: bool = True  # is the support set a set, its order without effect?
     first_order: bool = False  # does the meta-gradient leave derivatives out, on purpose?
+    needs_support: bool = True  # is an empty support set an error?  Not where `fit` also pre-trains
 
     def __init__(self) -> None:  # no arguments: nn.Module would take any, and none could be saved
         super().__init__()
@@ -98,6 +99,8 @@ class Learner(nn.Module):
         Looks at shapes and types, never at values, so it also stands inside a lift.
         """
         check_support(support, query)
+        if self.needs_support and support.y.shape[-2] == 0:
+            raise ValueError("the support set is empty: give at least one example to learn from")
         check_place(support.x, next(self.parameters(), None))
 
 # %% ../nbs/05_learners.ipynb #efd57860
@@ -105,7 +108,7 @@ def check_support(
     support: Examples,  # of one task, or of a batch of tasks
     query: Tensor,  # inputs of the same
 ) -> None:
-    "Raise `ValueError` unless every support example has a row in y, there are some, and queries look alike."
+    "Raise `ValueError` unless every support example has a row in y, and queries look alike."
     x, y = support.x, support.y
     if y.ndim < 2 or not y.is_floating_point():
         raise ValueError(
@@ -119,8 +122,6 @@ def check_support(
             f"support.x has shape {tuple(x.shape)} and support.y {tuple(y.shape)}: "
             "each example needs its own row in y"
         )
-    if y.shape[lead - 1] == 0:
-        raise ValueError("the support set is empty: give at least one example to learn from")
     if query.shape[lead:] != x.shape[lead:]:
         raise ValueError(
             f"support examples have features {tuple(x.shape[lead:])}, queries "

@@ -245,6 +245,8 @@ def classes_are_names(case: Case) -> str | None:
     if not case.learner.label_equivariant:
         return "label_equivariant is False"
     support, query = case.episode()
+    if len(support.y) == 0:
+        return "the tasks have an empty support set: their classes are the same in all of them"
     order = torch.arange(support.y.shape[-1]).roll(1)
     info = {k: v[order] if k == "classes" else v for k, v in support.info.items()}
     renamed = Examples(support.x, support.y[:, order], info)
@@ -311,9 +313,11 @@ def another_way(case: Case) -> str | None:
     )
 
 
-def another_shot(case: Case) -> None:
+def another_shot(case: Case) -> str | None:
     "With more support examples, and an uneven number of each class, it works."
     support, query = case.episode()
+    if len(support.y) == 0:
+        return "the tasks have an empty support set"
     more = slice(0, len(query.x) // 2 + 1)
     larger = support._replace(
         x=torch.cat([support.x, query.x[more]]), y=torch.cat([support.y, query.y[more]])
@@ -325,14 +329,18 @@ def another_shot(case: Case) -> None:
             f"finite predictions {tuple(query.y.shape)} whatever the number of support examples",
             "take numbers of examples from shapes or from support.y.sum(0), never from an argument",
         )
+    return None
 
 
 def misfits(case: Case) -> dict[str, tuple[Examples, Tensor]]:
     "Support sets and queries that no learner should accept."
     (x, y, info), query = case.episode().support, case.episode().query.x
-    return {
-        "an empty support set": (Examples(x[:0], y[:0], info), query),
-        "one label too few": (Examples(x, y[1:], info), query),
+    needed = {"an empty support set": (Examples(x[:0], y[:0], info), query)}
+    return (needed if case.learner.needs_support else {}) | {
+        "one label too many": (
+            Examples(x, torch.cat([y, y.new_ones(1, y.shape[-1])]), info),
+            query,
+        ),
         "class numbers in place of rows": (Examples(x, y.argmax(-1), info), query),
         "queries with other features": (Examples(x, y, info), torch.cat([query, query], -1)),
         "bytes in place of floats": (Examples(x.byte(), y, info), query.byte()),

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from .checkpoints import plain, save
-from .engine import Lift, choose_lift, losses, over_tasks
+from .engine import Lift, choose_lift, graded, over_tasks
 from .episodes import Episode, Frozen, Tasks, one_hot, positive
 from .learners import Learner, task_score
 
@@ -31,8 +31,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['ASK', 'VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'ask_jointly',
-           'ask_singly', 'check_kind', 'place', 'bar', 'Outer', 'Run', 'fit', 'begin', 'new_folder', 'Calibration',
-           'binned', 'calibration']
+           'ask_singly', 'check_kind', 'place', 'bar', 'Report', 'Outer', 'Run', 'fit', 'begin', 'new_folder',
+           'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -199,6 +199,16 @@ def bar(items: Any, total: int, show: bool, label: str) -> Any:
     return tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True)
 
 # %% ../nbs/06_training.ipynb #2393c556
+class Report(NamedTuple):
+    "How a step of the outer loop went: what `fit` tells tasks that have a `feedback`."
+
+    episodes: Episode  # the meta-batch
+    losses: Tensor  # [tasks], before the update
+    answers: (
+        Tensor | None
+    )  # [tasks, n, out] to the queries; `None` where `loss` does not call `forward`
+
+
 class Outer:
     "The outer loop's step: losses of a batch of tasks, the gradient of their combination, an update."
 
@@ -217,6 +227,7 @@ class Outer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or (lambda step: 1.0))
         self.largest = math.inf if clip is None else clip
         self.taken, self.norm = 0, math.nan  # steps so far, norm of the latest meta-gradient
+        self.tell: Callable[[Report], None] | None = None  # who wants to know how each step went
 
     @property
     def lr(self) -> float:
@@ -228,7 +239,7 @@ class Outer:
         episodes: Episode,  # a meta-batch
     ) -> Float[Tensor, "tasks"]:  # the losses, as they were before the update
         "Draw the gradient from these tasks, and take a step.  Raises `FloatingPointError`."
-        values = losses(self.learner, episodes, self.lift)
+        values, answers = graded(self.learner, episodes, self.lift)
         self.check(values, "the loss of task {}")
         self.optimizer.zero_grad()
         self.learner.combine(values).backward()
@@ -237,6 +248,8 @@ class Outer:
         self.optimizer.step()
         self.schedule.step()
         self.taken, self.norm = self.taken + 1, norm.item()
+        if self.tell:
+            self.tell(Report(episodes, values.detach(), answers))
         return values.detach()
 
     def check(self, values: Float[Tensor, "n"], what: str) -> None:
@@ -420,6 +433,7 @@ def begin(
     for some in [tasks] if validate is None else [tasks, validate.tasks]:
         check_kind(learner, some)
     settings = settings | {"optimizer": type(outer.optimizer).__name__}
+    outer.tell = getattr(tasks, "feedback", None)
     run = Run(learner, tasks, outer, validate, new_folder(folder, learner), settings, notes)
     chosen_on = None if validate is None else repr(validate.tasks)
     run.note(settings=settings, tasks=repr(tasks), validation_tasks=chosen_on, notes=notes)

@@ -456,6 +456,71 @@ def test_one_clipped_step_by_hand():
         one_step(clip=0.0)
 
 
+def test_tasks_are_told_how_it_went():
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell 7073776a
+    class Listening(Sightings):
+        "Keeps what it is told."
+
+        def feedback(self, report):
+            reports.append(report)
+
+    reports, learner = [], Shrink()
+    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
+    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
+    first = reports[0]  # theta was zero, and so were the answers
+    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
+    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
+
+
 @pytest.mark.proves("eq-shrinkage")
 def test_fit_finds_what_the_pencil_found():
     # cell 0e416f25
@@ -506,6 +571,20 @@ def test_fit_finds_what_the_pencil_found():
         learner = Shrink()
         outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
         return learner, outer, outer.step(two_tasks())
+
+    # cell 7073776a
+    class Listening(Sightings):
+        "Keeps what it is told."
+
+        def feedback(self, report):
+            reports.append(report)
+
+    reports, learner = [], Shrink()
+    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
+    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
+    first = reports[0]  # theta was zero, and so were the answers
+    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
+    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
 
     # cell f5827b51
     def trained(shot):
@@ -579,6 +658,20 @@ def test_the_best_parameters_are_kept():
         learner = Shrink()
         outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
         return learner, outer, outer.step(two_tasks())
+
+    # cell 7073776a
+    class Listening(Sightings):
+        "Keeps what it is told."
+
+        def feedback(self, report):
+            reports.append(report)
+
+    reports, learner = [], Shrink()
+    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
+    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
+    first = reports[0]  # theta was zero, and so were the answers
+    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
+    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
 
     # cell f5827b51
     def trained(shot):
@@ -667,6 +760,20 @@ def test_each_phase_has_its_mode():
         learner = Shrink()
         outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
         return learner, outer, outer.step(two_tasks())
+
+    # cell 7073776a
+    class Listening(Sightings):
+        "Keeps what it is told."
+
+        def feedback(self, report):
+            reports.append(report)
+
+    reports, learner = [], Shrink()
+    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
+    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
+    first = reports[0]  # theta was zero, and so were the answers
+    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
+    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
 
     # cell f5827b51
     def trained(shot):
@@ -792,6 +899,20 @@ def test_a_bad_run_is_refused_before_it_begins():
         learner = Shrink()
         outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
         return learner, outer, outer.step(two_tasks())
+
+    # cell 7073776a
+    class Listening(Sightings):
+        "Keeps what it is told."
+
+        def feedback(self, report):
+            reports.append(report)
+
+    reports, learner = [], Shrink()
+    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
+    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
+    first = reports[0]  # theta was zero, and so were the answers
+    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
+    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
 
     # cell f5827b51
     def trained(shot):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metabook.engine import choose_lift, in_flight, losses, over_tasks
+from metabook.engine import choose_lift, graded, in_flight, losses, over_tasks
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, BatchNorm, Conv4
@@ -101,6 +101,39 @@ def test_running_statistics_are_a_mean_over_tasks():
         layer = learner.embed[0]
         torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
         torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
+
+
+def test_answers_are_overheard():
+    # cell aab042d7
+    class Normalised(torch.nn.Sequential):
+        "A network whose only layer with statistics sees its inputs as they are."
+
+        def __init__(self):
+            super().__init__(BatchNorm(2, stats="running", momentum=0.25))
+
+    points = Classes.of({str(i): i + torch.randn(6, 2) for i in range(4)})
+    episodes = FewShot(points, 3, 1, 2).sample(5, torch.Generator().manual_seed(0))
+    # A layer that is used twice notes the later use: here the query set.
+    mean = episodes.query.x.mean((0, 1))
+    var = episodes.query.x.var(1, correction=0).mean(0)
+    for lift in ("loop", "vmap"):
+        learner = ProtoNet(Normalised()).train()
+        losses(learner, episodes, lift)
+        layer = learner.embed[0]
+        torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
+        torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
+    # cell b0e10e52
+    learner = ProtoNet(Normalised()).eval()
+    expected = over_tasks(learner, episodes.support, episodes.query.x)
+    for lift in ("loop", "vmap"):
+        values, heard = graded(learner, episodes, lift)
+        torch.testing.assert_close(heard, expected.detach())
+        torch.testing.assert_close(values, losses(learner, episodes, lift))
+        assert values.requires_grad and not heard.requires_grad
+    learner.loss = lambda episode: learner.predict(
+        learner.adapt(episode.support), episode.query.x
+    ).sum()
+    assert graded(learner, episodes, "vmap")[1] is None  # nobody called forward
 
 
 def test_values_do_not_decide():
