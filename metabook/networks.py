@@ -192,6 +192,7 @@ class MLP(nn.Module):
             )
         positive(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.features = sizes[-1]  # length of an embedding, where it is used as one
 
     def forward(self, x: Float[Tensor, "n *features"]) -> Float[Tensor, "n out"]:
         width = self.layers[0].in_features
