@@ -3,13 +3,10 @@
 # %% ../nbs/A5_command_line.ipynb #60268737
 from __future__ import annotations
 
-import inspect
-import itertools
 import json
-import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,128 +15,33 @@ import typer
 from torch import Tensor
 
 import metabook
-from .checkpoints import NETWORKS, build, load, lookup, methods, read_config
-from .datasets import SOURCES, SPLITS, check, fetch, from_folder, present, read_image
-from .episodes import Classes, Examples, FewShot, Sinusoids, Tasks
+from .checkpoints import NETWORKS, load, methods, read_config
+from .datasets import SOURCES, check, fetch, present, read_image
+from .episodes import Classes, Examples
 from .learners import Learner
-from .training import Run, evaluate, fit
+from metabook.recipes import (
+    REPRODUCTIONS,
+    Recipe,
+    data_named,
+    listed,
+    own_images,
+    provenance,
+    recipe_for,
+    reproduce,
+    run_recipe,
+    test_tasks,
+    told,
+)
+from .training import evaluate
 
 # %% auto #0
-__all__ = ['RECIPES', 'app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay',
-           'TrainWay', 'TrainQuery', 'Network', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels',
-           'Every', 'Out', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images', 'training_tasks',
-           'test_tasks', 'settings', 'network_arguments', 'make_learner', 'tell_version', 'options', 'device_of',
-           'tell', 'list_methods', 'list_data', 'get_data', 'check_data', 'train', 'adjusted', 'run_recipe',
-           'preprocessing', 'evaluate_folder', 'check_way', 'provenance', 'classify', 'read_query', 'classify_images',
-           'main']
+__all__ = ['app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay', 'TrainWay',
+           'TrainQuery', 'Network', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels', 'Every',
+           'Start', 'Out', 'settings', 'tell_version', 'options', 'device_of', 'tell', 'list_methods', 'list_data',
+           'get_data', 'check_data', 'train', 'adjusted', 'reproduce_row', 'evaluate_folder', 'check_way', 'classify',
+           'read_query', 'classify_images', 'main']
 
-# %% ../nbs/A5_command_line.ipynb #2f68ceb5
-@dataclass(frozen=True)
-class Recipe:
-    "How a method is trained on a data set unless options say otherwise."
-
-    network: str = "conv4"  # a registered network
-    net: dict[str, Any] = field(default_factory=dict)  # its arguments
-    method: dict[str, Any] = field(default_factory=dict)  # the method's arguments
-    way: int | None = None  # of training tasks, where higher than in testing
-    query: int = 10  # query examples of each class (or points of each curve) in training
-    steps: int = 2000  # outer steps
-    batch: int = 4  # tasks of each outer step
-    lr: float = 1e-3  # outer rate, falling to zero along a cosine
-
-
-RECIPES: dict[tuple[str, str], Recipe] = {
-    ("maml", "sinusoids"): Recipe(
-        "mlp", method={"lr": 0.01}, query=10, steps=20_000, batch=32, lr=1e-2
-    ),
-    ("maml", "images"): Recipe(
-        net={"pool": "stride", "stats": "support"},
-        method={"lr": 0.4, "test_steps": 3},
-        query=5,
-        steps=9_000,
-        lr=3e-3,
-    ),
-    ("protonet", "images"): Recipe(
-        net={"pool": "stride", "stats": "running"}, way=20, query=5, steps=4000, batch=1, lr=3e-3
-    ),
-}
-
-
-def recipe_for(method: str, data: str) -> Recipe:
-    "The recipe of a method on a data set, else for images in general, else plain defaults."
-    kind = "sinusoids" if data == "sinusoids" else "images"
-    plain = Recipe("mlp" if kind == "sinusoids" else "conv4")
-    return RECIPES.get((method, data)) or RECIPES.get((method, kind)) or plain
-
-# %% ../nbs/A5_command_line.ipynb #2ac72edb
-def data_named(
-    data: str,  # a name of `SOURCES`, "sinusoids", or a folder
-) -> str:
-    """The name, or the full path of the folder, so that it is found again from anywhere.
-
-    Raises `ValueError` for unknown data, and for a folder in which a class stands on two sides.
-    """
-    if data in SOURCES or data == "sinusoids":
-        return data
-    folder = Path(data).expanduser()
-    if not folder.is_dir() and os.sep not in data:
-        lookup(data, dict.fromkeys([*SOURCES, "sinusoids"]), "data set or folder")
-    if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
-        raise ValueError(
-            f"--data {data}: expected a folder that holds train, val and test, each with a folder "
-            f"of images for every class; there is no {folder / missing[0]}"
-        )
-    names = {split: {f.name for f in (folder / split).iterdir() if f.is_dir()} for split in SPLITS}
-    for one, other in itertools.combinations(SPLITS, 2):
-        if shared := sorted(names[one] & names[other]):
-            raise ValueError(
-                f"--data {data}: class {shared[0]!r} stands in both {one} and {other}: scores would "
-                "count what was trained on; keep it in one"
-            )
-    return str(folder.resolve())
-
-
-def classes_of(
-    task: dict[str, Any],  # its "data"; for a folder also how its images are read
-    split: str,  # "train", "val" or "test"
-) -> Classes:
-    "One split of a data set."
-    if task["data"] in SOURCES:
-        return SOURCES[task["data"]].load(split)
-    return own_images(Path(task["data"]) / split, task)
-
-
-def own_images(
-    folder: Path,  # a folder of images for every class
-    how: dict[str, Any],  # "size", "channels"; of a trained learner also "invert", "mean", "std"
-) -> Classes:
-    "Images from a folder, prepared as a trained learner expects them where `how` says it."
-    classes = from_folder(folder, how["size"], how["channels"], how.get("invert", False))
-    scaled = {key: tuple(how[key]) for key in ("mean", "std") if key in how}
-    return replace(classes, **scaled)
-
-
-def training_tasks(task: dict[str, Any], recipe: Recipe, device: torch.device) -> Tasks:
-    "What to train on; never more classes in a task than there are."
-    if task["data"] == "sinusoids":
-        return Sinusoids(task["shot"], recipe.query, device)
-    classes, way = classes_of(task, "train"), recipe.way or task["way"]
-    if task["way"] <= len(classes) < way:
-        typer.echo(f"training tasks have {len(classes)} classes, all there are", err=True)
-        way = len(classes)
-    return FewShot(classes.to(device), way, task["shot"], recipe.query)
-
-
-def test_tasks(task: dict[str, Any], split: str, device: torch.device) -> Tasks:
-    "The tasks to validate or test on: as many queries of each class as the data has, 15 at most."
-    if task["data"] == "sinusoids":
-        return Sinusoids(task["shot"], 100, device)
-    classes = classes_of(task, split)
-    spare = classes.sizes - task["shot"] if classes.cut is None else classes.cut
-    query = task.get("query") or max(1, min(15, int(spare.min())))
-    return FewShot(classes.to(device), task["way"], task["shot"], query)
-
-# %% ../nbs/A5_command_line.ipynb #5c34c9aa
+# %% ../nbs/A5_command_line.ipynb #0a38eb58
 def settings(
     pairs: list[str],  # "name=value"
     option: str,  # for the message
@@ -155,43 +57,6 @@ def settings(
         except json.JSONDecodeError:
             result[name] = value
     return result
-
-
-def network_arguments(network: str, tasks: Tasks, head: bool) -> dict[str, Any]:
-    "What the tasks decide about a network: its inputs, and its outputs where it has a head."
-    lookup(network, NETWORKS, "network")
-    out = getattr(tasks, "way", 1) if head else None
-    shape = tasks.describe().get("examples", {}).get("shape", [1])
-    if network == "mlp":
-        hidden = [40, 40] if len(shape) == 1 else [256, 64]
-        return {"sizes": [math.prod(shape), *hidden, *([out] if out else [])]}
-    size = {"size": shape[-1]} if network == "conv4" else {}
-    return {"channels": shape[0], "out": out} | size
-
-
-def make_learner(
-    method: str,  # a registered method
-    recipe: Recipe,  # network and arguments
-    tasks: Tasks,  # gives shapes and kind
-) -> Learner:
-    "A freshly initialised learner that fits the tasks."
-    cls = lookup(method, methods(), "method")
-    known = dict(inspect.signature(cls).parameters)
-    for name in recipe.method:
-        lookup(name, known, f"argument of {method}")
-    for name in recipe.net:
-        network = lookup(recipe.network, NETWORKS, "network")
-        lookup(name, dict(inspect.signature(network).parameters), f"argument of {recipe.network}")
-    if tasks.kind == "regression" and "kind" not in known:
-        raise ValueError(f"{method} is for classification, and {tasks} are regression: use maml")
-    net = network_arguments(recipe.network, tasks, cls.head)
-    kind = {"kind": "regression"} if tasks.kind == "regression" else {}
-    config = {
-        next(iter(known)): {"name": recipe.network, "args": net | recipe.net},
-        **kind,
-        **recipe.method,
-    }
-    return build({"name": method, "args": config})
 
 # %% ../nbs/A5_command_line.ipynb #10230bb0
 app = typer.Typer(
@@ -324,6 +189,10 @@ Channels = Annotated[int, typer.Option(help="Of a folder's images: 3 colour, 1 g
 Every = Annotated[
     int | None, typer.Option(help="Steps between validations; a tenth of all.", min=1)
 ]
+Start = Annotated[
+    Path | None,
+    typer.Option(help="Start from the network of this trained folder, not from a fresh one."),
+]
 Out = Annotated[
     Path | None, typer.Option(help="The folder to write; runs/METHOD-DATA-... if not said.")
 ]
@@ -346,6 +215,7 @@ def train(
     size: Size = 84,
     channels: Channels = 3,
     every: Every = None,
+    start: Start = None,
     device: Device = "auto",
     seed: Seed = 0,
     out: Out = None,
@@ -362,13 +232,16 @@ def train(
     if task["data"] not in [*SOURCES, "sinusoids"]:
         task |= {"size": size, "channels": channels}
     name = f"{method}-{Path(task['data']).name}-{way}way-{task['shot']}shot"
-    run = run_recipe(
-        method, recipe, task, every, device_of(device), seed, out or Path("runs") / name
+    out = out or Path("runs") / name
+    config = run_recipe(method, recipe, task, device_of(device), seed, out, every, start)
+    best, seconds = config["validation"], config["training"]["seconds"]
+    best_score = (
+        f"best validation {best['metric']} {best['mean']:.4g} at step {best['step']}, "
+        if best
+        else ""
     )
-    best = run.best.row() if run.best else None  # nothing was validated yet when Ctrl-C came
-    facts = {"folder": str(run.folder), "seconds": run.seconds, "validation": best}
-    told = f"{run.folder}: best validation {run.best} at step {run.best_step}, {run.seconds:.0f} s"
-    tell(told, facts | {"step": run.best_step}, as_json)
+    facts = {"folder": str(out), "seconds": seconds, "validation": best}
+    tell(f"{out}: {best_score}{seconds:.0f} s", facts, as_json)
 
 
 def adjusted(
@@ -386,49 +259,30 @@ def adjusted(
     changes["method"] = recipe.method | settings(method_args, "--set")
     return replace(recipe, **changes)
 
-
-def run_recipe(
-    method: str,
-    recipe: Recipe,
-    task: dict[str, Any],  # data, way and shot of the tasks in testing
-    every: int | None,
-    device: torch.device,
-    seed: int,
-    out: Path,
-) -> Run:
-    "Train, select on validation tasks, and write what `evaluate` and `classify` need to know."
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: name a folder")
-    tasks = training_tasks(task, recipe, device)
-    validate = test_tasks(task, "val", device)
-    torch.manual_seed(seed)
-    learner = make_learner(method, recipe, validate).to(device)
-    notes = {"task": task, "recipe": asdict(recipe), "preprocessing": preprocessing(task, tasks)}
-    return fit(
-        learner,
-        tasks,
-        steps=recipe.steps,
-        meta_batch=recipe.batch,
-        lr=recipe.lr,
-        schedule=lambda step: 0.5 * (1 + math.cos(math.pi * step / recipe.steps)),
-        validate=validate,
-        every=every or max(1, recipe.steps // 10),
-        seed=seed,
-        folder=out,
-        notes=notes,
-    )
-
-
-def preprocessing(task: dict[str, Any], tasks: Tasks) -> dict[str, Any]:
-    "How an image file becomes what the network sees."
-    if tasks.kind == "regression":
-        return {}
-    examples = tasks.describe()["examples"]
-    channels, size, _ = examples["shape"]
-    dark_on_light = task["data"] in ("glyphs", "omniglot")
-    return {"size": size, "channels": channels, "invert": dark_on_light} | {
-        k: examples[k] for k in ("mean", "std")
-    }
+# %% ../nbs/A5_command_line.ipynb #7cb9fc65
+@app.command("reproduce")
+def reproduce_row(
+    name: Annotated[str | None, typer.Argument(help="A row; none: list them.")] = None,
+    budget: Annotated[str, typer.Option(help="cpu: minutes; gpu: the paper's protocol.")] = "cpu",
+    seed: Annotated[
+        list[int] | None, typer.Option(help="May be given more than once; the row's own.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Fewer outer steps, to try it out.", min=1)
+    ] = None,
+    tasks: Annotated[int, typer.Option(help="How many test tasks.", min=2)] = 600,
+    device: Device = "auto",
+    runs: Annotated[Path, typer.Option(help="Where trained folders go.")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Where NAME.json goes.")] = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    "Run a row of a table by its recipe: train, test, and write results/NAME.json."
+    if name is None:
+        tell("\n".join(listed(REPRODUCTIONS.values())), sorted(REPRODUCTIONS), as_json)
+        return
+    where = {"device": device_of(device), "runs": runs, "results": results, "tasks": tasks}
+    report = reproduce(name, budget, seeds=seed, steps=steps, progress=not as_json, **where)
+    tell("\n".join([str(results / f"{name}.json"), *told(report)]), report, as_json)
 
 # %% ../nbs/A5_command_line.ipynb #f850d167
 @app.command("evaluate")
@@ -467,14 +321,6 @@ def check_way(learner: Learner, config: dict[str, Any], way: int, where: str) ->
             f"this learner was trained for {trained} classes, but {where} has {way}: bring "
             f"{trained}, or train again with --way {way}"
         )
-
-
-def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    "Where a score comes from: what a row of `results/` needs beside the score itself."
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    made = {key: config[key] for key in ("method", "task", "recipe", "training", "validation")}
-    versions = {key: config[key] for key in ("metabook", "torch")}
-    return made | versions | {"device": name, "threads": torch.get_num_threads()}
 
 # %% ../nbs/A5_command_line.ipynb #1968a8d1
 @app.command()

@@ -8,30 +8,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from metabook.checkpoints import methods
-from metabook.cli import Recipe, app, data_named, make_learner, recipe_for, settings
+from metabook.cli import app, settings
 from metabook.datasets import SOURCES
-from metabook.episodes import Classes, FewShot, Sinusoids
-
-
-def test_unknown_data_gets_the_nearest_name():
-    # cell ff29387b
-    with pytest.raises(
-        ValueError, match="unknown data set or folder 'omniglott': did you mean 'omniglot'"
-    ):
-        data_named("omniglott")
-    with pytest.raises(ValueError, match="holds train, val and test"):
-        data_named("/nowhere/at/all")
-    work = Path(tempfile.mkdtemp())
-    for folder in ("train/a", "val/b", "test/a"):
-        (work / folder).mkdir(parents=True)
-    with pytest.raises(ValueError, match="class 'a' stands in both train and test"):
-        data_named(str(work))
-    shutil.rmtree(work)
 
 
 def test_settings_read_json_or_text():
@@ -44,18 +25,6 @@ def test_settings_read_json_or_text():
     }
     with pytest.raises(ValueError, match="--set lr: expected NAME=VALUE"):
         settings(["lr"], "--set")
-
-
-def test_every_method_can_be_made_from_words():
-    # cell 89e419e1
-    for name, cls in methods().items():
-        images = Classes(torch.zeros(60, 1, 28, 28, dtype=torch.uint8), torch.full((3,), 20))
-        learner = make_learner(name, recipe_for(name, "omniglot"), FewShot(images, 3, 1, 5))
-        assert isinstance(learner, cls) and learner.config["name"] == name
-    with pytest.raises(ValueError, match="unknown method 'mamel': did you mean 'maml'"):
-        make_learner("mamel", Recipe(), Sinusoids())
-    with pytest.raises(ValueError, match="unknown argument of maml 'rate'"):
-        make_learner("maml", Recipe("mlp", method={"rate": 1}), Sinusoids())
 
 
 def test_methods_and_data_are_listed():

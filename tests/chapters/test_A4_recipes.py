@@ -1,0 +1,149 @@
+"""Made from nbs/A4_recipes.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from metabook.checkpoints import methods, save
+from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.learners import Learner
+from metabook.recipes import (
+    BUDGETS,
+    PUBLISHED,
+    REPRODUCTIONS,
+    ROWS,
+    STRIDED,
+    Recipe,
+    data_named,
+    make_learner,
+    network_of,
+    recipe_for,
+    reproduce,
+    run_recipe,
+)
+
+
+def test_unknown_data_gets_the_nearest_name():
+    # cell 84549dc0
+    with pytest.raises(
+        ValueError, match="unknown data set or folder 'omniglott': did you mean 'omniglot'"
+    ):
+        data_named("omniglott")
+    with pytest.raises(ValueError, match="holds train, val and test"):
+        data_named("/nowhere/at/all")
+    work = Path(tempfile.mkdtemp())
+    for folder in ("train/a", "val/b", "test/a"):
+        (work / folder).mkdir(parents=True)
+    with pytest.raises(ValueError, match="class 'a' stands in both train and test"):
+        data_named(str(work))
+    shutil.rmtree(work)
+
+
+def test_every_method_can_be_made_from_words():
+    # cell d405ef6a
+    images = Classes(torch.zeros(60, 1, 28, 28, dtype=torch.uint8), torch.full((3,), 20))
+    few = FewShot(images, 3, 1, 5)
+    # cell 68f7d866
+    for name, cls in methods().items():
+        learner = make_learner(name, recipe_for(name, "omniglot"), few)
+        assert isinstance(learner, cls) and learner.config["name"] == name
+    with pytest.raises(ValueError, match="unknown method 'mamel': did you mean 'maml'"):
+        make_learner("mamel", Recipe(), Sinusoids())
+    with pytest.raises(ValueError, match="unknown argument of maml 'rate'"):
+        make_learner("maml", Recipe("mlp", method={"rate": 1}), Sinusoids())
+
+
+def test_a_learner_starts_from_a_trained_network():
+    # cell d405ef6a
+    images = Classes(torch.zeros(60, 1, 28, 28, dtype=torch.uint8), torch.full((3,), 20))
+    few = FewShot(images, 3, 1, 5)
+    # cell 68f7d866
+    for name, cls in methods().items():
+        learner = make_learner(name, recipe_for(name, "omniglot"), few)
+        assert isinstance(learner, cls) and learner.config["name"] == name
+    with pytest.raises(ValueError, match="unknown method 'mamel': did you mean 'maml'"):
+        make_learner("mamel", Recipe(), Sinusoids())
+    with pytest.raises(ValueError, match="unknown argument of maml 'rate'"):
+        make_learner("maml", Recipe("mlp", method={"rate": 1}), Sinusoids())
+    # cell c5477fae
+    work = Path(tempfile.mkdtemp())
+    first = make_learner("pretrained", recipe_for("pretrained", "omniglot"), few, base=3)
+    save(work / "first", first)
+    second = make_learner(
+        "finetune", recipe_for("finetune", "omniglot"), few, network_of(work / "first")
+    )
+    for old, new in zip(first.embed.parameters(), second.embed.parameters(), strict=True):
+        assert torch.equal(old, new)
+    save(work / "headed", make_learner("maml", recipe_for("maml", "omniglot"), few))
+    with pytest.raises(ValueError, match="ends in a head"):
+        network_of(work / "headed")
+    shutil.rmtree(work)
+
+
+def test_what_a_recipe_starts_from_is_trained_first():
+    # cell 48240c09
+    work, where = Path(tempfile.mkdtemp()), torch.device("cpu")
+    small = replace(
+        recipe_for("pretrained", "glyphs"), net={"width": 8, **STRIDED}, steps=3, batch=16
+    )
+    task = {"data": "glyphs", "way": 5, "shot": 1}
+    first = run_recipe("pretrained", small, task, where, 0, work / "first")
+    assert first["training"]["meta_batch"] == 1 and first["validation"]["n"] == 200
+    tune = replace(recipe_for("finetune", "glyphs"), net=small.net)
+    second = run_recipe("finetune", tune, task, where, 0, work / "second", start=work / "first")
+    assert second["training"] == first["training"] and second["recipe"]["steps"] == 0
+    for old, new in zip(
+        *(network_of(work / f).parameters() for f in ("first", "second")), strict=True
+    ):
+        assert torch.equal(old, new)
+    shutil.rmtree(work)
+
+
+def test_every_method_has_its_rows():
+    # cell d405ef6a
+    images = Classes(torch.zeros(60, 1, 28, 28, dtype=torch.uint8), torch.full((3,), 20))
+    few = FewShot(images, 3, 1, 5)
+    # cell 2cd8561a
+    book = {name for name, cls in methods().items() if cls.__module__.startswith("metabook.")}
+    assert set(ROWS) == book
+    assert {row.method for row in REPRODUCTIONS.values()} == book
+    for method, data, shot in PUBLISHED:
+        assert f"{method}-{data}-5way-{shot}shot" in REPRODUCTIONS
+    for row in REPRODUCTIONS.values():
+        for budget in BUDGETS:
+            recipe = row.recipe(budget)
+            assert isinstance(make_learner(row.method, recipe, few), Learner)
+
+
+def test_a_row_is_run_and_written():
+    # cell 84ce894c
+    work = Path(tempfile.mkdtemp())
+    where = {"runs": work / "runs", "results": work / "results", "progress": False, "tasks": 20}
+    for seed in (0, 1):
+        report = reproduce("finetune-glyphs-5way-1shot", seeds=[seed], steps=2, **where)
+    written = json.loads((work / "results/finetune-glyphs-5way-1shot.json").read_text())
+    assert written == report and [row["seed"] for row in written["rows"]] == [0, 1]
+    row = written["rows"][0]
+    assert row["joint"]["episodes"] == row["single"]["episodes"] and row["single"]["n"] == 20
+    assert row["command"].endswith("--budget cpu --seed 0 --steps 2 --tasks 20")
+    assert row["training"]["steps_taken"] == 2  # of pre-training
+    expected = row["single"]["mean"] - row["before"]["mean"]
+    assert row["gain"]["mean"] == pytest.approx(expected, abs=1e-6)
+    again = reproduce("finetune-glyphs-5way-1shot", seeds=[0], steps=2, **where)
+    assert again["rows"][0]["single"] == row["single"]  # the trained folder was found
+    with pytest.raises(ValueError, match="a run of another recipe"):
+        reproduce("pretrained-glyphs-5way-1shot", seeds=[0], steps=3, **where)
+    with pytest.raises(
+        ValueError, match="unknown row 'maml-cifar-5way-1shot': did you mean 'maml-cifarfs"
+    ):
+        reproduce("maml-cifar-5way-1shot", **where)
+    with pytest.raises(ValueError, match="unknown budget 'tpu'"):
+        reproduce("maml-cifarfs-5way-1shot", "tpu", **where)
+    shutil.rmtree(work)
