@@ -406,7 +406,14 @@ class FewShot(Tasks):
         positive(n=n)
         device = generator.device if generator else self.device
         every = torch.ones(n, len(self.classes), dtype=torch.bool, device=device)
-        chosen = choose(every, self.way, generator)
+        return self.picks(choose(every, self.way, generator), generator)
+
+    def picks(
+        self,
+        chosen: Int[Tensor, "tasks way"],  # class indices
+        generator: Generator | None = None,  # where the random numbers come from
+    ) -> Picks:
+        "Tasks of these classes, in this order, with examples drawn at random."
         for_support, for_query = sides(self.classes, chosen, generator)
         support = choose(for_support, self.shot, generator)
         query = choose(for_query.scatter(-1, support, False), self.query, generator)

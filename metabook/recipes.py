@@ -38,10 +38,11 @@ from .transfer import Batches
 
 # %% auto #0
 __all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'COLOUR', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO', 'TOGETHER',
-           'PUBLISHED', 'MAX', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS', 'REPRODUCTIONS', 'Recipe', 'recipe_for',
-           'data_named', 'classes_of', 'own_images', 'training_tasks', 'test_tasks', 'network_arguments',
+           'PUBLISHED', 'MAX', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS', 'REPRODUCTIONS', 'RESULTS', 'Recipe',
+           'recipe_for', 'data_named', 'classes_of', 'own_images', 'training_tasks', 'test_tasks', 'network_arguments',
            'make_learner', 'network_of', 'run_recipe', 'before', 'train', 'taken_over', 'preprocessing', 'provenance',
-           'Published', 'Reproduction', 'reproduce', 'Attempt', 'same_run', 'told', 'percent', 'listed', 'commit']
+           'Published', 'Reproduction', 'reproduce', 'Attempt', 'same_run', 'told', 'percent', 'reports', 'table',
+           'listed', 'commit']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 @dataclass(frozen=True)
@@ -551,15 +552,48 @@ def told(report: dict[str, Any]) -> list[str]:  # lines
         ]
     for row in report["rows"]:
         scores = [f"{q} {percent(row[q])}" for q in ("joint", "single")]
-        scores += [f"gain {percent(row['gain'])}"] if "gain" in row else []
+        scores += [f"gain {percent(row['gain'], '+')}"] if "gain" in row else []
         seconds = f"{row['training']['seconds']:.0f} s of training on {row['device']}"
         lines.append(f"{row['budget']} seed {row['seed']}  {', '.join(scores)}  ({seconds})")
     return lines
 
 
-def percent(score: dict[str, Any]) -> str:
+def percent(score: dict[str, Any], sign: str = "") -> str:
     "A score and its interval in percent."
-    return f"{100 * score['mean']:.2f} ± {100 * score['ci95']:.2f}"
+    return f"{100 * score['mean']:{sign}.2f} ± {100 * score['ci95']:.2f}"
+
+
+RESULTS = Path(__file__).parents[1] / "results"  # in a clone of the book
+
+
+def reports(
+    methods: Iterable[str] = ROWS,  # whose rows
+    folder: Path = RESULTS,  # where `reproduce` wrote them
+) -> list[dict[str, Any]]:
+    "What was run so far, in the order of `REPRODUCTIONS`."
+    names = [row.name for row in REPRODUCTIONS.values() if row.method in set(methods)]
+    paths = [folder / f"{name}.json" for name in names]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def table(
+    methods: Iterable[str] = ROWS,  # whose rows
+    folder: Path = RESULTS,  # where `reproduce` wrote them
+) -> str:
+    """Published and ours in percent, with 95% intervals over tasks: a line for each run.
+
+    Queries stand alone.  A gain is over the same learner before its training across tasks.
+    """
+    lines = [f"{'row':34} {'budget':>6} seed {'published':>13} {'ours':>13}   gain"]
+    for report in reports(methods, folder):
+        printed = report["published"]
+        spread = f" ± {printed['ci95']}" if printed and printed["ci95"] else ""
+        paper = f"{printed['score']}{spread}" if printed else "-"
+        for row in report["rows"]:
+            gain = percent(row["gain"], "+") if "gain" in row else ""
+            where = f"{report['name']:34} {row['budget']:>6} {row['seed']:>4}"
+            lines.append(f"{where} {paper:>13} {percent(row['single']):>13}   {gain}".rstrip())
+    return "\n".join(lines)
 
 
 def listed(rows: Iterable[Reproduction]) -> list[str]:  # lines

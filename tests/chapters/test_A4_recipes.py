@@ -27,6 +27,7 @@ from metabook.recipes import (
     recipe_for,
     reproduce,
     run_recipe,
+    table,
 )
 
 
@@ -136,6 +137,11 @@ def test_a_row_is_run_and_written():
     assert row["training"]["steps_taken"] == 2  # of pre-training
     expected = row["single"]["mean"] - row["before"]["mean"]
     assert row["gain"]["mean"] == pytest.approx(expected, abs=1e-6)
+    lines = table(["finetune"], work / "results").splitlines()
+    assert len(lines) == 3 and lines[1].split()[:4] == [report["name"], "cpu", "0", "-"]
+    assert (
+        lines[1].endswith(f"± {100 * row['gain']['ci95']:.2f}") and table([], work).count("\n") == 0
+    )
     again = reproduce("finetune-glyphs-5way-1shot", seeds=[0], steps=2, **where)
     assert again["rows"][0]["single"] == row["single"]  # the trained folder was found
     with pytest.raises(ValueError, match="a run of another recipe"):
