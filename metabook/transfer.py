@@ -226,8 +226,8 @@ class FineTune(Pretrained):
     ):
         super().__init__(embed, classes, logits)
         self.steps, self.lr = steps, lr
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps={steps!r}, expected an integer of at least 0")
+        if steps < 0:
+            raise ValueError(f"steps={steps}, expected at least 0")
         if not 0 < lr < math.inf:
             raise ValueError(f"lr={lr!r}, expected a positive rate")
 
