@@ -21,7 +21,7 @@ from metabook.transfer import HEADS, SCALE, Batches, FineTune, Pretrained, cosin
 
 
 def test_labels_of_batches():
-    # cell d8d1ef18
+    # cell 2b0ace1f
     numbers = Classes.of({str(k): torch.full((k + 1, 1), float(k)) for k in range(4)})
     batches = Batches(numbers, size=1000)
     support, query = batches.sample(3)
@@ -37,7 +37,7 @@ def test_labels_of_batches():
 
 @pytest.mark.proves("eq-transfer-cosine")
 def test_two_heads_by_hand():
-    # cell d1dbf0f9
+    # cell e65354cb
     z, w, b = (
         torch.tensor([[3.0, 4.0]]),
         torch.tensor([[2.0, 0.0], [0.0, 1.0]]),
@@ -53,11 +53,11 @@ def test_two_heads_by_hand():
 
 @pytest.mark.proves("eq-transfer-centroid")
 def test_nearest_centroid_is_a_linear_head():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
-    # cell fa7e2e7c
+    # cell a7861c75
     weight, bias, _ = state = Pretrained(as_is).adapt(Examples(points, labels))
     assert weight.tolist() == [[2.0, 0.0], [8.0, 4.0]] and bias.tolist() == [-1.0, -20.0]
     query = torch.tensor([[2.0, 1.0]])
@@ -71,11 +71,11 @@ def test_nearest_centroid_is_a_linear_head():
 
 
 def test_cosine_centroid():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
-    # cell fa7e2e7c
+    # cell a7861c75
     weight, bias, _ = state = Pretrained(as_is).adapt(Examples(points, labels))
     assert weight.tolist() == [[2.0, 0.0], [8.0, 4.0]] and bias.tolist() == [-1.0, -20.0]
     query = torch.tensor([[2.0, 1.0]])
@@ -86,7 +86,7 @@ def test_cosine_centroid():
     distances = -squared_euclidean(z, prototypes(z, y))
     torch.testing.assert_close(logits - z.square().sum(1, keepdim=True), distances)
     torch.testing.assert_close(logits.softmax(1), distances.softmax(1))
-    # cell a1d58ba0
+    # cell 2604ab3e
     z, y = torch.randn(10, 6), one_hot(torch.arange(10) % 2, 2)
     learner = Pretrained(as_is, logits="cosine")
     means = torch.stack([F.normalize(z[k::2], dim=1).mean(0) for k in range(2)])
@@ -97,11 +97,11 @@ def test_cosine_centroid():
 
 
 def test_on_episodes_it_is_a_prototypical_network():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
-    # cell fa7e2e7c
+    # cell a7861c75
     weight, bias, _ = state = Pretrained(as_is).adapt(Examples(points, labels))
     assert weight.tolist() == [[2.0, 0.0], [8.0, 4.0]] and bias.tolist() == [-1.0, -20.0]
     query = torch.tensor([[2.0, 1.0]])
@@ -112,7 +112,7 @@ def test_on_episodes_it_is_a_prototypical_network():
     distances = -squared_euclidean(z, prototypes(z, y))
     torch.testing.assert_close(logits - z.square().sum(1, keepdim=True), distances)
     torch.testing.assert_close(logits.softmax(1), distances.softmax(1))
-    # cell a1d58ba0
+    # cell 2604ab3e
     z, y = torch.randn(10, 6), one_hot(torch.arange(10) % 2, 2)
     learner = Pretrained(as_is, logits="cosine")
     means = torch.stack([F.normalize(z[k::2], dim=1).mean(0) for k in range(2)])
@@ -120,7 +120,7 @@ def test_on_episodes_it_is_a_prototypical_network():
     torch.testing.assert_close(learner(Examples(z, y), z), SCALE * nearest)
     long = z * torch.rand(10, 1)  # other lengths, the same directions
     torch.testing.assert_close(learner(Examples(long, y), z), SCALE * nearest)
-    # cell 080e04eb
+    # cell 95933c58
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     episode = FewShot(noise, way=3, shot=2, query=3).sample(1)
     episode = Episode(*(Examples(side.x[0], side.y[0]) for side in episode))
@@ -134,11 +134,11 @@ def test_on_episodes_it_is_a_prototypical_network():
 
 
 def test_keeps_the_contract(device):
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
-    # cell fa7e2e7c
+    # cell a7861c75
     weight, bias, _ = state = Pretrained(as_is).adapt(Examples(points, labels))
     assert weight.tolist() == [[2.0, 0.0], [8.0, 4.0]] and bias.tolist() == [-1.0, -20.0]
     query = torch.tensor([[2.0, 1.0]])
@@ -149,7 +149,7 @@ def test_keeps_the_contract(device):
     distances = -squared_euclidean(z, prototypes(z, y))
     torch.testing.assert_close(logits - z.square().sum(1, keepdim=True), distances)
     torch.testing.assert_close(logits.softmax(1), distances.softmax(1))
-    # cell a1d58ba0
+    # cell 2604ab3e
     z, y = torch.randn(10, 6), one_hot(torch.arange(10) % 2, 2)
     learner = Pretrained(as_is, logits="cosine")
     means = torch.stack([F.normalize(z[k::2], dim=1).mean(0) for k in range(2)])
@@ -157,7 +157,7 @@ def test_keeps_the_contract(device):
     torch.testing.assert_close(learner(Examples(z, y), z), SCALE * nearest)
     long = z * torch.rand(10, 1)  # other lengths, the same directions
     torch.testing.assert_close(learner(Examples(long, y), z), SCALE * nearest)
-    # cell 080e04eb
+    # cell 95933c58
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     episode = FewShot(noise, way=3, shot=2, query=3).sample(1)
     episode = Episode(*(Examples(side.x[0], side.y[0]) for side in episode))
@@ -168,7 +168,7 @@ def test_keeps_the_contract(device):
         gradients.append(torch.autograd.grad(losses[-1], list(net.parameters())))
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-    # cell eeeae786
+    # cell ca2da532
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
         learner = Pretrained(Conv4(size=16, width=4, stats=stats), logits=logits)
@@ -180,11 +180,11 @@ def test_keeps_the_contract(device):
 
 
 def test_chosen_by_few_shot_tasks(device):
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
-    # cell fa7e2e7c
+    # cell a7861c75
     weight, bias, _ = state = Pretrained(as_is).adapt(Examples(points, labels))
     assert weight.tolist() == [[2.0, 0.0], [8.0, 4.0]] and bias.tolist() == [-1.0, -20.0]
     query = torch.tensor([[2.0, 1.0]])
@@ -195,7 +195,7 @@ def test_chosen_by_few_shot_tasks(device):
     distances = -squared_euclidean(z, prototypes(z, y))
     torch.testing.assert_close(logits - z.square().sum(1, keepdim=True), distances)
     torch.testing.assert_close(logits.softmax(1), distances.softmax(1))
-    # cell a1d58ba0
+    # cell 2604ab3e
     z, y = torch.randn(10, 6), one_hot(torch.arange(10) % 2, 2)
     learner = Pretrained(as_is, logits="cosine")
     means = torch.stack([F.normalize(z[k::2], dim=1).mean(0) for k in range(2)])
@@ -203,7 +203,7 @@ def test_chosen_by_few_shot_tasks(device):
     torch.testing.assert_close(learner(Examples(z, y), z), SCALE * nearest)
     long = z * torch.rand(10, 1)  # other lengths, the same directions
     torch.testing.assert_close(learner(Examples(long, y), z), SCALE * nearest)
-    # cell 080e04eb
+    # cell 95933c58
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     episode = FewShot(noise, way=3, shot=2, query=3).sample(1)
     episode = Episode(*(Examples(side.x[0], side.y[0]) for side in episode))
@@ -214,7 +214,7 @@ def test_chosen_by_few_shot_tasks(device):
         gradients.append(torch.autograd.grad(losses[-1], list(net.parameters())))
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-    # cell eeeae786
+    # cell ca2da532
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
         learner = Pretrained(Conv4(size=16, width=4, stats=stats), logits=logits)
@@ -223,7 +223,7 @@ def test_chosen_by_few_shot_tasks(device):
         net = Conv4(size=16, width=4, stats="running")
         check_learner(Pretrained(net, 5, logits).to(device), Batches(noise, size=8))
     assert METHODS["pretrained"].__name__ == "Pretrained"  # trained folders are found by this name
-    # cell 24a5a610
+    # cell 576d897e
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     learner = Pretrained(Conv4(size=16, width=4, stats="running"), classes=5)
     few = FewShot(noise, way=3, shot=2, query=3).freeze(4)
@@ -238,18 +238,18 @@ def test_chosen_by_few_shot_tasks(device):
 
 @pytest.mark.proves("eq-transfer-gradient")
 def test_gradient_of_the_last_layer():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -260,18 +260,18 @@ def test_gradient_of_the_last_layer():
 
 @pytest.mark.proves("eq-transfer-first-step")
 def test_first_step_writes_the_class_means():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -279,7 +279,7 @@ def test_first_step_writes_the_class_means():
     torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
     torch.testing.assert_close(for_b, excess.mean(0))
 
-    # cell 47af4652
+    # cell 9891c75b
     def first_step(z, y, alpha=1.0):
         "A step of gradient descent from zero."
         zero = (
@@ -299,18 +299,18 @@ def test_first_step_writes_the_class_means():
 
 @pytest.mark.proves("eq-transfer-spread")
 def test_answers_do_not_depend_on_units():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -318,7 +318,7 @@ def test_answers_do_not_depend_on_units():
     torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
     torch.testing.assert_close(for_b, excess.mean(0))
 
-    # cell 47af4652
+    # cell 9891c75b
     def first_step(z, y, alpha=1.0):
         "A step of gradient descent from zero."
         zero = (
@@ -334,7 +334,7 @@ def test_answers_do_not_depend_on_units():
     w, b = first_step(z, y, alpha=0.3)
     torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
     torch.testing.assert_close(b, torch.zeros(4).double())
-    # cell b5407581
+    # cell 4f459f50
     m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
     assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
 
@@ -356,18 +356,18 @@ def test_answers_do_not_depend_on_units():
 
 @pytest.mark.proves("eq-transfer-curvature")
 def test_no_direction_is_curved_above_one():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -375,7 +375,7 @@ def test_no_direction_is_curved_above_one():
     torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
     torch.testing.assert_close(for_b, excess.mean(0))
 
-    # cell 47af4652
+    # cell 9891c75b
     def first_step(z, y, alpha=1.0):
         "A step of gradient descent from zero."
         zero = (
@@ -391,7 +391,7 @@ def test_no_direction_is_curved_above_one():
     w, b = first_step(z, y, alpha=0.3)
     torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
     torch.testing.assert_close(b, torch.zeros(4).double())
-    # cell b5407581
+    # cell 4f459f50
     m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
     assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
 
@@ -410,7 +410,7 @@ def test_no_direction_is_curved_above_one():
         linear(u, *learner.descend(u, y)), logits
     )  # the two forms of the head
 
-    # cell 4873e8a7
+    # cell 6c34977a
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
@@ -434,18 +434,18 @@ def test_no_direction_is_curved_above_one():
 
 @pytest.mark.proves("eq-transfer-descent")
 def test_the_loss_falls_at_every_step():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -453,7 +453,7 @@ def test_the_loss_falls_at_every_step():
     torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
     torch.testing.assert_close(for_b, excess.mean(0))
 
-    # cell 47af4652
+    # cell 9891c75b
     def first_step(z, y, alpha=1.0):
         "A step of gradient descent from zero."
         zero = (
@@ -469,7 +469,7 @@ def test_the_loss_falls_at_every_step():
     w, b = first_step(z, y, alpha=0.3)
     torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
     torch.testing.assert_close(b, torch.zeros(4).double())
-    # cell b5407581
+    # cell 4f459f50
     m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
     assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
 
@@ -488,7 +488,7 @@ def test_the_loss_falls_at_every_step():
         linear(u, *learner.descend(u, y)), logits
     )  # the two forms of the head
 
-    # cell 4873e8a7
+    # cell 6c34977a
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
@@ -508,7 +508,7 @@ def test_the_loss_falls_at_every_step():
             assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
     line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
     assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
-    # cell 76b67bef
+    # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
@@ -524,18 +524,18 @@ def test_the_loss_falls_at_every_step():
 
 @pytest.mark.proves("eq-transfer-cosine-gradient")
 def test_cosine_rows_only_grow():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -543,7 +543,7 @@ def test_cosine_rows_only_grow():
     torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
     torch.testing.assert_close(for_b, excess.mean(0))
 
-    # cell 47af4652
+    # cell 9891c75b
     def first_step(z, y, alpha=1.0):
         "A step of gradient descent from zero."
         zero = (
@@ -559,7 +559,7 @@ def test_cosine_rows_only_grow():
     w, b = first_step(z, y, alpha=0.3)
     torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
     torch.testing.assert_close(b, torch.zeros(4).double())
-    # cell b5407581
+    # cell 4f459f50
     m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
     assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
 
@@ -578,7 +578,7 @@ def test_cosine_rows_only_grow():
         linear(u, *learner.descend(u, y)), logits
     )  # the two forms of the head
 
-    # cell 4873e8a7
+    # cell 6c34977a
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
@@ -598,7 +598,7 @@ def test_cosine_rows_only_grow():
             assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
     line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
     assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
-    # cell 76b67bef
+    # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
@@ -610,7 +610,7 @@ def test_cosine_rows_only_grow():
             fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
-    # cell 42221b27
+    # cell 6dd18c8f
     z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
     derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
     z_hat, w_hat = F.normalize(z), F.normalize(w)
@@ -626,18 +626,18 @@ def test_cosine_rows_only_grow():
 
 
 def test_without_steps_it_is_the_nearest_centroid():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -645,7 +645,7 @@ def test_without_steps_it_is_the_nearest_centroid():
     torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
     torch.testing.assert_close(for_b, excess.mean(0))
 
-    # cell 47af4652
+    # cell 9891c75b
     def first_step(z, y, alpha=1.0):
         "A step of gradient descent from zero."
         zero = (
@@ -661,7 +661,7 @@ def test_without_steps_it_is_the_nearest_centroid():
     w, b = first_step(z, y, alpha=0.3)
     torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
     torch.testing.assert_close(b, torch.zeros(4).double())
-    # cell b5407581
+    # cell 4f459f50
     m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
     assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
 
@@ -680,7 +680,7 @@ def test_without_steps_it_is_the_nearest_centroid():
         linear(u, *learner.descend(u, y)), logits
     )  # the two forms of the head
 
-    # cell 4873e8a7
+    # cell 6c34977a
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
@@ -700,7 +700,7 @@ def test_without_steps_it_is_the_nearest_centroid():
             assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
     line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
     assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
-    # cell 76b67bef
+    # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
@@ -712,7 +712,7 @@ def test_without_steps_it_is_the_nearest_centroid():
             fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
-    # cell 42221b27
+    # cell 6dd18c8f
     z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
     derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
     z_hat, w_hat = F.normalize(z), F.normalize(w)
@@ -725,7 +725,7 @@ def test_without_steps_it_is_the_nearest_centroid():
     )
     torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
     assert (lengths.diff(dim=0) > 0).all()
-    # cell 0caa298c
+    # cell 85add596
     z, y = some_features()
     _, r = spread(z)
     still, plain = FineTune(as_is, steps=0), Pretrained(as_is)
@@ -741,18 +741,18 @@ def test_without_steps_it_is_the_nearest_centroid():
 
 
 def test_fine_tuning_keeps_the_contract(device):
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -760,7 +760,7 @@ def test_fine_tuning_keeps_the_contract(device):
     torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
     torch.testing.assert_close(for_b, excess.mean(0))
 
-    # cell 47af4652
+    # cell 9891c75b
     def first_step(z, y, alpha=1.0):
         "A step of gradient descent from zero."
         zero = (
@@ -776,7 +776,7 @@ def test_fine_tuning_keeps_the_contract(device):
     w, b = first_step(z, y, alpha=0.3)
     torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
     torch.testing.assert_close(b, torch.zeros(4).double())
-    # cell b5407581
+    # cell 4f459f50
     m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
     assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
 
@@ -795,7 +795,7 @@ def test_fine_tuning_keeps_the_contract(device):
         linear(u, *learner.descend(u, y)), logits
     )  # the two forms of the head
 
-    # cell 4873e8a7
+    # cell 6c34977a
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
@@ -815,7 +815,7 @@ def test_fine_tuning_keeps_the_contract(device):
             assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
     line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
     assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
-    # cell 76b67bef
+    # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
@@ -827,7 +827,7 @@ def test_fine_tuning_keeps_the_contract(device):
             fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
-    # cell 42221b27
+    # cell 6dd18c8f
     z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
     derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
     z_hat, w_hat = F.normalize(z), F.normalize(w)
@@ -840,7 +840,7 @@ def test_fine_tuning_keeps_the_contract(device):
     )
     torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
     assert (lengths.diff(dim=0) > 0).all()
-    # cell 0caa298c
+    # cell 85add596
     z, y = some_features()
     _, r = spread(z)
     still, plain = FineTune(as_is, steps=0), Pretrained(as_is)
@@ -853,7 +853,7 @@ def test_fine_tuning_keeps_the_contract(device):
     few, names = z[:8], y[:8]  # 8 points, 6 numbers each, 4 classes
     fitted = FineTune(as_is, steps=3000)(Examples(few, names), few)
     assert (fitted.argmax(1) == names.argmax(1)).all()
-    # cell 2d70d341
+    # cell c2fc5de4
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
         learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=20)
@@ -864,18 +864,18 @@ def test_fine_tuning_keeps_the_contract(device):
 
 
 def test_what_is_refused(device):
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell e80858fd
+    # cell fbe9af1e
     z, y = some_features()
     w, b = torch.randn(4, 6).double(), torch.randn(4).double()
     for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
@@ -883,7 +883,7 @@ def test_what_is_refused(device):
     torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
     torch.testing.assert_close(for_b, excess.mean(0))
 
-    # cell 47af4652
+    # cell 9891c75b
     def first_step(z, y, alpha=1.0):
         "A step of gradient descent from zero."
         zero = (
@@ -899,7 +899,7 @@ def test_what_is_refused(device):
     w, b = first_step(z, y, alpha=0.3)
     torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
     torch.testing.assert_close(b, torch.zeros(4).double())
-    # cell b5407581
+    # cell 4f459f50
     m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
     assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
 
@@ -918,7 +918,7 @@ def test_what_is_refused(device):
         linear(u, *learner.descend(u, y)), logits
     )  # the two forms of the head
 
-    # cell 4873e8a7
+    # cell 6c34977a
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
@@ -938,7 +938,7 @@ def test_what_is_refused(device):
             assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
     line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
     assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
-    # cell 76b67bef
+    # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
@@ -950,7 +950,7 @@ def test_what_is_refused(device):
             fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
-    # cell 42221b27
+    # cell 6dd18c8f
     z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
     derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
     z_hat, w_hat = F.normalize(z), F.normalize(w)
@@ -963,7 +963,7 @@ def test_what_is_refused(device):
     )
     torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
     assert (lengths.diff(dim=0) > 0).all()
-    # cell 0caa298c
+    # cell 85add596
     z, y = some_features()
     _, r = spread(z)
     still, plain = FineTune(as_is, steps=0), Pretrained(as_is)
@@ -976,7 +976,7 @@ def test_what_is_refused(device):
     few, names = z[:8], y[:8]  # 8 points, 6 numbers each, 4 classes
     fitted = FineTune(as_is, steps=3000)(Examples(few, names), few)
     assert (fitted.argmax(1) == names.argmax(1)).all()
-    # cell 2d70d341
+    # cell c2fc5de4
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
         learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=20)
@@ -984,7 +984,7 @@ def test_what_is_refused(device):
     net = Conv4(size=16, width=4, stats="running")
     check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
     assert METHODS["finetune"].__name__ == "FineTune"
-    # cell 1438a26e
+    # cell df8248cf
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         Pretrained(as_is, logits="cosin")
     for wrong in ({"steps": -1}, {"lr": 0.0}, {"lr": float("nan")}):
@@ -1000,12 +1000,12 @@ def test_what_is_refused(device):
 
 
 def test_features_once_give_the_same_scores():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 9e20db85
+    # cell 5582b5cb
     @torch.no_grad()
     def features_of(embed, classes):
         "The same classes, with features in place of images."
@@ -1013,7 +1013,7 @@ def test_features_once_give_the_same_scores():
         parts = [embed(classes.prepare(x)) for x in classes.x.split(500)]
         return replace(classes, x=torch.cat(parts))
 
-    # cell 7bee66aa
+    # cell 4d0afd6a
     noise = Classes(torch.randint(0, 256, (60, 1, 16, 16), dtype=torch.uint8), torch.full((5,), 12))
     net = Conv4(size=16, width=4, stats="running")
     for head in (Pretrained, FineTune):
@@ -1024,7 +1024,7 @@ def test_features_once_give_the_same_scores():
 
 @pytest.mark.proves("eq-transfer-floor")
 def test_cosine_loss_has_a_floor():
-    # cell 9fbc1ca0
+    # cell a8f84c83
     def floor(n, s=SCALE):
         return math.log(1 + (n - 1) * math.exp(-s * n / (n - 1)))
 
@@ -1041,12 +1041,12 @@ def test_cosine_loss_has_a_floor():
 
 
 def test_somebody_elses_network():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 9e20db85
+    # cell 5582b5cb
     @torch.no_grad()
     def features_of(embed, classes):
         "The same classes, with features in place of images."
@@ -1054,7 +1054,7 @@ def test_somebody_elses_network():
         parts = [embed(classes.prepare(x)) for x in classes.x.split(500)]
         return replace(classes, x=torch.cat(parts))
 
-    # cell 5d83b5e2
+    # cell 3c271e7a
     class Backbone(nn.Module):
         "Somebody else's network, frozen: images in, features out."
 
@@ -1068,7 +1068,7 @@ def test_somebody_elses_network():
         def forward(self, x):
             return self.model(x).flatten(1)
 
-    # cell aaed99e4
+    # cell 97e045c2
     theirs = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
     )
@@ -1089,25 +1089,25 @@ def test_somebody_elses_network():
 
 
 def test_no_statistics_from_an_empty_support_set():
-    # cell 53c6241c
+    # cell 9f1d1a4d
     with pytest.raises(ValueError, match='stats="running"'):
         Pretrained(Conv4(stats="support"), classes=5)
-    Pretrained(Conv4(stats="support"))  # no base classes: such a network can still be used
+    assert Pretrained(Conv4(stats="support")).base is None  # without base classes it can be used
 
 
 def test_a_rate_without_units():
-    # cell 61239f5a
+    # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
     as_is = nn.Identity()
 
-    # cell 542a6d72
+    # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
         "Features of any scale and place, and their classes, equally many of each."
         z = scale * torch.randn(n, d, dtype=torch.float64) + shift
         return z, one_hot(torch.arange(n) % way, way).double()
 
-    # cell 78c1437e
+    # cell daf2820e
     def careless_descent(z, y, rate=0.5, steps=100):
         "Gradient descent on features as they come, from zero; the support loss at its end."
         head = (
@@ -1129,7 +1129,7 @@ def test_a_rate_without_units():
 
 
 def test_a_forgotten_support_set():
-    # cell c0d10997
+    # cell 91952654
     images, empty = torch.rand(2, 1, 16, 16), torch.rand(0, 1, 16, 16)
     net = Conv4(size=16, width=4, stats="running")
     with pytest.raises(ValueError, match="0 of this learner, but the task's way is 3"):
