@@ -856,7 +856,7 @@ def test_fine_tuning_keeps_the_contract(device):
     # cell c2fc5de4
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
-        learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=20)
+        learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=5)
         check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
     net = Conv4(size=16, width=4, stats="running")
     check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
@@ -979,7 +979,7 @@ def test_what_is_refused(device):
     # cell c2fc5de4
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
-        learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=20)
+        learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=5)
         check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
     net = Conv4(size=16, width=4, stats="running")
     check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
