@@ -3,7 +3,8 @@
 # %% ../nbs/07_transfer.ipynb #6c8eb1ff
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,8 +22,8 @@ from metabook.episodes import (
     summary,
 )
 from .learners import Learner, task_loss
-from .networks import Statistics, call, recording
-from .prototypes import prototypes
+from .networks import Statistics, batch_norms, call, recording
+from .prototypes import TINY, prototypes
 
 try:
     from jaxtyping import Float
@@ -30,13 +31,14 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'FineTune']
+__all__ = ['SCALE', 'HEADS', 'Batches', 'unit', 'linear', 'cosine', 'Head', 'Pretrained', 'base_layer', 'spread', 'FineTune']
 
 # %% ../nbs/07_transfer.ipynb #da852e05
 class Batches(Tasks):
     """Batches of labelled images from all classes, as tasks with an empty support set: for pre-training.
 
-    The way of such a task is the number of classes, and class `i` is label `i` in all of them.
+    The way of such a task is the number of classes, and class `i` is label `i` in all of them.  Every
+    image is as likely as any other, so a class counts by its number of images.
     """
 
     kind = "classification"
@@ -44,7 +46,7 @@ class Batches(Tasks):
     def __init__(
         self,
         classes: Classes,  # the data
-        size: int = 64,  # examples of a batch, drawn with replacement
+        size: int = 64,  # images of a batch, drawn with replacement
     ):
         positive(size=size)
         self.classes, self.size, self.way = classes, size, len(classes)
@@ -56,13 +58,17 @@ class Batches(Tasks):
     def device(self) -> torch.device:
         return self.classes.x.device
 
+    def describe(self) -> dict[str, Any]:
+        data = self.classes
+        shape = {"shape": list(data.x.shape[1:]), "mean": list(data.mean), "std": list(data.std)}
+        return super().describe() | {"examples": shape}
+
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
         positive(n=n)
         device = generator.device if generator else self.device
         every = torch.arange(self.way, device=device).expand(n, -1)
-        rows = torch.randint(
-            len(self.classes.x), (n, self.size), generator=generator, device=device
-        )
+        total = len(self.classes.x)
+        rows = torch.randint(total, (n, self.size), generator=generator, device=device)
         last = self.classes.sizes.to(device).cumsum(0) - 1  # row of each class
         nothing = rows[:, :0]
         return Picks(every, nothing, nothing, rows, torch.searchsorted(last, rows))
@@ -71,6 +77,14 @@ class Batches(Tasks):
         return gather_rows(self.classes, indices)
 
 # %% ../nbs/07_transfer.ipynb #96556ddf
+SCALE = 10.0  # of the cosines: between -1 and 1 a softmax cannot be sure of itself
+
+
+def unit(t: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    "The rows at length one; twice differentiable at zero too."
+    return t * t.square().sum(-1, keepdim=True).clamp_min(TINY).rsqrt()
+
+
 def linear(
     z: Float[Tensor, "n d"],  # features
     weight: Float[Tensor, "way d"],
@@ -85,9 +99,8 @@ def cosine(
     weight: Float[Tensor, "way d"],
     bias: Float[Tensor, "way"],
 ) -> Float[Tensor, "n way"]:
-    "Logits that look at directions only: cosines, times 10 so that a softmax can be sure of itself."
-    z, weight = (t * t.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt() for t in (z, weight))
-    return 10 * z @ weight.T + bias
+    "Logits that look at directions only.  Source: Chen et al. 2019, section 3.2, there without bias."
+    return SCALE * unit(z) @ unit(weight).T + bias
 
 
 HEADS = {"linear": linear, "cosine": cosine}
@@ -106,7 +119,11 @@ class Pretrained(Learner):
     """Learn all base classes as one task; give a new task the nearest centroid of the frozen features.
 
     An empty support set stands for the base classes: trained on `Batches`, the features learn to tell
-    all of them apart. With a support set the head is made of class means.
+    all of them apart.  With a support set the head is made of class means (of their directions, for
+    `logits="cosine"`).
+
+    Raises `ValueError` for an unknown head, for base classes with an `embed` that does not say its
+    `features` or normalises by the support set, and for an empty support set without base classes.
     """
 
     head = False
@@ -121,15 +138,25 @@ class Pretrained(Learner):
         super().__init__()
         lookup(logits, HEADS, "logits")
         self.embed, self.logits = embed, logits
-        self.base = None if classes is None else nn.Linear(embed.features, classes)
+        self.base = None if classes is None else base_layer(embed, classes)
 
     def adapt(self, support: Examples) -> Head:
         "The head of the task; without a support set that of the base classes."
         if len(support.y) == 0:
-            return Head(self.base.weight, self.base.bias, {})
+            return self.base_head(support.y.shape[-1])
         with recording(self.embed) as statistics:
             z = self.embed(support.x)
         return Head(*self.learn(z, support.y), statistics)
+
+    def base_head(self, way: int) -> Head:
+        "The head of the base classes.  Raises `ValueError` where there is none for so many."
+        known = 0 if self.base is None else self.base.out_features
+        if way != known:
+            raise ValueError(
+                f"an empty support set stands for all base classes: {known} of this learner, but the "
+                f"task's way is {way}; build it with classes={way} to pre-train, or give examples"
+            )
+        return Head(self.base.weight, self.base.bias, {})
 
     def learn(
         self,
@@ -137,18 +164,57 @@ class Pretrained(Learner):
         y: Float[Tensor, "n way"],  # their classes
     ) -> tuple[Float[Tensor, "way d"], Float[Tensor, "way"]]:
         "Weight and bias that answer with the nearest centroid."
+        if self.logits == "cosine":
+            c = SCALE * unit(prototypes(unit(z), y))
+            return c, c.new_zeros(len(c))
         c = prototypes(z, y)
         return 2 * c, -c.square().sum(-1)
 
     def predict(self, state: Head, x: Float[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
         "Logits of the task's head."
         z = call(self.embed, {}, x, state.statistics)
+        if z.shape[-1] != (d := state.weight.shape[-1]):
+            raise ValueError(
+                f"embed gives {z.shape[-1]} numbers where its attribute features says {d}: build it "
+                "without a head (out=None), or correct the attribute"
+            )
         return HEADS[self.logits](z, state.weight, state.bias)
 
+
+def base_layer(embed: nn.Module, classes: int) -> nn.Linear:
+    "A last layer to pre-train with.  Raises `ValueError` where `embed` is not made for it."
+    positive(classes=classes)
+    if any(layer.stats == "support" for layer in batch_norms(embed)):
+        raise ValueError(
+            'embed normalises by the support set (stats="support"), and pre-training has none: '
+            'build it with stats="running"'
+        )
+    if not isinstance(getattr(embed, "features", None), int):
+        raise ValueError(
+            f"{type(embed).__name__} does not say how long its embeddings are: set its attribute "
+            "features to the number"
+        )
+    return nn.Linear(embed.features, classes)
+
 # %% ../nbs/07_transfer.ipynb #0d472e90
+def spread(z: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, ""]]:
+    "The mean of the features, and the root of their mean squared distance from it."
+    m = z.mean(0)
+    return m, (z - m).square().sum(-1).mean().clamp_min(TINY).sqrt()
+
+
 @register("finetune")
 class FineTune(Pretrained):
-    """Learn all base classes as one task; give a new task a new head, trained on the frozen features."""
+    """Learn all base classes as one task; give a new task a new head, trained on the frozen features.
+
+    Training starts at the nearest centroid, so `steps=0` answers as `Pretrained` does.  A linear head
+    is trained on features that are centred and scaled by the support set's `spread`: there a rate of
+    up to 1 cannot overshoot, and the answers do not depend on the features' units.  Source: Chen et al.
+    2019, whose heads start at random and see mini-batches, with momentum and weight decay.
+
+    Raises `ValueError` for what `Pretrained` refuses, a negative number of steps, and a rate that is
+    not positive.
+    """
 
     def __init__(
         self,
@@ -156,28 +222,44 @@ class FineTune(Pretrained):
         classes: int | None = None,  # base classes, to pre-train; `None`: `embed` is ready
         logits: str = "linear",  # or "cosine": how a head scores features
         steps: int = 100,  # of gradient descent on the support set
-        lr: float = 0.1,  # their rate
+        lr: float = 1.0,  # their rate
     ):
         super().__init__(embed, classes, logits)
         self.steps, self.lr = steps, lr
+        if steps < 0:
+            raise ValueError(f"steps={steps}, expected at least 0")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr={lr!r}, expected a positive rate")
 
     def learn(
         self,
         z: Float[Tensor, "n d"],  # features of the support set
         y: Float[Tensor, "n way"],  # their classes
     ) -> tuple[Float[Tensor, "way d"], Float[Tensor, "way"]]:
-        "Weight and bias after `steps` of gradient descent, from the class means."
-        head = (prototypes(z, y), z.new_zeros(y.shape[-1]))
+        "Weight and bias after `steps` of gradient descent, from the nearest centroid's."
+        if self.logits == "cosine":
+            return self.descend(z, y)
+        m, r = spread(z)
+        weight, bias = self.descend((z - m) / r, y)
+        return weight / r, bias - weight @ m / r  # the same logits, for features as they come
+
+    def descend(
+        self,
+        u: Float[Tensor, "n d"],  # features to train on
+        y: Float[Tensor, "n way"],  # their classes
+    ) -> tuple[Float[Tensor, "way d"], Float[Tensor, "way"]]:
+        "The nearest centroid's weight and bias, then gradient descent."
+        head = super().learn(u, y)
         for _ in range(self.steps):
-            g = grad(self.support_loss)(head, z, y)
+            g = grad(self.support_loss)(head, u, y)
             head = tuple(p - self.lr * d for p, d in zip(head, g, strict=True))
         return head
 
     def support_loss(
         self,
         head: tuple[Tensor, Tensor],  # weight and bias
-        z: Float[Tensor, "n d"],  # features of the support set
+        u: Float[Tensor, "n d"],  # features of the support set
         y: Float[Tensor, "n way"],  # their classes
     ) -> Float[Tensor, ""]:
         "What the new head is trained on."
-        return task_loss(self.kind, HEADS[self.logits](z, *head), y)
+        return task_loss(self.kind, HEADS[self.logits](u, *head), y)

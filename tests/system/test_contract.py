@@ -19,6 +19,7 @@ from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
 from metabook.prototypes import ProtoNet
 from metabook.testing import ContractError, check_learner, unregistered_learners
+from metabook.transfer import Batches, FineTune, Pretrained
 
 WAY, SIZE, WIDTH = 3, 16, 8
 
@@ -77,6 +78,14 @@ def test_every_registered_method_keeps_the_contract(name: str, kind: str, networ
     check_learner(
         build(name, kind, network), pictures() if kind == "classification" else Sinusoids()
     )
+
+
+@pytest.mark.parametrize("method", [Pretrained, FineTune])
+@pytest.mark.parametrize("logits", ["linear", "cosine"])
+def test_what_pre_trains_keeps_the_contract_on_batches(method: type[Learner], logits: str):
+    batches = Batches(pictures().classes, size=6)
+    net = NETWORKS["conv4-stride-running"](None)
+    check_learner(method(net, classes=5, logits=logits), batches)
 
 
 def test_every_exported_learner_is_registered():
