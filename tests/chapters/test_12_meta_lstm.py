@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
-from torch.func import vmap
+from torch.func import grad, vmap
 
 from metabook.engine import losses
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
+from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks
+from metabook.maml import MAML
 from metabook.meta_lstm import (
     CoordinateLSTM,
     Gates,
@@ -20,13 +22,14 @@ from metabook.meta_lstm import (
     flat,
     log_and_sign,
 )
-from metabook.networks import MLP, Conv4
+from metabook.networks import MLP, Conv4, parameter_count
 from metabook.testing import check_learner
+from metabook.training import evaluate, fit, paired
 
 
 @pytest.mark.proves("eq-lstm-cell")
 def test_cell_equals_pytorch():
-    # cell 99ef0ae4
+    # cell d7544625
     torch.manual_seed(0)
     ours, theirs = CoordinateLSTM(4, 3).double(), nn.LSTMCell(4, 3).double()
     with torch.no_grad():
@@ -40,7 +43,7 @@ def test_cell_equals_pytorch():
 
 
 def test_only_ours_lifts():
-    # cell 99ef0ae4
+    # cell d7544625
     torch.manual_seed(0)
     ours, theirs = CoordinateLSTM(4, 3).double(), nn.LSTMCell(4, 3).double()
     with torch.no_grad():
@@ -51,7 +54,7 @@ def test_only_ours_lifts():
     x, h, c = torch.randn(4, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
     for mine, other in zip(ours(x, h, c), theirs(x.T, (h.T, c.T)), strict=True):
         torch.testing.assert_close(mine, other.T)
-    # cell 9a253aaa
+    # cell 66b72777
     tasks = torch.randn(2, 4, 5).double()
     assert vmap(lambda x: ours(x, h, c)[0])(tasks).shape == (2, 3, 5)
     with pytest.raises(RuntimeError):
@@ -60,7 +63,7 @@ def test_only_ours_lifts():
 
 @pytest.mark.proves("eq-lstm-gates")
 def test_gates_by_hand():
-    # cell b3af2980
+    # cell 4ca87f5d
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -71,7 +74,7 @@ def test_gates_by_hand():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 91eb3732
+    # cell 4d513b58
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -81,13 +84,13 @@ def test_gates_by_hand():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 5690057c
+    # cell 5ff35ed8
     close(by_hand()[1], 0.5, 0.75)
 
 
 @pytest.mark.proves("eq-lstm-update")
 def test_update_by_hand():
-    # cell b3af2980
+    # cell 4ca87f5d
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -98,7 +101,7 @@ def test_update_by_hand():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 91eb3732
+    # cell 4d513b58
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -108,15 +111,15 @@ def test_update_by_hand():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 5690057c
+    # cell 5ff35ed8
     close(by_hand()[1], 0.5, 0.75)
-    # cell 81636ac7
+    # cell 17ae43fc
     close(by_hand()[0], 0.0)
 
 
 @pytest.mark.proves("eq-lstm-preprocess")
 def test_preprocessing():
-    # cell 8fc60acc
+    # cell 39f5fbeb
     def as_written(a, p=10):
         "The formula, case by case."
         if abs(a) >= math.exp(-p):
@@ -132,7 +135,7 @@ def test_preprocessing():
 
 @pytest.mark.proves("eq-lstm-direction")
 def test_rate_and_direction_by_hand():
-    # cell b3af2980
+    # cell 4ca87f5d
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -143,7 +146,7 @@ def test_rate_and_direction_by_hand():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 91eb3732
+    # cell 4d513b58
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -153,7 +156,7 @@ def test_rate_and_direction_by_hand():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 589e8bb6
+    # cell 2c8da46b
     rule = RateAndDirection(hidden=2, lr=0.5).double()
     set_to(rule.W, [[0.1, 0.2], [3.0, -1.0]])
     theta, h = torch.tensor([5.0]).double(), torch.tensor([[1.0], [2.0]]).double()
@@ -164,7 +167,7 @@ def test_rate_and_direction_by_hand():
 
 
 def test_meta_lstm_in_use():
-    # cell c572da49
+    # cell 94c37dcd
     torch.manual_seed(0)
     learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -180,7 +183,7 @@ def test_meta_lstm_in_use():
 
 
 def test_errors_say_what_to_do():
-    # cell c11068a1
+    # cell 7e7b3cd0
     with pytest.raises(ValueError, match="expected a rate between 0 and 1: it is an input gate"):
         MetaLSTM(MLP([1, 1]), lr=1.5)
     with pytest.raises(ValueError, match="expected a positive inner rate"):
@@ -194,7 +197,7 @@ def test_errors_say_what_to_do():
 
 
 def test_keeps_the_contract():
-    # cell b0c0358a
+    # cell 79605e84
     noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     shapes = FewShot(Classes(noise, torch.full((8,), 5)), way=3, shot=2, query=2)
     for method in (MetaLSTM, LSTMOptimizer):
@@ -203,3 +206,538 @@ def test_keeps_the_contract():
         net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
         check_learner(method(net, steps=2, hidden=4, lr=0.4), shapes)
         assert {k: v for k, v in verdicts.items() if v != "passed"}.keys() >= {"gradients_are_true"}
+
+
+def test_gradient_descent_is_one_setting():
+    # cell 4ca87f5d
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 4d513b58
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell ed48d8cf
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell cc4d6b37
+    torch.manual_seed(0)
+    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
+    learner = constant_gates(net, rate=0.05, steps=4)
+    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
+    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(wave), parameters),
+        torch.autograd.grad(descent.loss(wave), parameters),
+    )
+
+
+@pytest.mark.proves("eq-lstm-decay")
+def test_constant_gates_mean_decay():
+    # cell 4ca87f5d
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 4d513b58
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell ed48d8cf
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell cc4d6b37
+    torch.manual_seed(0)
+    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
+    learner = constant_gates(net, rate=0.05, steps=4)
+    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
+    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(wave), parameters),
+        torch.autograd.grad(descent.loss(wave), parameters),
+    )
+    # cell a13ecfe8
+    torch.manual_seed(0)
+    T, rate, wave = 8, 0.05, one_wave()
+    learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
+    states, gradients = [learner.start()], []
+    for _ in range(T):
+        gradients.append(learner.gradient(states[-1].theta, wave.support)[0])
+        states.append(learner.step(states[-1], wave.support))
+    f = torch.tensor(5.0).double().sigmoid()
+    decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
+    torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+
+
+def test_how_much_of_the_start_is_left():
+    # cell 4ca87f5d
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 4d513b58
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell ed48d8cf
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell cc4d6b37
+    torch.manual_seed(0)
+    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
+    learner = constant_gates(net, rate=0.05, steps=4)
+    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
+    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(wave), parameters),
+        torch.autograd.grad(descent.loss(wave), parameters),
+    )
+    # cell a13ecfe8
+    torch.manual_seed(0)
+    T, rate, wave = 8, 0.05, one_wave()
+    learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
+    states, gradients = [learner.start()], []
+    for _ in range(T):
+        gradients.append(learner.gradient(states[-1].theta, wave.support)[0])
+        states.append(learner.step(states[-1], wave.support))
+    f = torch.tensor(5.0).double().sigmoid()
+    decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
+    torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+    # cell e7664f5b
+    torch.manual_seed(0)
+    zeros = Examples(torch.zeros(4, 2), torch.zeros(4, 1))  # nothing to learn: the gradient is zero
+    for bias in (4.0, 5.0, 6.0):
+        print(f"forget bias {bias}: {torch.tensor(bias).sigmoid() ** 8:.3f} is left after 8 steps")
+    fresh = MetaLSTM(MLP([2, 1]), steps=8, kind="regression")
+    set_to(fresh.net.layers[0].bias, [0.0])
+    for parameter in (fresh.update.W, fresh.update.V):
+        set_to(parameter, torch.zeros_like(parameter))
+    phi, _ = fresh.adapt(zeros)
+    left = phi["layers.0.weight"] / fresh.net.layers[0].weight
+    torch.testing.assert_close(left, torch.full((1, 2), 0.948), rtol=0, atol=5e-4)
+
+
+@pytest.mark.proves("eq-lstm-start-gradient")
+def test_gradient_of_the_start():
+    # cell 4ca87f5d
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 4d513b58
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell ed48d8cf
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell 9e2a9980
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start()], []
+        for _ in range(steps):
+            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    # cell dfc11f27
+    torch.manual_seed(1)
+    wave = one_wave(1)
+    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
+    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
+    set_to(learner.update.V, torch.zeros(2, 2))
+    states, _ = walk(learner, wave.support, 3)
+    forget = torch.stack([state.past[1] for state in states[1:]])
+    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
+
+
+@pytest.mark.proves("eq-lstm-gate-gradient")
+def test_gradient_of_the_gates():
+    # cell 4ca87f5d
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 4d513b58
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell ed48d8cf
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell 9e2a9980
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start()], []
+        for _ in range(steps):
+            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    # cell dfc11f27
+    torch.manual_seed(1)
+    wave = one_wave(1)
+    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
+    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
+    set_to(learner.update.V, torch.zeros(2, 2))
+    states, _ = walk(learner, wave.support, 3)
+    forget = torch.stack([state.past[1] for state in states[1:]])
+    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
+    # cell f7d9216e
+    torch.manual_seed(1)
+    wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
+    learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
+    states, gradients = walk(learner, wave.support, T)
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
+    slope = 0.1 * (
+        1 - 0.1
+    )  # of the sigmoid where it is 0.1: from the gate to its bias, which all share
+    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)
+    torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
+
+
+def test_meta_gradient_against_finite_differences():
+    # cell 4ca87f5d
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 4d513b58
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell ed48d8cf
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell 9e2a9980
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start()], []
+        for _ in range(steps):
+            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    # cell dfc11f27
+    torch.manual_seed(1)
+    wave = one_wave(1)
+    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
+    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
+    set_to(learner.update.V, torch.zeros(2, 2))
+    states, _ = walk(learner, wave.support, 3)
+    forget = torch.stack([state.past[1] for state in states[1:]])
+    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
+    # cell f7d9216e
+    torch.manual_seed(1)
+    wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
+    learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
+    states, gradients = walk(learner, wave.support, T)
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
+    slope = 0.1 * (
+        1 - 0.1
+    )  # of the sigmoid where it is 0.1: from the gate to its bias, which all share
+    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)
+    torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
+
+    # cell 7cb0a9ed
+    def measured_gradient(learner, episode, played_back, h=1e-6):
+        "Central differences of the loss; `played_back` keeps inner losses and gradients as they were."
+        record, theta = [], learner.start()
+        for _ in range(learner.steps):
+            record.append(learner.gradient(theta.theta, episode.support))
+            theta = learner.step(theta, episode.support)
+        taken = itertools.cycle(record)
+        if played_back:
+            learner.gradient = lambda theta, support: next(taken)
+        found = []
+        for entries in [p.data.view(-1) for p in learner.parameters()]:
+            for j, value in enumerate(entries.tolist()):
+                ends = []
+                for entries[j] in (value + h, value - h):
+                    ends.append(learner.loss(episode).item())
+                entries[j] = value
+                found.append((ends[0] - ends[1]) / (2 * h))
+        return torch.tensor(found).double()
+
+    # cell c9bc3a51
+    for method in (MetaLSTM, LSTMOptimizer):
+        torch.manual_seed(1)
+        learner = method(MLP([1, 4, 1]), 3, hidden=2, kind="regression", lr=0.2).double()
+        for parameter in learner.update.parameters():  # large enough that every path counts
+            set_to(parameter, 0.5 * torch.randn_like(parameter))
+        exact = torch.autograd.grad(learner.loss(one_wave(1)), list(learner.parameters()))
+        exact = torch.cat([g.flatten() for g in exact])
+        whole = measured_gradient(learner, one_wave(1), played_back=False)
+        frozen = measured_gradient(learner, one_wave(1), played_back=True)
+        torch.testing.assert_close(exact, frozen, rtol=1e-5, atol=1e-7)
+        assert (exact - whole).abs().max() > 1e-3 * exact.abs().max()
+
+
+@pytest.mark.proves("eq-lstm-count")
+def test_the_rule_does_not_grow():
+    # cell 048cf75d
+    for H, net in [(20, MLP([1, 40, 40, 1])), (20, MLP([1, 2, 1])), (8, MLP([1, 2, 1]))]:
+        learner = MetaLSTM(net, hidden=H, kind="regression")
+        rule = parameter_count(learner.lstm) + parameter_count(learner.update)
+        print(f"H = {H}: {rule} numbers for the rule, {parameter_count(net)} for the start")
+        assert rule == 4 * H * (4 + H + 1) + 2 * (H + 3)
+
+
+def test_memory_beats_every_constant_rate():
+    # cell 4ca87f5d
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 4d513b58
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell ed48d8cf
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell 8acbae46
+    class Valleys(Tasks):
+        "Quadratics in two dimensions, steep along a random axis, with a random minimum."
+
+        kind = "regression"
+
+        def draw(self, n, generator=None):
+            minimum = torch.randn(n, 2, generator=generator)
+            return minimum, (torch.rand(n, generator=generator) < 0.5).long()
+
+        def gather(self, indices):
+            minimum, axis = indices
+            r = torch.tensor([[8.0, 0.6], [0.6, 8.0]])[axis].sqrt().diag_embed()
+            x = torch.cat([r, -r], 1)
+            side = Examples(x, x @ minimum[..., None])
+            return Episode(side, side)
+
+    def at_origin():
+        "A linear network of two weights that starts at zero."
+        net = MLP([2, 1])
+        for parameter in net.parameters():
+            set_to(parameter, torch.zeros_like(parameter))
+        return net
+
+    def trained_on_valleys(method, outer_steps):
+        torch.manual_seed(0)
+        learner = method(at_origin(), steps=4, hidden=10, kind="regression", lr=0.2)
+        options = {"meta_batch": 32, "lr": 0.02, "clip": 0.25, "schedule": falling(outer_steps)}
+        fit(learner, Valleys(), steps=outer_steps, progress=False, **options)
+        return learner
+
+    def falling(total):
+        "The outer rate falls to zero along half a cosine."
+        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
+
+    def best_constant(tasks, rates=(0.08, 0.12, 0.15, 0.18, 0.21)):
+        "Gradient descent with the rate that is best on these tasks."
+        candidates = [MAML(at_origin(), rate, 4, kind="regression") for rate in rates]
+        return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
+
+    # cell a528f1db
+    unseen, other = Valleys().freeze(300, seed=0), Valleys().freeze(200, seed=1)
+    constant = evaluate(best_constant(other), unseen, batch=300)
+    learned = {}
+    for method in (MetaLSTM, LSTMOptimizer):
+        learned[method] = trained_on_valleys(method, 250)
+        score = evaluate(learned[method], unseen, batch=300)
+        gap = paired(score, constant)
+        print(
+            f"{method.__name__:14} {score}, minus best constant rate {gap.mean:+.3f} ± {gap.ci95:.3f}"
+        )
+        assert gap.mean + gap.ci95 < 0
+    print(f"{'constant':14} {constant}")
