@@ -1,0 +1,1098 @@
+"""Made from nbs/12_meta_lstm.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, vmap
+
+from metabook.engine import losses
+from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks
+from metabook.maml import MAML
+from metabook.meta_lstm import (
+    CoordinateLSTM,
+    Gates,
+    LSTMOptimizer,
+    MetaLSTM,
+    RateAndDirection,
+    flat,
+    log_and_sign,
+)
+from metabook.networks import MLP, Conv4, parameter_count
+from metabook.testing import check_learner
+from metabook.training import evaluate, fit, paired
+
+
+@pytest.mark.proves("eq-lstm-cell")
+def test_cell_equals_pytorch():
+    # cell 3fb28427
+    torch.manual_seed(0)
+    ours, theirs = CoordinateLSTM(4, 3).double(), nn.LSTMCell(4, 3).double()
+    with torch.no_grad():
+        rows = torch.tensor([0, 1, 3, 2])  # input, forget, output, proposal
+        weight = torch.cat([theirs.weight_ih, theirs.weight_hh], 1)
+        ours.W.copy_(weight.view(4, 3, 7)[rows].flatten(0, 1))
+        ours.b.copy_((theirs.bias_ih + theirs.bias_hh).view(4, 3)[rows].flatten()[:, None])
+    x, h, c = torch.randn(4, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
+    for mine, other in zip(ours(x, h, c), theirs(x.T, (h.T, c.T)), strict=True):
+        torch.testing.assert_close(mine, other.T)
+
+
+def test_only_ours_lifts():
+    # cell 3fb28427
+    torch.manual_seed(0)
+    ours, theirs = CoordinateLSTM(4, 3).double(), nn.LSTMCell(4, 3).double()
+    with torch.no_grad():
+        rows = torch.tensor([0, 1, 3, 2])  # input, forget, output, proposal
+        weight = torch.cat([theirs.weight_ih, theirs.weight_hh], 1)
+        ours.W.copy_(weight.view(4, 3, 7)[rows].flatten(0, 1))
+        ours.b.copy_((theirs.bias_ih + theirs.bias_hh).view(4, 3)[rows].flatten()[:, None])
+    x, h, c = torch.randn(4, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
+    for mine, other in zip(ours(x, h, c), theirs(x.T, (h.T, c.T)), strict=True):
+        torch.testing.assert_close(mine, other.T)
+    # cell 9c6429d8
+    tasks = torch.randn(2, 4, 5).double()
+    assert vmap(lambda x: ours(x, h, c)[0])(tasks).shape == (2, 3, 5)
+    with pytest.raises(RuntimeError):
+        vmap(lambda x: theirs(x.T, (h.T, c.T))[0])(tasks)
+
+
+@pytest.mark.proves("eq-lstm-gates")
+def test_gates_by_hand():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell f721c378
+    close(by_hand()[1], 0.5, 0.75)
+
+
+@pytest.mark.proves("eq-lstm-update")
+def test_update_by_hand():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell f721c378
+    close(by_hand()[1], 0.5, 0.75)
+    # cell 262f8cc2
+    close(by_hand()[0], 0.0)
+
+
+@pytest.mark.proves("eq-lstm-preprocess")
+def test_preprocessing():
+    # cell dfff9c22
+    def as_written(a, p=10):
+        "The formula, case by case."
+        if abs(a) >= math.exp(-p):
+            return math.log(abs(a)) / p, math.copysign(1.0, a)
+        return -1.0, math.exp(p) * a
+
+    border = math.exp(-10)
+    values = [0.3, -0.0003, 20.0, border, -border, 0.4 * border, -1e-9, 0.0]
+    found = log_and_sign(torch.tensor(values).double())
+    torch.testing.assert_close(found.T, torch.tensor([as_written(a) for a in values]).double())
+    print(found[:, :2].T.tolist())  # of 0.3 and of -0.0003
+
+
+@pytest.mark.proves("eq-lstm-direction")
+def test_rate_and_direction_by_hand():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell e6239e87
+    rule = RateAndDirection(hidden=2, lr=0.5).double()
+    set_to(rule.W, [[0.1, 0.2], [3.0, -1.0]])
+    theta, h = torch.tensor([5.0]).double(), torch.tensor([[1.0], [2.0]]).double()
+    nothing = torch.zeros(2, 1).double()
+    for gradient in (7.0, -2.0):
+        after, (rate, direction) = rule(theta, torch.tensor([gradient]).double(), h, nothing)
+        close(torch.cat([rate, direction, after]), 1.0, 1.0, 4.0)
+
+
+def test_meta_lstm_in_use():
+    # cell 6cd875ac
+    torch.manual_seed(0)
+    learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
+    phi, _ = learner.adapt(task.support)
+    assert learner(task.support, task.query.x).shape == (10, 1)
+    assert losses(learner, episodes).shape == (3,)
+    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+    torch.testing.assert_close(learner.named(flat(phi)), phi)
+    torch.manual_seed(0)
+    other = LSTMOptimizer(MLP([1, 40, 40, 1]), steps=3, hidden=8, kind="regression")
+    assert other(task.support, task.query.x).shape == (10, 1)
+
+
+def test_errors_say_what_to_do():
+    # cell 5197ec71
+    with pytest.raises(ValueError, match="expected a rate between 0 and 1: it is an input gate"):
+        MetaLSTM(MLP([1, 1]), lr=1.5)
+    with pytest.raises(ValueError, match="expected a positive inner rate"):
+        LSTMOptimizer(MLP([1, 1]), lr=0.0)
+    with pytest.raises(ValueError, match="hidden=0"):
+        MetaLSTM(MLP([1, 1]), hidden=0)
+    with pytest.raises(ValueError, match="steps=-1"):
+        MetaLSTM(MLP([1, 1]), steps=-1)
+    with pytest.raises(ValueError, match="the support set is empty"):
+        MetaLSTM(MLP([2, 5]))(Examples(torch.zeros(0, 2), torch.zeros(0, 5)), torch.zeros(1, 2))
+
+
+def test_keeps_the_contract():
+    # cell 62607408
+    noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    shapes = FewShot(Classes(noise, torch.full((8,), 5)), way=3, shot=2, query=2)
+    for method in (MetaLSTM, LSTMOptimizer):
+        curves = method(MLP([1, 8, 1]), steps=2, hidden=4, kind="regression")
+        verdicts = check_learner(curves, Sinusoids(5, 4))
+        net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
+        check_learner(method(net, steps=2, hidden=4, lr=0.4), shapes)
+        assert {k: v for k, v in verdicts.items() if v != "passed"}.keys() >= {"gradients_are_true"}
+
+
+def test_gradient_descent_is_one_setting():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell e1fd4074
+    torch.manual_seed(0)
+    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
+    learner = constant_gates(net, rate=0.05, steps=4)
+    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
+    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(wave), parameters),
+        torch.autograd.grad(descent.loss(wave), parameters),
+    )
+
+
+@pytest.mark.proves("eq-lstm-decay")
+def test_constant_gates_mean_decay():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell e1fd4074
+    torch.manual_seed(0)
+    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
+    learner = constant_gates(net, rate=0.05, steps=4)
+    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
+    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(wave), parameters),
+        torch.autograd.grad(descent.loss(wave), parameters),
+    )
+    # cell 289a8730
+    torch.manual_seed(0)
+    T, rate, wave = 8, 0.05, one_wave()
+    learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
+    states, gradients = [learner.start()], []
+    for _ in range(T):
+        gradients.append(learner.gradient(states[-1].theta, wave.support)[0])
+        states.append(learner.step(states[-1], wave.support))
+    f = torch.tensor(5.0).double().sigmoid()
+    decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
+    torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+
+
+def test_how_much_of_the_start_is_left():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell e1fd4074
+    torch.manual_seed(0)
+    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
+    learner = constant_gates(net, rate=0.05, steps=4)
+    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
+    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(wave), parameters),
+        torch.autograd.grad(descent.loss(wave), parameters),
+    )
+    # cell 289a8730
+    torch.manual_seed(0)
+    T, rate, wave = 8, 0.05, one_wave()
+    learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
+    states, gradients = [learner.start()], []
+    for _ in range(T):
+        gradients.append(learner.gradient(states[-1].theta, wave.support)[0])
+        states.append(learner.step(states[-1], wave.support))
+    f = torch.tensor(5.0).double().sigmoid()
+    decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
+    torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+    # cell 947f1d0f
+    torch.manual_seed(0)
+    zeros = Examples(torch.zeros(4, 2), torch.zeros(4, 1))  # nothing to learn: the gradient is zero
+    for bias in (4.0, 5.0, 6.0):
+        print(f"forget bias {bias}: {torch.tensor(bias).sigmoid() ** 8:.3f} is left after 8 steps")
+    fresh = MetaLSTM(MLP([2, 1]), steps=8, kind="regression")
+    set_to(fresh.net.layers[0].bias, [0.0])
+    for parameter in (fresh.update.W, fresh.update.V):
+        set_to(parameter, torch.zeros_like(parameter))
+    phi, _ = fresh.adapt(zeros)
+    left = phi["layers.0.weight"] / fresh.net.layers[0].weight
+    torch.testing.assert_close(left, torch.full((1, 2), 0.948), rtol=0, atol=5e-4)
+
+
+@pytest.mark.proves("eq-lstm-start-gradient")
+def test_gradient_of_the_start():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell c296509b
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start()], []
+        for _ in range(steps):
+            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    # cell da6ad17d
+    torch.manual_seed(1)
+    wave = one_wave(1)
+    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
+    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
+    set_to(learner.update.V, torch.zeros(2, 2))
+    states, _ = walk(learner, wave.support, 3)
+    forget = torch.stack([state.past[1] for state in states[1:]])
+    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
+
+
+@pytest.mark.proves("eq-lstm-gate-gradient")
+def test_gradient_of_the_gates():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell c296509b
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start()], []
+        for _ in range(steps):
+            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    # cell da6ad17d
+    torch.manual_seed(1)
+    wave = one_wave(1)
+    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
+    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
+    set_to(learner.update.V, torch.zeros(2, 2))
+    states, _ = walk(learner, wave.support, 3)
+    forget = torch.stack([state.past[1] for state in states[1:]])
+    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
+    # cell b750989a
+    torch.manual_seed(1)
+    wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
+    learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
+    states, gradients = walk(learner, wave.support, T)
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
+    slope = 0.1 * (
+        1 - 0.1
+    )  # of the sigmoid where it is 0.1: from the gate to its bias, which all share
+    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)
+    torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
+
+
+def test_meta_gradient_against_finite_differences():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell c296509b
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start()], []
+        for _ in range(steps):
+            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    # cell da6ad17d
+    torch.manual_seed(1)
+    wave = one_wave(1)
+    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
+    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
+    set_to(learner.update.V, torch.zeros(2, 2))
+    states, _ = walk(learner, wave.support, 3)
+    forget = torch.stack([state.past[1] for state in states[1:]])
+    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
+    # cell b750989a
+    torch.manual_seed(1)
+    wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
+    learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
+    states, gradients = walk(learner, wave.support, T)
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
+    slope = 0.1 * (
+        1 - 0.1
+    )  # of the sigmoid where it is 0.1: from the gate to its bias, which all share
+    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)
+    torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
+
+    # cell eb3b61db
+    def measured_gradient(learner, episode, played_back, h=1e-6):
+        "Central differences of the loss; `played_back` keeps inner losses and gradients as they were."
+        record, theta = [], learner.start()
+        for _ in range(learner.steps):
+            record.append(learner.gradient(theta.theta, episode.support))
+            theta = learner.step(theta, episode.support)
+        taken = itertools.cycle(record)
+        if played_back:
+            learner.gradient = lambda theta, support: next(taken)
+        found = []
+        for entries in [p.data.view(-1) for p in learner.parameters()]:
+            for j, value in enumerate(entries.tolist()):
+                ends = []
+                for entries[j] in (value + h, value - h):
+                    ends.append(learner.loss(episode).item())
+                entries[j] = value
+                found.append((ends[0] - ends[1]) / (2 * h))
+        return torch.tensor(found).double()
+
+    # cell c043a165
+    for method in (MetaLSTM, LSTMOptimizer):
+        torch.manual_seed(1)
+        learner = method(MLP([1, 4, 1]), 3, hidden=2, kind="regression", lr=0.2).double()
+        for parameter in learner.update.parameters():  # large enough that every path counts
+            set_to(parameter, 0.5 * torch.randn_like(parameter))
+        exact = torch.autograd.grad(learner.loss(one_wave(1)), list(learner.parameters()))
+        exact = torch.cat([g.flatten() for g in exact])
+        whole = measured_gradient(learner, one_wave(1), played_back=False)
+        frozen = measured_gradient(learner, one_wave(1), played_back=True)
+        torch.testing.assert_close(exact, frozen, rtol=1e-5, atol=1e-7)
+        assert (exact - whole).abs().max() > 1e-3 * exact.abs().max()
+
+
+@pytest.mark.proves("eq-lstm-count")
+def test_the_rule_does_not_grow():
+    # cell 04f886e2
+    for H, net in [(20, MLP([1, 40, 40, 1])), (20, MLP([1, 2, 1])), (8, MLP([1, 2, 1]))]:
+        learner = MetaLSTM(net, hidden=H, kind="regression")
+        rule = parameter_count(learner.lstm) + parameter_count(learner.update)
+        print(f"H = {H}: {rule} numbers for the rule, {parameter_count(net)} for the start")
+        assert rule == 4 * H * (4 + H + 1) + 2 * (H + 3)
+
+
+def test_memory_beats_every_constant_rate():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell c7811d55
+    LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
+
+    class Valleys(Tasks):
+        "Quadratics in two dimensions with a random curvature along each axis, and a random minimum."
+
+        kind = "regression"
+
+        def draw(self, n, generator=None):
+            share = torch.rand(n, 2, generator=generator)
+            return torch.randn(n, 2, generator=generator), LOW * (HIGH / LOW) ** share
+
+        def gather(self, indices):
+            minimum, curvature = indices
+            r = curvature.sqrt().diag_embed()
+            x = torch.cat([r, -r], 1)
+            side = Examples(x, x @ minimum[..., None])
+            return Episode(side, side)
+
+    class Schedule(MAML):
+        "Gradient descent with another rate at each step; the rates can be learned."
+
+        def __init__(self, net, rates, first_order=False):
+            super().__init__(net, first_order=first_order, kind="regression")
+            self.rates = torch.nn.Parameter(torch.tensor(rates))
+
+        def adapt(self, support):
+            phi = dict(self.net.named_parameters())
+            for rate in self.rates:
+                self.lr = rate
+                phi = self.step(phi, support)
+            return phi, {}
+
+    def chebyshev(steps):
+        "One over the zeros of the Chebyshev polynomial on [LOW, HIGH]."
+        angles = [(2 * k - 1) * math.pi / (2 * steps) for k in range(1, steps + 1)]
+        return [2 / (HIGH + LOW + (HIGH - LOW) * math.cos(angle)) for angle in angles]
+
+    def at_origin():
+        "A linear network of two weights that starts at zero."
+        net = MLP([2, 1])
+        for parameter in net.parameters():
+            set_to(parameter, torch.zeros_like(parameter))
+        return net
+
+    def falling(total):
+        "The outer rate falls to zero along half a cosine."
+        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
+
+    def train_on_valleys(learner, steps=300, lr=0.05):
+        options = {"meta_batch": 32, "lr": lr, "clip": 0.25, "schedule": falling(steps)}
+        fit(learner, Valleys(), steps=steps, progress=False, **options)
+        return learner
+
+    def learned_for_valleys(method):
+        torch.manual_seed(0)
+        learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
+        return train_on_valleys(learner)
+
+    def best_constant(tasks, rates=(0.12, 0.14, 0.16, 0.18, 0.2)):
+        "Gradient descent with the rate that is best on these tasks."
+        candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
+        return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
+
+    # cell 709fa5c1
+    unseen, other = Valleys().freeze(300, seed=0), Valleys().freeze(200, seed=1)
+    memory = {method: learned_for_valleys(method) for method in (MetaLSTM, LSTMOptimizer)}
+    valley_scores = {
+        "constant rate": evaluate(best_constant(other), unseen, batch=300),
+        "Chebyshev schedule": evaluate(Schedule(at_origin(), chebyshev(4)), unseen, batch=300),
+        "Meta-LSTM": evaluate(memory[MetaLSTM], unseen, batch=300),
+        "LSTM optimiser": evaluate(memory[LSTMOptimizer], unseen, batch=300),
+    }
+    for name, score in valley_scores.items():
+        print(f"{name:18} {score}")
+    for name, rival in (
+        ("Meta-LSTM", "constant rate"),
+        ("LSTM optimiser", "constant rate"),
+        ("LSTM optimiser", "Chebyshev schedule"),
+    ):
+        gap = paired(valley_scores[name], valley_scores[rival])
+        print(f"{name} minus {rival}: {gap.mean:+.3f} ± {gap.ci95:.3f}")
+        assert gap.mean + gap.ci95 < 0
+
+
+def test_forget_bias_must_be_large():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell c296509b
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start()], []
+        for _ in range(steps):
+            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    # cell c7811d55
+    LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
+
+    class Valleys(Tasks):
+        "Quadratics in two dimensions with a random curvature along each axis, and a random minimum."
+
+        kind = "regression"
+
+        def draw(self, n, generator=None):
+            share = torch.rand(n, 2, generator=generator)
+            return torch.randn(n, 2, generator=generator), LOW * (HIGH / LOW) ** share
+
+        def gather(self, indices):
+            minimum, curvature = indices
+            r = curvature.sqrt().diag_embed()
+            x = torch.cat([r, -r], 1)
+            side = Examples(x, x @ minimum[..., None])
+            return Episode(side, side)
+
+    class Schedule(MAML):
+        "Gradient descent with another rate at each step; the rates can be learned."
+
+        def __init__(self, net, rates, first_order=False):
+            super().__init__(net, first_order=first_order, kind="regression")
+            self.rates = torch.nn.Parameter(torch.tensor(rates))
+
+        def adapt(self, support):
+            phi = dict(self.net.named_parameters())
+            for rate in self.rates:
+                self.lr = rate
+                phi = self.step(phi, support)
+            return phi, {}
+
+    def chebyshev(steps):
+        "One over the zeros of the Chebyshev polynomial on [LOW, HIGH]."
+        angles = [(2 * k - 1) * math.pi / (2 * steps) for k in range(1, steps + 1)]
+        return [2 / (HIGH + LOW + (HIGH - LOW) * math.cos(angle)) for angle in angles]
+
+    def at_origin():
+        "A linear network of two weights that starts at zero."
+        net = MLP([2, 1])
+        for parameter in net.parameters():
+            set_to(parameter, torch.zeros_like(parameter))
+        return net
+
+    def falling(total):
+        "The outer rate falls to zero along half a cosine."
+        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
+
+    def train_on_valleys(learner, steps=300, lr=0.05):
+        options = {"meta_batch": 32, "lr": lr, "clip": 0.25, "schedule": falling(steps)}
+        fit(learner, Valleys(), steps=steps, progress=False, **options)
+        return learner
+
+    def learned_for_valleys(method):
+        torch.manual_seed(0)
+        learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
+        return train_on_valleys(learner)
+
+    def best_constant(tasks, rates=(0.12, 0.14, 0.16, 0.18, 0.2)):
+        "Gradient descent with the rate that is best on these tasks."
+        candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
+        return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
+
+    # cell 6a518c6f
+    torch.manual_seed(0)
+    wave = one_wave()
+    left = {}
+    for bias in (0.0, 5.0):
+        learner = constant_gates(MLP([1, 6, 6, 1]).double(), 0.01, forget_bias=bias, steps=8)
+        learner.zero_grad()
+        learner.loss(wave).backward()
+        length = torch.cat([p.grad.flatten() for p in learner.net.parameters()]).norm()
+        end = flat(learner.adapt(wave.support)[0])
+        plain = query_gradient(learner, end, wave.query).norm()
+        left[bias] = (length / plain).item()
+        print(f"bias {bias}: the start gets {left[bias]:.4f} of the query gradient")
+    assert left[0.0] < 0.004 < 0.94 < left[5.0]
+
+
+def test_gradients_need_preprocessing():
+    # cell 06120139
+    torch.manual_seed(0)
+    lstm = CoordinateLSTM(2, 8)
+    sizes_of_gradient = torch.tensor([1e-3, 1e-6])
+    nothing = torch.zeros(8, 2)
+    raw, _ = lstm(sizes_of_gradient.expand(2, 2), nothing, nothing)
+    prepared, _ = lstm(log_and_sign(sizes_of_gradient), nothing, nothing)
+    spread = [(h[:, 0] - h[:, 1]).abs().max().item() for h in (raw, prepared)]
+    print(f"largest difference of the hidden states: raw {spread[0]:.5f}, prepared {spread[1]:.3f}")
+    assert spread[0] < 1e-3 and spread[1] > 1e-2
+
+
+def test_clipping_bounds_the_outer_step():
+    # cell 1a1a902e
+    class Shouting(Sinusoids):
+        "Sinusoids, ten times as high."
+
+        def gather(self, indices):
+            return Episode(*(side._replace(y=10 * side.y) for side in super().gather(indices)))
+
+    def outer_step_length(clip):
+        torch.manual_seed(0)
+        learner = MetaLSTM(MLP([1, 8, 1]), steps=3, hidden=4, kind="regression")
+        before = flat(dict(learner.named_parameters())).detach().clone()
+        options = {"optimizer": torch.optim.SGD, "lr": 1.0, "meta_batch": 4, "progress": False}
+        fit(learner, Shouting(5, 10), steps=1, clip=clip, **options)
+        return (flat(dict(learner.named_parameters())) - before).norm().item()
+
+    print(f"without {outer_step_length(None):.0f}, with {outer_step_length(0.25):.3f}")
+    assert outer_step_length(None) > 10
+    assert abs(outer_step_length(0.25) - 0.25) < 1e-3
+
+
+def test_frozen_gradients_mislead_a_schedule():
+    # cell 041c793b
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 791ea8c7
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell 3b7d20f3
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    # cell c296509b
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start()], []
+        for _ in range(steps):
+            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    # cell c7811d55
+    LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
+
+    class Valleys(Tasks):
+        "Quadratics in two dimensions with a random curvature along each axis, and a random minimum."
+
+        kind = "regression"
+
+        def draw(self, n, generator=None):
+            share = torch.rand(n, 2, generator=generator)
+            return torch.randn(n, 2, generator=generator), LOW * (HIGH / LOW) ** share
+
+        def gather(self, indices):
+            minimum, curvature = indices
+            r = curvature.sqrt().diag_embed()
+            x = torch.cat([r, -r], 1)
+            side = Examples(x, x @ minimum[..., None])
+            return Episode(side, side)
+
+    class Schedule(MAML):
+        "Gradient descent with another rate at each step; the rates can be learned."
+
+        def __init__(self, net, rates, first_order=False):
+            super().__init__(net, first_order=first_order, kind="regression")
+            self.rates = torch.nn.Parameter(torch.tensor(rates))
+
+        def adapt(self, support):
+            phi = dict(self.net.named_parameters())
+            for rate in self.rates:
+                self.lr = rate
+                phi = self.step(phi, support)
+            return phi, {}
+
+    def chebyshev(steps):
+        "One over the zeros of the Chebyshev polynomial on [LOW, HIGH]."
+        angles = [(2 * k - 1) * math.pi / (2 * steps) for k in range(1, steps + 1)]
+        return [2 / (HIGH + LOW + (HIGH - LOW) * math.cos(angle)) for angle in angles]
+
+    def at_origin():
+        "A linear network of two weights that starts at zero."
+        net = MLP([2, 1])
+        for parameter in net.parameters():
+            set_to(parameter, torch.zeros_like(parameter))
+        return net
+
+    def falling(total):
+        "The outer rate falls to zero along half a cosine."
+        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
+
+    def train_on_valleys(learner, steps=300, lr=0.05):
+        options = {"meta_batch": 32, "lr": lr, "clip": 0.25, "schedule": falling(steps)}
+        fit(learner, Valleys(), steps=steps, progress=False, **options)
+        return learner
+
+    def learned_for_valleys(method):
+        torch.manual_seed(0)
+        learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
+        return train_on_valleys(learner)
+
+    def best_constant(tasks, rates=(0.12, 0.14, 0.16, 0.18, 0.2)):
+        "Gradient descent with the rate that is best on these tasks."
+        candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
+        return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
+
+    # cell 6a518c6f
+    torch.manual_seed(0)
+    wave = one_wave()
+    left = {}
+    for bias in (0.0, 5.0):
+        learner = constant_gates(MLP([1, 6, 6, 1]).double(), 0.01, forget_bias=bias, steps=8)
+        learner.zero_grad()
+        learner.loss(wave).backward()
+        length = torch.cat([p.grad.flatten() for p in learner.net.parameters()]).norm()
+        end = flat(learner.adapt(wave.support)[0])
+        plain = query_gradient(learner, end, wave.query).norm()
+        left[bias] = (length / plain).item()
+        print(f"bias {bias}: the start gets {left[bias]:.4f} of the query gradient")
+    assert left[0.0] < 0.004 < 0.94 < left[5.0]
+    # cell bd5842c5
+    unseen = Valleys().freeze(300, seed=0)
+    errors = {"Chebyshev": evaluate(Schedule(at_origin(), chebyshev(4)), unseen, batch=300).mean}
+    for name, first_order in (("exact", False), ("frozen", True)):
+        schedule = Schedule(at_origin(), chebyshev(4), first_order)
+        train_on_valleys(schedule, steps=150, lr=0.005)
+        errors[name] = evaluate(schedule, unseen, batch=300).mean
+        print(
+            f"{name}: error {errors[name]:.3f}, rates {[round(r, 2) for r in schedule.rates.tolist()]}"
+        )
+    print(f"where both began: {errors['Chebyshev']:.3f}")
+    assert errors["exact"] < errors["Chebyshev"] < errors["frozen"]
+
+
+def test_no_statistics_from_other_tasks():
+    # cell dfdf062d
+    def answers_change(stats):
+        "Do the answers on one task depend on which other tasks came before?"
+        torch.manual_seed(0)
+        noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+        tasks = FewShot(Classes(noise, torch.full((8,), 5)), way=3, shot=1, query=2)
+        net = Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats)
+        learner = MetaLSTM(net, steps=2, hidden=4, lr=0.4).eval()
+        episode = tasks.sample(1, torch.Generator().manual_seed(1))
+        support, query = (Examples(side.x[0], side.y[0]) for side in episode)
+        before = learner(support, query.x)
+        losses(learner.train(), tasks.sample(4, torch.Generator().manual_seed(2)))  # no outer step
+        return not torch.equal(learner.eval()(support, query.x), before)
+
+    assert answers_change("running")  # the mistake
+    assert not answers_change("support")
