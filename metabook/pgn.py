@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -191,15 +190,15 @@ class PGN(MAML):
     def __init__(
         self,
         net: nn.Module,  # ends in one output for each class or target
-        description: Literal["support", "task", "both"] = "support",  # what is read
-        task_size: int | None = None,  # length of `info["task"]`, where it is read
-        form: Literal["full", "lowrank", "chunks", "film"] = "full",  # how weights are written
+        description: str = "support",  # what is read: "support", "task" or "both"
+        task_size: int = 0,  # length of `info["task"]`, where that is read
+        form: str = "full",  # how weights are written: a name of `FORMS`
         hidden: int = 64,  # width of encoder and generator
         gain: float = 0.1,  # see `weight_std`: how far apart the networks of two tasks start
         lr: float = 0.01,  # inner rate alpha of the refinement
         steps: int = 0,  # inner steps in training
         test_steps: int | None = None,  # inner steps in evaluation mode; `None`: as in training
-        loss_steps: Literal["last", "all"] = "last",  # which parameters the outer loss judges
+        loss_steps: str = "last",  # which of its parameters the outer loss judges: "last" or "all"
         kind: Kind = "classification",  # of the tasks
     ):
         super().__init__(net, lr, steps, test_steps, kind=kind)
