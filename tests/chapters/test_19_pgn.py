@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
@@ -19,7 +20,7 @@ from metabook.testing import check_learner
 
 @pytest.mark.proves("eq-pgn-generate")
 def test_written_by_hand():
-    # cell 3a036b4d
+    # cell 1b69514b
     p = torch.tensor([1.0, -1.0])
     write = Full(p, m=2, gain=1.0)
     assert not write.G.any()  # a bias starts as the network's own
@@ -31,7 +32,7 @@ def test_written_by_hand():
 
 @pytest.mark.proves("eq-pgn-kernel")
 def test_what_one_task_teaches_another():
-    # cell 3a036b4d
+    # cell 1b69514b
     p = torch.tensor([1.0, -1.0])
     write = Full(p, m=2, gain=1.0)
     assert not write.G.any()  # a bias starts as the network's own
@@ -39,7 +40,7 @@ def test_what_one_task_teaches_another():
     assert write(p, torch.tensor([1.0, 1.0])).tolist() == [2.0, 1.0]
     assert write(p, torch.tensor([1.0, -1.0])).tolist() == [1.0, -3.0]
     assert unit(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
-    # cell 66a4b87e
+    # cell d74d9329
     torch.manual_seed(0)
     p, target, beta = torch.randn(3, 2).double(), torch.randn(3, 2).double(), 0.1
     write = Full(p, m=4, gain=1.0).double()
@@ -58,7 +59,7 @@ def test_what_one_task_teaches_another():
 
 @pytest.mark.proves("eq-pgn-variance")
 def test_scale_is_kept():
-    # cell 73145b34
+    # cell 605c567c
     def written_layers(gain, widths, relu):
         "The mean square of the activations after each layer that is written on top of zeros."
         torch.manual_seed(0)
@@ -71,7 +72,7 @@ def test_scale_is_kept():
             squares.append(x.square().mean().item())
         return squares
 
-    # cell 3ae00ed8
+    # cell 82b79456
     linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
     assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
     with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
@@ -82,7 +83,7 @@ def test_scale_is_kept():
 
 @pytest.mark.proves("eq-pgn-he")
 def test_the_usual_rule_explodes():
-    # cell 73145b34
+    # cell 605c567c
     def written_layers(gain, widths, relu):
         "The mean square of the activations after each layer that is written on top of zeros."
         torch.manual_seed(0)
@@ -95,14 +96,14 @@ def test_the_usual_rule_explodes():
             squares.append(x.square().mean().item())
         return squares
 
-    # cell 3ae00ed8
+    # cell 82b79456
     linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
     assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
     with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
     assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
     too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
     assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
-    # cell c0a382d4
+    # cell 68fc91c9
     n = 64
     layers = [n, 1000]
     assert written_layers(2.0 * n, layers, relu=False)[0] == pytest.approx(2 * n, rel=0.1)
@@ -114,7 +115,7 @@ def test_the_usual_rule_explodes():
 
 @pytest.mark.proves("eq-pgn-both")
 def test_start_and_generator_share_the_budget():
-    # cell 73145b34
+    # cell 605c567c
     def written_layers(gain, widths, relu):
         "The mean square of the activations after each layer that is written on top of zeros."
         torch.manual_seed(0)
@@ -127,14 +128,14 @@ def test_start_and_generator_share_the_budget():
             squares.append(x.square().mean().item())
         return squares
 
-    # cell 3ae00ed8
+    # cell 82b79456
     linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
     assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
     with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
     assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
     too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
     assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
-    # cell c0a382d4
+    # cell 68fc91c9
     n = 64
     layers = [n, 1000]
     assert written_layers(2.0 * n, layers, relu=False)[0] == pytest.approx(2 * n, rel=0.1)
@@ -142,7 +143,7 @@ def test_start_and_generator_share_the_budget():
     four = written_layers(2.0 * n, [n] * 5, relu=False)
     print("mean square after each layer:", *(f"{s:.3g}" for s in four))
     assert four[-1] == pytest.approx((2 * n) ** 4, rel=0.8)  # one draw of few units scatters
-    # cell 837712be
+    # cell d1f43f5a
     torch.manual_seed(0)
     m, n, out, gain = 32, 64, 2000, 0.5
     own, x = nn.Linear(n, out, bias=False).weight, torch.randn(300, n)
@@ -155,7 +156,7 @@ def test_start_and_generator_share_the_budget():
 
 @pytest.mark.proves("eq-pgn-lowrank")
 def test_low_rank():
-    # cell 9bfb5d04
+    # cell bc3ab5bb
     torch.manual_seed(0)
     h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
     write = LowRank(kernel, 32, gain=1.0)
@@ -168,7 +169,7 @@ def test_low_rank():
 
 @pytest.mark.proves("eq-pgn-chunks")
 def test_chunks():
-    # cell 9bfb5d04
+    # cell bc3ab5bb
     torch.manual_seed(0)
     h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
     write = LowRank(kernel, 32, gain=1.0)
@@ -177,7 +178,7 @@ def test_chunks():
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
     assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
-    # cell f48a3ec5
+    # cell 4364eedb
     torch.manual_seed(0)
     h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
     write = Rows(weight, 32, gain=1.0)
@@ -190,7 +191,7 @@ def test_chunks():
 
 @pytest.mark.proves("eq-pgn-film")
 def test_scale():
-    # cell 9bfb5d04
+    # cell bc3ab5bb
     torch.manual_seed(0)
     h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
     write = LowRank(kernel, 32, gain=1.0)
@@ -199,7 +200,7 @@ def test_scale():
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
     assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
-    # cell f48a3ec5
+    # cell 4364eedb
     torch.manual_seed(0)
     h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
     write = Rows(weight, 32, gain=1.0)
@@ -208,7 +209,7 @@ def test_scale():
     as_full = Full(weight, 32, gain=1.0)  # the same, written out
     as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
     torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
-    # cell be1578fa
+    # cell 6496acc6
     torch.manual_seed(0)
     h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
     write = Scale(kernel, 32, gain=1.0)
@@ -219,7 +220,7 @@ def test_scale():
 
 
 def test_every_form_keeps_the_gain():
-    # cell 9bfb5d04
+    # cell bc3ab5bb
     torch.manual_seed(0)
     h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
     write = LowRank(kernel, 32, gain=1.0)
@@ -228,7 +229,7 @@ def test_every_form_keeps_the_gain():
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
     assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
-    # cell f48a3ec5
+    # cell 4364eedb
     torch.manual_seed(0)
     h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
     write = Rows(weight, 32, gain=1.0)
@@ -237,7 +238,7 @@ def test_every_form_keeps_the_gain():
     as_full = Full(weight, 32, gain=1.0)  # the same, written out
     as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
     torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
-    # cell be1578fa
+    # cell 6496acc6
     torch.manual_seed(0)
     h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
     write = Scale(kernel, 32, gain=1.0)
@@ -245,7 +246,7 @@ def test_every_form_keeps_the_gain():
     torch.testing.assert_close(
         write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
     )
-    # cell c2b85ded
+    # cell 35c3ce50
     torch.manual_seed(0)
     for form in (LowRank, Rows):
         zero, h, x = torch.zeros(2000, 64), unit(F.relu(torch.randn(32))), torch.randn(300, 64)
@@ -257,7 +258,7 @@ def test_every_form_keeps_the_gain():
 
 
 def test_the_table_counts_what_is_written():
-    # cell 9bfb5d04
+    # cell bc3ab5bb
     torch.manual_seed(0)
     h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
     write = LowRank(kernel, 32, gain=1.0)
@@ -266,7 +267,7 @@ def test_the_table_counts_what_is_written():
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
     assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
-    # cell f48a3ec5
+    # cell 4364eedb
     torch.manual_seed(0)
     h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
     write = Rows(weight, 32, gain=1.0)
@@ -275,7 +276,7 @@ def test_the_table_counts_what_is_written():
     as_full = Full(weight, 32, gain=1.0)  # the same, written out
     as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
     torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
-    # cell be1578fa
+    # cell 6496acc6
     torch.manual_seed(0)
     h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
     write = Scale(kernel, 32, gain=1.0)
@@ -283,7 +284,7 @@ def test_the_table_counts_what_is_written():
     torch.testing.assert_close(
         write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
     )
-    # cell c2b85ded
+    # cell 35c3ce50
     torch.manual_seed(0)
     for form in (LowRank, Rows):
         zero, h, x = torch.zeros(2000, 64), unit(F.relu(torch.randn(32))), torch.randn(300, 64)
@@ -293,13 +294,13 @@ def test_the_table_counts_what_is_written():
     factor = Scale(torch.ones(5000, 1), 32, 1.5)(torch.ones(5000, 1), h) - 1
     assert factor.square().mean().item() == pytest.approx(1.5, rel=0.1)
 
-    # cell efedd2d4
+    # cell 2fca0143
     def costs(net, form, m=64):
         "How many numbers the generator has, and how many it writes for a task."
         writers = make_writers(net, form, m, gain=0.1)
         return parameter_count(writers), sum(writer.sent for writer in writers)
 
-    # cell 6315ac3c
+    # cell 94f2f068
     net = Conv4(1, out=5, width=8, pool="stride")
     for form in FORMS:
         learner = PGN(net, form=form, hidden=8)
@@ -312,7 +313,7 @@ def test_the_table_counts_what_is_written():
 
 @pytest.mark.proves("eq-pgn-set")
 def test_a_set_has_no_order():
-    # cell 33c93b60
+    # cell a745b44a
     torch.manual_seed(0)
     encoder = SetEncoder(MLP([2, 8, 3]), hidden=6).double()
     x, y = torch.randn(7, 2).double(), F.one_hot(torch.tensor([0, 1, 2, 0, 0, 1, 2]), 3).double()
@@ -328,7 +329,7 @@ def test_a_set_has_no_order():
 
 
 def test_pgn_in_use():
-    # cell a63fc218
+    # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -345,7 +346,7 @@ def test_pgn_in_use():
 
 @pytest.mark.proves("eq-pgn-refine")
 def test_refinement():
-    # cell a63fc218
+    # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -359,7 +360,7 @@ def test_refinement():
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
 
-    # cell 8de2affe
+    # cell 900723c5
     def small_pgn(**options):
         "A learner for sinusoids that is quick to check."
         torch.manual_seed(0)
@@ -371,7 +372,7 @@ def test_refinement():
         sides = waves.to(dtype=torch.float64)
         return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
 
-    # cell de1d0d83
+    # cell 1968ff04
     wave = one_wave()
     learner = small_pgn(steps=2, lr=0.05).double()
     names = [k for k, _ in learner.net.named_parameters()]
@@ -388,7 +389,7 @@ def test_refinement():
 
 @pytest.mark.proves("eq-pgn-objective")
 def test_objectives():
-    # cell a63fc218
+    # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -402,7 +403,7 @@ def test_objectives():
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
 
-    # cell 8de2affe
+    # cell 900723c5
     def small_pgn(**options):
         "A learner for sinusoids that is quick to check."
         torch.manual_seed(0)
@@ -414,7 +415,7 @@ def test_objectives():
         sides = waves.to(dtype=torch.float64)
         return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
 
-    # cell de1d0d83
+    # cell 1968ff04
     wave = one_wave()
     learner = small_pgn(steps=2, lr=0.05).double()
     names = [k for k, _ in learner.net.named_parameters()]
@@ -427,7 +428,7 @@ def test_objectives():
         phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
     found, _ = learner.adapt(wave.support)
     torch.testing.assert_close(list(found.values()), phi)
-    # cell 382a5175
+    # cell b8f666b8
     wave = one_wave()
     along = []
     for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
@@ -442,7 +443,7 @@ def test_objectives():
 
 @pytest.mark.proves("eq-pgn-maml")
 def test_blind_it_is_maml():
-    # cell a63fc218
+    # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -456,7 +457,7 @@ def test_blind_it_is_maml():
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
 
-    # cell 8de2affe
+    # cell 900723c5
     def small_pgn(**options):
         "A learner for sinusoids that is quick to check."
         torch.manual_seed(0)
@@ -468,7 +469,7 @@ def test_blind_it_is_maml():
         sides = waves.to(dtype=torch.float64)
         return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
 
-    # cell de1d0d83
+    # cell 1968ff04
     wave = one_wave()
     learner = small_pgn(steps=2, lr=0.05).double()
     names = [k for k, _ in learner.net.named_parameters()]
@@ -481,7 +482,7 @@ def test_blind_it_is_maml():
         phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
     found, _ = learner.adapt(wave.support)
     torch.testing.assert_close(list(found.values()), phi)
-    # cell 382a5175
+    # cell b8f666b8
     wave = one_wave()
     along = []
     for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
@@ -492,7 +493,7 @@ def test_blind_it_is_maml():
     everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
     torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
     assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell f1367c86
+    # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
     def same(learner, maml):
@@ -519,7 +520,7 @@ def test_blind_it_is_maml():
 
 
 def test_without_steps_it_is_a_hypernetwork():
-    # cell a63fc218
+    # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -533,7 +534,7 @@ def test_without_steps_it_is_a_hypernetwork():
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
 
-    # cell 8de2affe
+    # cell 900723c5
     def small_pgn(**options):
         "A learner for sinusoids that is quick to check."
         torch.manual_seed(0)
@@ -545,7 +546,7 @@ def test_without_steps_it_is_a_hypernetwork():
         sides = waves.to(dtype=torch.float64)
         return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
 
-    # cell de1d0d83
+    # cell 1968ff04
     wave = one_wave()
     learner = small_pgn(steps=2, lr=0.05).double()
     names = [k for k, _ in learner.net.named_parameters()]
@@ -558,7 +559,7 @@ def test_without_steps_it_is_a_hypernetwork():
         phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
     found, _ = learner.adapt(wave.support)
     torch.testing.assert_close(list(found.values()), phi)
-    # cell 382a5175
+    # cell b8f666b8
     wave = one_wave()
     along = []
     for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
@@ -569,7 +570,7 @@ def test_without_steps_it_is_a_hypernetwork():
     everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
     torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
     assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell f1367c86
+    # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
     def same(learner, maml):
@@ -593,7 +594,7 @@ def test_without_steps_it_is_a_hypernetwork():
             for p in learner.writers.parameters():
                 p.zero_()
         same(learner, MAML(copy.deepcopy(learner.net), **options))
-    # cell dbbe97ec
+    # cell 91ae3904
     wave, other = one_wave(seed=0), one_wave(seed=1)
     told = small_pgn(description="task", task_size=2).double()
     swapped = other.support._replace(info=wave.support.info)  # other points, the same description
@@ -603,7 +604,7 @@ def test_without_steps_it_is_a_hypernetwork():
 
 
 def test_errors_say_what_to_do():
-    # cell a63fc218
+    # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -617,7 +618,7 @@ def test_errors_say_what_to_do():
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
 
-    # cell 8de2affe
+    # cell 900723c5
     def small_pgn(**options):
         "A learner for sinusoids that is quick to check."
         torch.manual_seed(0)
@@ -629,7 +630,7 @@ def test_errors_say_what_to_do():
         sides = waves.to(dtype=torch.float64)
         return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
 
-    # cell de1d0d83
+    # cell 1968ff04
     wave = one_wave()
     learner = small_pgn(steps=2, lr=0.05).double()
     names = [k for k, _ in learner.net.named_parameters()]
@@ -642,7 +643,7 @@ def test_errors_say_what_to_do():
         phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
     found, _ = learner.adapt(wave.support)
     torch.testing.assert_close(list(found.values()), phi)
-    # cell 382a5175
+    # cell b8f666b8
     wave = one_wave()
     along = []
     for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
@@ -653,7 +654,7 @@ def test_errors_say_what_to_do():
     everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
     torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
     assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell f1367c86
+    # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
     def same(learner, maml):
@@ -677,14 +678,14 @@ def test_errors_say_what_to_do():
             for p in learner.writers.parameters():
                 p.zero_()
         same(learner, MAML(copy.deepcopy(learner.net), **options))
-    # cell dbbe97ec
+    # cell 91ae3904
     wave, other = one_wave(seed=0), one_wave(seed=1)
     told = small_pgn(description="task", task_size=2).double()
     swapped = other.support._replace(info=wave.support.info)  # other points, the same description
     torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
     reads = small_pgn(description="both", task_size=2).double()
     assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
-    # cell b07d6adb
+    # cell de49674b
     wave = one_wave()
     with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
         small_pgn(form="ful")
@@ -705,7 +706,7 @@ def test_errors_say_what_to_do():
 
 
 def test_keeps_the_contract():
-    # cell a63fc218
+    # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -719,7 +720,7 @@ def test_keeps_the_contract():
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
 
-    # cell 8de2affe
+    # cell 900723c5
     def small_pgn(**options):
         "A learner for sinusoids that is quick to check."
         torch.manual_seed(0)
@@ -731,7 +732,7 @@ def test_keeps_the_contract():
         sides = waves.to(dtype=torch.float64)
         return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
 
-    # cell de1d0d83
+    # cell 1968ff04
     wave = one_wave()
     learner = small_pgn(steps=2, lr=0.05).double()
     names = [k for k, _ in learner.net.named_parameters()]
@@ -744,7 +745,7 @@ def test_keeps_the_contract():
         phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
     found, _ = learner.adapt(wave.support)
     torch.testing.assert_close(list(found.values()), phi)
-    # cell 382a5175
+    # cell b8f666b8
     wave = one_wave()
     along = []
     for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
@@ -755,7 +756,7 @@ def test_keeps_the_contract():
     everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
     torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
     assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell f1367c86
+    # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
     def same(learner, maml):
@@ -779,14 +780,14 @@ def test_keeps_the_contract():
             for p in learner.writers.parameters():
                 p.zero_()
         same(learner, MAML(copy.deepcopy(learner.net), **options))
-    # cell dbbe97ec
+    # cell 91ae3904
     wave, other = one_wave(seed=0), one_wave(seed=1)
     told = small_pgn(description="task", task_size=2).double()
     swapped = other.support._replace(info=wave.support.info)  # other points, the same description
     torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
     reads = small_pgn(description="both", task_size=2).double()
     assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
-    # cell b07d6adb
+    # cell de49674b
     wave = one_wave()
     with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
         small_pgn(form="ful")
@@ -804,7 +805,7 @@ def test_keeps_the_contract():
     two = Examples(wave.support.x, wave.support.y.repeat(1, 2))
     with pytest.raises(ValueError, match="gives 1 outputs, but the task's way"):
         small_pgn().double()(two, wave.query.x)
-    # cell 78d6cd17
+    # cell f7c3d37f
     for form in FORMS:
         check_learner(small_pgn(form=form), Sinusoids(5, 4))
     check_learner(small_pgn(description="task", task_size=2), Sinusoids(5, 4))
@@ -815,3 +816,64 @@ def test_keeps_the_contract():
     for stats in ("batch", "support"):
         net = Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats)
         check_learner(PGN(net, form="film", hidden=8), shapes)
+
+
+def test_the_usual_rule_in_a_learner():
+    # cell f3b9f00e
+    def first_answers(usual):
+        "The root mean square of the answers before any training."
+        torch.manual_seed(0)
+        learner = PGN(MLP([1, 64, 64, 64, 64, 1]), gain=2.0, kind="regression")
+        if usual:  # the mistake: He's rule
+            for write, p in zip(learner.writers, learner.net.parameters(), strict=True):
+                with torch.no_grad():
+                    write.G *= math.sqrt(p[0].numel()) if p.ndim > 1 else 1.0
+        support = Sinusoids(5, 1).sample(1, torch.Generator().manual_seed(0)).support
+        x = torch.linspace(-5, 5, 50)[:, None]
+        return learner(Examples(support.x[0], support.y[0]), x).square().mean().sqrt().item()
+
+    print(f"usual rule: {first_answers(True):.3g}, rule for generators: {first_answers(False):.3g}")
+    assert first_answers(True) > 1000
+    assert first_answers(False) < 20
+
+
+def test_scale_before_normalisation_is_wasted():
+    # cell 254f0624
+    torch.manual_seed(0)
+    net = Conv4(1, out=3, size=16, width=8, pool="stride", stats="batch").double()
+    phi, images = dict(net.named_parameters()), torch.randn(9, 1, 16, 16).double()
+    plain = call(net, phi, images)
+
+    factor = torch.linspace(0.5, 2, 8).double()
+
+    def changed_by(name):
+        "What a factor for each channel does to the answers; for a bias, a shift by as much."
+        p = phi[name]
+        other = p + factor if name.endswith("bias") else p * factor.view(-1, *[1] * (p.ndim - 1))
+        return (call(net, phi | {name: other}, images) - plain).abs().max().item()
+
+    assert changed_by("convs.1.weight") < 1e-3  # a factor on every filter
+    assert changed_by("convs.1.bias") < 1e-3
+    assert changed_by("norms.1.weight") > 0.01  # the repair: scale and shift what is normalised
+    assert changed_by("norms.1.bias") > 0.01
+
+
+def test_classes_have_their_own_rows():
+    # cell 692156bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([4, 8, 3]), hidden=16).double()
+    with torch.no_grad():
+        learner.encoder.pair.layers[0].weight[:, 4:] = 0  # e looks at x only
+    support = Examples(torch.randn(6, 4).double(), torch.eye(3).double().repeat(2, 1))
+    order = torch.tensor([1, 0, 2])
+    start = dict(learner.net.named_parameters())
+    written = learner.generate(support)
+    renamed = learner.generate(support._replace(y=support.y[:, order]))
+    head = written["layers.1.weight"] - start["layers.1.weight"]
+    torch.testing.assert_close(renamed["layers.1.weight"] - start["layers.1.weight"], head[order])
+    torch.testing.assert_close(renamed["layers.0.weight"], written["layers.0.weight"])
+
+    mixed = learner.describe(support)  # the mistake: every row reads the whole
+    mixed[:, 16:] = 0
+    h = unit(F.relu(learner.read(mixed)))[1:]
+    assert torch.allclose(h[0], h[1])  # no class can be told from another
