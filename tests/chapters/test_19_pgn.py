@@ -1,0 +1,879 @@
+"""Made from nbs/19_pgn.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
+from metabook.maml import MAML
+from metabook.networks import MLP, Conv4, call, parameter_count
+from metabook.pgn import FORMS, PGN, Full, LowRank, Rows, Scale, SetEncoder, make_writers, unit
+from metabook.testing import check_learner
+
+
+@pytest.mark.proves("eq-pgn-generate")
+def test_written_by_hand():
+    # cell 1b69514b
+    p = torch.tensor([1.0, -1.0])
+    write = Full(p, m=2, gain=1.0)
+    assert not write.G.any()  # a bias starts as the network's own
+    write.G.data = torch.tensor([[0.5, 0.5], [0.0, 2.0]])
+    assert write(p, torch.tensor([1.0, 1.0])).tolist() == [2.0, 1.0]
+    assert write(p, torch.tensor([1.0, -1.0])).tolist() == [1.0, -3.0]
+    assert unit(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
+
+
+@pytest.mark.proves("eq-pgn-kernel")
+def test_what_one_task_teaches_another():
+    # cell 1b69514b
+    p = torch.tensor([1.0, -1.0])
+    write = Full(p, m=2, gain=1.0)
+    assert not write.G.any()  # a bias starts as the network's own
+    write.G.data = torch.tensor([[0.5, 0.5], [0.0, 2.0]])
+    assert write(p, torch.tensor([1.0, 1.0])).tolist() == [2.0, 1.0]
+    assert write(p, torch.tensor([1.0, -1.0])).tolist() == [1.0, -3.0]
+    assert unit(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
+    # cell d74d9329
+    torch.manual_seed(0)
+    p, target, beta = torch.randn(3, 2).double(), torch.randn(3, 2).double(), 0.1
+    write = Full(p, m=4, gain=1.0).double()
+    h_1, h_2 = unit(F.relu(torch.randn(2, 4).double()))
+    p.requires_grad_()
+    phi_1, before = write(p, h_1), write(p, h_2).detach()
+    g_1 = (phi_1 - target).cos().detach() * 3  # the gradient of the loss 3 sin(phi - target)
+    loss = (3 * (phi_1 - target).sin()).sum()
+    dp, dG = torch.autograd.grad(loss, [p, write.G])
+    with torch.no_grad():
+        p -= beta * dp
+        write.G -= beta * dG
+    moved = write(p, h_2).detach() - before
+    torch.testing.assert_close(moved, -beta * (1 + h_1 @ h_2) * g_1)
+
+
+@pytest.mark.proves("eq-pgn-variance")
+def test_scale_is_kept():
+    # cell 605c567c
+    def written_layers(gain, widths, relu):
+        "The mean square of the activations after each layer that is written on top of zeros."
+        torch.manual_seed(0)
+        m, x, squares = 32, torch.randn(300, widths[0]), []
+        for n, out in pairwise(widths):
+            zero, h = torch.zeros(out, n), unit(F.relu(torch.randn(m)))
+            with torch.no_grad():
+                x = x @ Full(zero, m, gain)(zero, h).T
+            x = F.relu(x) if relu else x
+            squares.append(x.square().mean().item())
+        return squares
+
+    # cell 82b79456
+    linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
+    assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
+    with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
+    assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
+    too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
+    assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
+
+
+@pytest.mark.proves("eq-pgn-he")
+def test_the_usual_rule_explodes():
+    # cell 605c567c
+    def written_layers(gain, widths, relu):
+        "The mean square of the activations after each layer that is written on top of zeros."
+        torch.manual_seed(0)
+        m, x, squares = 32, torch.randn(300, widths[0]), []
+        for n, out in pairwise(widths):
+            zero, h = torch.zeros(out, n), unit(F.relu(torch.randn(m)))
+            with torch.no_grad():
+                x = x @ Full(zero, m, gain)(zero, h).T
+            x = F.relu(x) if relu else x
+            squares.append(x.square().mean().item())
+        return squares
+
+    # cell 82b79456
+    linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
+    assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
+    with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
+    assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
+    too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
+    assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
+    # cell 68fc91c9
+    n = 64
+    layers = [n, 1000]
+    assert written_layers(2.0 * n, layers, relu=False)[0] == pytest.approx(2 * n, rel=0.1)
+    assert written_layers(2.0 * n, layers, relu=True)[0] == pytest.approx(n, rel=0.15)
+    four = written_layers(2.0 * n, [n] * 5, relu=False)
+    print("mean square after each layer:", *(f"{s:.3g}" for s in four))
+    assert four[-1] == pytest.approx((2 * n) ** 4, rel=0.8)  # one draw of few units scatters
+
+
+@pytest.mark.proves("eq-pgn-both")
+def test_start_and_generator_share_the_budget():
+    # cell 605c567c
+    def written_layers(gain, widths, relu):
+        "The mean square of the activations after each layer that is written on top of zeros."
+        torch.manual_seed(0)
+        m, x, squares = 32, torch.randn(300, widths[0]), []
+        for n, out in pairwise(widths):
+            zero, h = torch.zeros(out, n), unit(F.relu(torch.randn(m)))
+            with torch.no_grad():
+                x = x @ Full(zero, m, gain)(zero, h).T
+            x = F.relu(x) if relu else x
+            squares.append(x.square().mean().item())
+        return squares
+
+    # cell 82b79456
+    linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
+    assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
+    with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
+    assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
+    too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
+    assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
+    # cell 68fc91c9
+    n = 64
+    layers = [n, 1000]
+    assert written_layers(2.0 * n, layers, relu=False)[0] == pytest.approx(2 * n, rel=0.1)
+    assert written_layers(2.0 * n, layers, relu=True)[0] == pytest.approx(n, rel=0.15)
+    four = written_layers(2.0 * n, [n] * 5, relu=False)
+    print("mean square after each layer:", *(f"{s:.3g}" for s in four))
+    assert four[-1] == pytest.approx((2 * n) ** 4, rel=0.8)  # one draw of few units scatters
+    # cell d1f43f5a
+    torch.manual_seed(0)
+    m, n, out, gain = 32, 64, 2000, 0.5
+    own, x = nn.Linear(n, out, bias=False).weight, torch.randn(300, n)
+    with torch.no_grad():
+        a = x @ Full(own, m, gain)(own, unit(F.relu(torch.randn(m)))).T
+    expected = n * own.var().item() + gain
+    print(f"own share {n * own.var().item():.3f}, generator {gain}")
+    assert a.square().mean().item() == pytest.approx(expected * x.square().mean().item(), rel=0.08)
+
+
+@pytest.mark.proves("eq-pgn-lowrank")
+def test_low_rank():
+    # cell bc3ab5bb
+    torch.manual_seed(0)
+    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRank(kernel, 32, gain=1.0)
+    added = (write(kernel, h) - kernel).flatten(1).detach()
+    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
+    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
+    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
+    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+
+
+@pytest.mark.proves("eq-pgn-chunks")
+def test_chunks():
+    # cell bc3ab5bb
+    torch.manual_seed(0)
+    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRank(kernel, 32, gain=1.0)
+    added = (write(kernel, h) - kernel).flatten(1).detach()
+    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
+    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
+    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
+    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+    # cell 4364eedb
+    torch.manual_seed(0)
+    h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
+    write = Rows(weight, 32, gain=1.0)
+    for i, row in enumerate(write(weight, h)):
+        torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
+    as_full = Full(weight, 32, gain=1.0)  # the same, written out
+    as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
+    torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.proves("eq-pgn-film")
+def test_scale():
+    # cell bc3ab5bb
+    torch.manual_seed(0)
+    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRank(kernel, 32, gain=1.0)
+    added = (write(kernel, h) - kernel).flatten(1).detach()
+    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
+    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
+    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
+    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+    # cell 4364eedb
+    torch.manual_seed(0)
+    h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
+    write = Rows(weight, 32, gain=1.0)
+    for i, row in enumerate(write(weight, h)):
+        torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
+    as_full = Full(weight, 32, gain=1.0)  # the same, written out
+    as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
+    torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
+    # cell 6496acc6
+    torch.manual_seed(0)
+    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = Scale(kernel, 32, gain=1.0)
+    s = write.G @ h
+    torch.testing.assert_close(
+        write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
+    )
+
+
+def test_every_form_keeps_the_gain():
+    # cell bc3ab5bb
+    torch.manual_seed(0)
+    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRank(kernel, 32, gain=1.0)
+    added = (write(kernel, h) - kernel).flatten(1).detach()
+    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
+    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
+    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
+    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+    # cell 4364eedb
+    torch.manual_seed(0)
+    h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
+    write = Rows(weight, 32, gain=1.0)
+    for i, row in enumerate(write(weight, h)):
+        torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
+    as_full = Full(weight, 32, gain=1.0)  # the same, written out
+    as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
+    torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
+    # cell 6496acc6
+    torch.manual_seed(0)
+    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = Scale(kernel, 32, gain=1.0)
+    s = write.G @ h
+    torch.testing.assert_close(
+        write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
+    )
+    # cell 35c3ce50
+    torch.manual_seed(0)
+    for form in (LowRank, Rows):
+        zero, h, x = torch.zeros(2000, 64), unit(F.relu(torch.randn(32))), torch.randn(300, 64)
+        with torch.no_grad():
+            squares = [(x @ form(zero, 32, 1.5)(zero, h).T).square().mean() for _ in range(5)]
+        assert torch.stack(squares).mean().item() == pytest.approx(1.5, rel=0.3)
+    factor = Scale(torch.ones(5000, 1), 32, 1.5)(torch.ones(5000, 1), h) - 1
+    assert factor.square().mean().item() == pytest.approx(1.5, rel=0.1)
+
+
+def test_the_table_counts_what_is_written():
+    # cell bc3ab5bb
+    torch.manual_seed(0)
+    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRank(kernel, 32, gain=1.0)
+    added = (write(kernel, h) - kernel).flatten(1).detach()
+    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
+    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
+    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
+    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+    # cell 4364eedb
+    torch.manual_seed(0)
+    h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
+    write = Rows(weight, 32, gain=1.0)
+    for i, row in enumerate(write(weight, h)):
+        torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
+    as_full = Full(weight, 32, gain=1.0)  # the same, written out
+    as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
+    torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
+    # cell 6496acc6
+    torch.manual_seed(0)
+    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = Scale(kernel, 32, gain=1.0)
+    s = write.G @ h
+    torch.testing.assert_close(
+        write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
+    )
+    # cell 35c3ce50
+    torch.manual_seed(0)
+    for form in (LowRank, Rows):
+        zero, h, x = torch.zeros(2000, 64), unit(F.relu(torch.randn(32))), torch.randn(300, 64)
+        with torch.no_grad():
+            squares = [(x @ form(zero, 32, 1.5)(zero, h).T).square().mean() for _ in range(5)]
+        assert torch.stack(squares).mean().item() == pytest.approx(1.5, rel=0.3)
+    factor = Scale(torch.ones(5000, 1), 32, 1.5)(torch.ones(5000, 1), h) - 1
+    assert factor.square().mean().item() == pytest.approx(1.5, rel=0.1)
+
+    # cell 2fca0143
+    def costs(net, form, m=64):
+        "How many numbers the generator has, and how many it writes for a task."
+        writers = make_writers(net, form, m, gain=0.1)
+        return parameter_count(writers), sum(writer.sent for writer in writers)
+
+    # cell 94f2f068
+    net = Conv4(1, out=5, width=8, pool="stride")
+    for form in FORMS:
+        learner = PGN(net, form=form, hidden=8)
+        assert learner.sent == costs(net, form, m=8)[1]
+        if form in ("full", "chunks"):
+            assert learner.sent == parameter_count(net)
+        else:
+            assert learner.sent < parameter_count(net) / 2
+
+
+@pytest.mark.proves("eq-pgn-set")
+def test_a_set_has_no_order():
+    # cell a745b44a
+    torch.manual_seed(0)
+    encoder = SetEncoder(MLP([2, 8, 3]), hidden=6).double()
+    x, y = torch.randn(7, 2).double(), F.one_hot(torch.tensor([0, 1, 2, 0, 0, 1, 2]), 3).double()
+    z = encoder(x, y)
+    e = F.relu(encoder.pair(torch.cat([x, y], 1)))
+    by_hand = [e.mean(0)] + [e[y[:, k] == 1].mean(0) - e.mean(0) for k in range(3)]
+    torch.testing.assert_close(z, torch.stack(by_hand))
+
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    torch.testing.assert_close(encoder(x[order], y[order]), z)  # another order
+    torch.testing.assert_close(encoder(x.repeat(2, 1), y.repeat(2, 1)), z)  # all of it twice
+    assert not torch.allclose(encoder(x, y[order]), z)  # but labels must stay with their inputs
+
+
+def test_pgn_in_use():
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+
+
+@pytest.mark.proves("eq-pgn-refine")
+def test_refinement():
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+
+    # cell 900723c5
+    def small_pgn(**options):
+        "A learner for sinusoids that is quick to check."
+        torch.manual_seed(0)
+        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
+
+    def one_wave(shot=5, query=8, seed=0):
+        "One sinusoid in double precision."
+        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
+        sides = waves.to(dtype=torch.float64)
+        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
+
+    # cell 1968ff04
+    wave = one_wave()
+    learner = small_pgn(steps=2, lr=0.05).double()
+    names = [k for k, _ in learner.net.named_parameters()]
+    phi = list(learner.generate(wave.support).values())
+    for _ in range(2):
+        error = (
+            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
+        )
+        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
+        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
+    found, _ = learner.adapt(wave.support)
+    torch.testing.assert_close(list(found.values()), phi)
+
+
+@pytest.mark.proves("eq-pgn-objective")
+def test_objectives():
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+
+    # cell 900723c5
+    def small_pgn(**options):
+        "A learner for sinusoids that is quick to check."
+        torch.manual_seed(0)
+        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
+
+    def one_wave(shot=5, query=8, seed=0):
+        "One sinusoid in double precision."
+        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
+        sides = waves.to(dtype=torch.float64)
+        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
+
+    # cell 1968ff04
+    wave = one_wave()
+    learner = small_pgn(steps=2, lr=0.05).double()
+    names = [k for k, _ in learner.net.named_parameters()]
+    phi = list(learner.generate(wave.support).values())
+    for _ in range(2):
+        error = (
+            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
+        )
+        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
+        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
+    found, _ = learner.adapt(wave.support)
+    torch.testing.assert_close(list(found.values()), phi)
+    # cell b8f666b8
+    wave = one_wave()
+    along = []
+    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
+        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
+    torch.testing.assert_close(
+        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
+    )
+    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
+    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
+    assert len({round(loss.item(), 6) for loss in along}) == 4
+
+
+@pytest.mark.proves("eq-pgn-maml")
+def test_blind_it_is_maml():
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+
+    # cell 900723c5
+    def small_pgn(**options):
+        "A learner for sinusoids that is quick to check."
+        torch.manual_seed(0)
+        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
+
+    def one_wave(shot=5, query=8, seed=0):
+        "One sinusoid in double precision."
+        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
+        sides = waves.to(dtype=torch.float64)
+        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
+
+    # cell 1968ff04
+    wave = one_wave()
+    learner = small_pgn(steps=2, lr=0.05).double()
+    names = [k for k, _ in learner.net.named_parameters()]
+    phi = list(learner.generate(wave.support).values())
+    for _ in range(2):
+        error = (
+            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
+        )
+        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
+        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
+    found, _ = learner.adapt(wave.support)
+    torch.testing.assert_close(list(found.values()), phi)
+    # cell b8f666b8
+    wave = one_wave()
+    along = []
+    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
+        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
+    torch.testing.assert_close(
+        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
+    )
+    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
+    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
+    assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 3420604a
+    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
+
+    def same(learner, maml):
+        "Equal predictions, equal meta-gradients."
+        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
+        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
+        torch.testing.assert_close(ours, theirs)
+
+    for form in ("full", "chunks", "lowrank"):  # a constant description
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            learner.read.layers[0].weight.zero_()
+            start = MLP([1, 12, 1]).double()
+            start.load_state_dict(learner.generate(wave.support))
+        same(learner, MAML(start, **options))
+
+    for form in FORMS:  # nothing written at all
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            for p in learner.writers.parameters():
+                p.zero_()
+        same(learner, MAML(copy.deepcopy(learner.net), **options))
+
+
+def test_without_steps_it_is_a_hypernetwork():
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+
+    # cell 900723c5
+    def small_pgn(**options):
+        "A learner for sinusoids that is quick to check."
+        torch.manual_seed(0)
+        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
+
+    def one_wave(shot=5, query=8, seed=0):
+        "One sinusoid in double precision."
+        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
+        sides = waves.to(dtype=torch.float64)
+        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
+
+    # cell 1968ff04
+    wave = one_wave()
+    learner = small_pgn(steps=2, lr=0.05).double()
+    names = [k for k, _ in learner.net.named_parameters()]
+    phi = list(learner.generate(wave.support).values())
+    for _ in range(2):
+        error = (
+            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
+        )
+        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
+        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
+    found, _ = learner.adapt(wave.support)
+    torch.testing.assert_close(list(found.values()), phi)
+    # cell b8f666b8
+    wave = one_wave()
+    along = []
+    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
+        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
+    torch.testing.assert_close(
+        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
+    )
+    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
+    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
+    assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 3420604a
+    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
+
+    def same(learner, maml):
+        "Equal predictions, equal meta-gradients."
+        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
+        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
+        torch.testing.assert_close(ours, theirs)
+
+    for form in ("full", "chunks", "lowrank"):  # a constant description
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            learner.read.layers[0].weight.zero_()
+            start = MLP([1, 12, 1]).double()
+            start.load_state_dict(learner.generate(wave.support))
+        same(learner, MAML(start, **options))
+
+    for form in FORMS:  # nothing written at all
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            for p in learner.writers.parameters():
+                p.zero_()
+        same(learner, MAML(copy.deepcopy(learner.net), **options))
+    # cell 91ae3904
+    wave, other = one_wave(seed=0), one_wave(seed=1)
+    told = small_pgn(description="task", task_size=2).double()
+    swapped = other.support._replace(info=wave.support.info)  # other points, the same description
+    torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
+    reads = small_pgn(description="both", task_size=2).double()
+    assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
+
+
+def test_errors_say_what_to_do():
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+
+    # cell 900723c5
+    def small_pgn(**options):
+        "A learner for sinusoids that is quick to check."
+        torch.manual_seed(0)
+        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
+
+    def one_wave(shot=5, query=8, seed=0):
+        "One sinusoid in double precision."
+        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
+        sides = waves.to(dtype=torch.float64)
+        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
+
+    # cell 1968ff04
+    wave = one_wave()
+    learner = small_pgn(steps=2, lr=0.05).double()
+    names = [k for k, _ in learner.net.named_parameters()]
+    phi = list(learner.generate(wave.support).values())
+    for _ in range(2):
+        error = (
+            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
+        )
+        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
+        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
+    found, _ = learner.adapt(wave.support)
+    torch.testing.assert_close(list(found.values()), phi)
+    # cell b8f666b8
+    wave = one_wave()
+    along = []
+    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
+        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
+    torch.testing.assert_close(
+        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
+    )
+    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
+    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
+    assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 3420604a
+    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
+
+    def same(learner, maml):
+        "Equal predictions, equal meta-gradients."
+        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
+        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
+        torch.testing.assert_close(ours, theirs)
+
+    for form in ("full", "chunks", "lowrank"):  # a constant description
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            learner.read.layers[0].weight.zero_()
+            start = MLP([1, 12, 1]).double()
+            start.load_state_dict(learner.generate(wave.support))
+        same(learner, MAML(start, **options))
+
+    for form in FORMS:  # nothing written at all
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            for p in learner.writers.parameters():
+                p.zero_()
+        same(learner, MAML(copy.deepcopy(learner.net), **options))
+    # cell 91ae3904
+    wave, other = one_wave(seed=0), one_wave(seed=1)
+    told = small_pgn(description="task", task_size=2).double()
+    swapped = other.support._replace(info=wave.support.info)  # other points, the same description
+    torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
+    reads = small_pgn(description="both", task_size=2).double()
+    assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
+    # cell de49674b
+    wave = one_wave()
+    with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
+        small_pgn(form="ful")
+    with pytest.raises(ValueError, match="unknown description 'tasks': did you mean 'task'"):
+        small_pgn(description="tasks")
+    with pytest.raises(ValueError, match="unknown loss_steps 'first'"):
+        small_pgn(loss_steps="first")
+    with pytest.raises(ValueError, match="task_size=0, expected an integer"):
+        small_pgn(description="task")
+    told = small_pgn(description="task", task_size=2).double()
+    with pytest.raises(ValueError, match="found no such entry, expected"):
+        told(wave.support._replace(info={}), wave.query.x)
+    with pytest.raises(ValueError, match=r"found shape \(1,\)"):
+        told(wave.support._replace(info={"task": torch.ones(1).double()}), wave.query.x)
+    two = Examples(wave.support.x, wave.support.y.repeat(1, 2))
+    with pytest.raises(ValueError, match="gives 1 outputs, but the task's way"):
+        small_pgn().double()(two, wave.query.x)
+
+
+def test_keeps_the_contract():
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+
+    # cell 900723c5
+    def small_pgn(**options):
+        "A learner for sinusoids that is quick to check."
+        torch.manual_seed(0)
+        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
+
+    def one_wave(shot=5, query=8, seed=0):
+        "One sinusoid in double precision."
+        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
+        sides = waves.to(dtype=torch.float64)
+        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
+
+    # cell 1968ff04
+    wave = one_wave()
+    learner = small_pgn(steps=2, lr=0.05).double()
+    names = [k for k, _ in learner.net.named_parameters()]
+    phi = list(learner.generate(wave.support).values())
+    for _ in range(2):
+        error = (
+            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
+        )
+        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
+        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
+    found, _ = learner.adapt(wave.support)
+    torch.testing.assert_close(list(found.values()), phi)
+    # cell b8f666b8
+    wave = one_wave()
+    along = []
+    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
+        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
+    torch.testing.assert_close(
+        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
+    )
+    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
+    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
+    assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 3420604a
+    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
+
+    def same(learner, maml):
+        "Equal predictions, equal meta-gradients."
+        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
+        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
+        torch.testing.assert_close(ours, theirs)
+
+    for form in ("full", "chunks", "lowrank"):  # a constant description
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            learner.read.layers[0].weight.zero_()
+            start = MLP([1, 12, 1]).double()
+            start.load_state_dict(learner.generate(wave.support))
+        same(learner, MAML(start, **options))
+
+    for form in FORMS:  # nothing written at all
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            for p in learner.writers.parameters():
+                p.zero_()
+        same(learner, MAML(copy.deepcopy(learner.net), **options))
+    # cell 91ae3904
+    wave, other = one_wave(seed=0), one_wave(seed=1)
+    told = small_pgn(description="task", task_size=2).double()
+    swapped = other.support._replace(info=wave.support.info)  # other points, the same description
+    torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
+    reads = small_pgn(description="both", task_size=2).double()
+    assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
+    # cell de49674b
+    wave = one_wave()
+    with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
+        small_pgn(form="ful")
+    with pytest.raises(ValueError, match="unknown description 'tasks': did you mean 'task'"):
+        small_pgn(description="tasks")
+    with pytest.raises(ValueError, match="unknown loss_steps 'first'"):
+        small_pgn(loss_steps="first")
+    with pytest.raises(ValueError, match="task_size=0, expected an integer"):
+        small_pgn(description="task")
+    told = small_pgn(description="task", task_size=2).double()
+    with pytest.raises(ValueError, match="found no such entry, expected"):
+        told(wave.support._replace(info={}), wave.query.x)
+    with pytest.raises(ValueError, match=r"found shape \(1,\)"):
+        told(wave.support._replace(info={"task": torch.ones(1).double()}), wave.query.x)
+    two = Examples(wave.support.x, wave.support.y.repeat(1, 2))
+    with pytest.raises(ValueError, match="gives 1 outputs, but the task's way"):
+        small_pgn().double()(two, wave.query.x)
+    # cell f7c3d37f
+    for form in FORMS:
+        check_learner(small_pgn(form=form), Sinusoids(5, 4))
+    check_learner(small_pgn(description="task", task_size=2), Sinusoids(5, 4))
+    every_step = small_pgn(description="both", task_size=2, steps=2, loss_steps="all")
+    check_learner(every_step, Sinusoids(5, 4))
+    noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    shapes = FewShot(Classes(noise, torch.full((8,), 5)), way=3, shot=2, query=2)
+    for stats in ("batch", "support"):
+        net = Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats)
+        check_learner(PGN(net, form="film", hidden=8), shapes)
+
+
+def test_the_usual_rule_in_a_learner():
+    # cell f3b9f00e
+    def first_answers(usual):
+        "The root mean square of the answers before any training."
+        torch.manual_seed(0)
+        learner = PGN(MLP([1, 64, 64, 64, 64, 1]), gain=2.0, kind="regression")
+        if usual:  # the mistake: He's rule
+            for write, p in zip(learner.writers, learner.net.parameters(), strict=True):
+                with torch.no_grad():
+                    write.G *= math.sqrt(p[0].numel()) if p.ndim > 1 else 1.0
+        support = Sinusoids(5, 1).sample(1, torch.Generator().manual_seed(0)).support
+        x = torch.linspace(-5, 5, 50)[:, None]
+        return learner(Examples(support.x[0], support.y[0]), x).square().mean().sqrt().item()
+
+    print(f"usual rule: {first_answers(True):.3g}, rule for generators: {first_answers(False):.3g}")
+    assert first_answers(True) > 1000
+    assert first_answers(False) < 20
+
+
+def test_scale_before_normalisation_is_wasted():
+    # cell 254f0624
+    torch.manual_seed(0)
+    net = Conv4(1, out=3, size=16, width=8, pool="stride", stats="batch").double()
+    phi, images = dict(net.named_parameters()), torch.randn(9, 1, 16, 16).double()
+    plain = call(net, phi, images)
+
+    factor = torch.linspace(0.5, 2, 8).double()
+
+    def changed_by(name):
+        "What a factor for each channel does to the answers; for a bias, a shift by as much."
+        p = phi[name]
+        other = p + factor if name.endswith("bias") else p * factor.view(-1, *[1] * (p.ndim - 1))
+        return (call(net, phi | {name: other}, images) - plain).abs().max().item()
+
+    assert changed_by("convs.1.weight") < 1e-3  # a factor on every filter
+    assert changed_by("convs.1.bias") < 1e-3
+    assert changed_by("norms.1.weight") > 0.01  # the repair: scale and shift what is normalised
+    assert changed_by("norms.1.bias") > 0.01
+
+
+def test_classes_have_their_own_rows():
+    # cell 692156bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([4, 8, 3]), hidden=16).double()
+    with torch.no_grad():
+        learner.encoder.pair.layers[0].weight[:, 4:] = 0  # e looks at x only
+    support = Examples(torch.randn(6, 4).double(), torch.eye(3).double().repeat(2, 1))
+    order = torch.tensor([1, 0, 2])
+    start = dict(learner.net.named_parameters())
+    written = learner.generate(support)
+    renamed = learner.generate(support._replace(y=support.y[:, order]))
+    head = written["layers.1.weight"] - start["layers.1.weight"]
+    torch.testing.assert_close(renamed["layers.1.weight"] - start["layers.1.weight"], head[order])
+    torch.testing.assert_close(renamed["layers.0.weight"], written["layers.0.weight"])
+
+    mixed = learner.describe(support)  # the mistake: every row reads the whole
+    mixed[:, 16:] = 0
+    h = unit(F.relu(learner.read(mixed)))[1:]
+    assert torch.allclose(h[0], h[1])  # no class can be told from another
