@@ -59,8 +59,8 @@ def scale_and_shift(
     """
     new = {}
     for (name, layer), s, b in zip(layers_of(net).items(), scale, shift, strict=True):
-        new[f"{name}.weight"] = layer.weight * s
-        new[f"{name}.bias"] = b if layer.bias is None else layer.bias + b
+        new[f"{name}.weight".lstrip(".")] = layer.weight * s
+        new[f"{name}.bias".lstrip(".")] = b if layer.bias is None else layer.bias + b
     return new
 
 # %% ../nbs/20_meta_transfer.ipynb #daf403d0
