@@ -173,7 +173,7 @@ def class_accuracy(
     right = (answers.argmax(-1) == y.argmax(-1)).to(y.dtype)
     return (right[..., None] * y).sum(-2) / y.sum(-2)
 
-
+# %% ../nbs/20_meta_transfer.ipynb #c4e6fb60
 class HardTasks(Tasks):
     """Training tasks; every `every`-th meta-batch is made of classes on which the learner just failed.
 

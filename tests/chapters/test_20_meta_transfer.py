@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from metabook.episodes import Classes, Episode, Examples, FewShot, VariedWayShot
+from metabook.episodes import Classes, Episode, Examples, FewShot, VariedWayShot, one_hot
 from metabook.learners import Learner
-from metabook.meta_transfer import HardTasks, MetaTransfer, scale_and_shift
+from metabook.meta_transfer import HardTasks, MetaTransfer, class_accuracy, scale_and_shift
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12, call, parameter_count
 from metabook.testing import check_learner
 from metabook.training import Report, fit
@@ -107,6 +107,8 @@ def test_head_by_hand():
         1 + math.exp(0.5)
     )  # of the wrong class at the second step: the logits are +-0.25 there
     close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
+    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
+    torch.testing.assert_close(tested.weight, two.weight)
 
 
 @pytest.mark.proves("eq-mtl-first-step")
@@ -153,6 +155,8 @@ def test_first_step_is_prototypes():
         1 + math.exp(0.5)
     )  # of the wrong class at the second step: the logits are +-0.25 there
     close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
+    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
+    torch.testing.assert_close(tested.weight, two.weight)
     # cell 94da6e7f
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
@@ -207,6 +211,8 @@ def test_a_shared_row_does_nothing():
         1 + math.exp(0.5)
     )  # of the wrong class at the second step: the logits are +-0.25 there
     close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
+    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
+    torch.testing.assert_close(tested.weight, two.weight)
     # cell 94da6e7f
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
@@ -276,6 +282,8 @@ def test_contract():
         1 + math.exp(0.5)
     )  # of the wrong class at the second step: the logits are +-0.25 there
     close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
+    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
+    torch.testing.assert_close(tested.weight, two.weight)
     # cell 94da6e7f
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
@@ -364,6 +372,8 @@ def test_errors_say_what_to_do():
         1 + math.exp(0.5)
     )  # of the wrong class at the second step: the logits are +-0.25 there
     close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
+    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
+    torch.testing.assert_close(tested.weight, two.weight)
     # cell 94da6e7f
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
@@ -506,6 +516,30 @@ def test_as_good_as_the_affine():
         norm.bias.add_(d)
     x = torch.randn(5, 3, 8, 8).double()
     torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
+
+
+def test_accuracy_of_each_class():
+    # cell 00fa8660
+    def by_hand(**options):
+        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
+        net = MLP([1, 1]).double()
+        with torch.no_grad():
+            net.layers[0].weight.fill_(2.0)
+            net.layers[0].bias.zero_()
+        y = torch.tensor([[1.0, 0.0]]).double()
+        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
+        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
+
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
+
+    # cell 8b0e049c
+    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
+    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
+    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
+    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
 
 
 @pytest.mark.proves("eq-mtl-frequency")
