@@ -32,17 +32,18 @@ from metabook.checkpoints import (
 from .datasets import SOURCES, SPLITS, from_folder
 from .episodes import Classes, FewShot, Sinusoids, Tasks
 from .learners import Learner
+from .meta_transfer import HardTasks
 from .networks import parameter_count
 from .training import evaluate, fit, paired
 from .transfer import Batches
 
 # %% auto #0
 __all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'COLOUR', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO', 'TOGETHER',
-           'PUBLISHED', 'MAX', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS', 'REPRODUCTIONS', 'RESULTS', 'Recipe',
-           'recipe_for', 'data_named', 'classes_of', 'own_images', 'training_tasks', 'test_tasks', 'network_arguments',
-           'make_learner', 'network_of', 'run_recipe', 'before', 'train', 'taken_over', 'preprocessing', 'provenance',
-           'Published', 'Reproduction', 'reproduce', 'Attempt', 'same_run', 'told', 'percent', 'reports', 'table',
-           'listed', 'commit']
+           'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS', 'REPRODUCTIONS',
+           'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images', 'training_tasks', 'test_tasks',
+           'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'before', 'train', 'taken_over',
+           'preprocessing', 'provenance', 'Published', 'Reproduction', 'reproduce', 'Attempt', 'same_run', 'told',
+           'percent', 'reports', 'table', 'listed', 'commit']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 @dataclass(frozen=True)
@@ -76,10 +77,54 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("protonet", "images"): Recipe(net=STRIDED, way=20, query=5, steps=4000, batch=1, lr=3e-3),
     ("pretrained", "images"): PRETRAIN,
     ("finetune", "images"): replace(PRETRAIN, tasks="episodes", start="pretrained", steps=0),
+    ("meta-transfer", "images"): Recipe(
+        net=STRIDED,
+        method={"steps": 20, "lr": 0.1},
+        tasks="hard",
+        start="pretrained",
+        query=5,
+        steps=800,
+        lr=2e-3,
+    ),
+    ("meta-lstm", "images"): Recipe(
+        net=ALONE | {"width": 32},
+        method={"steps": 3, "hidden": 8, "lr": 0.4},
+        query=5,
+        steps=1500,
+        lr=1e-2,
+        clip=1.0,
+    ),
+    ("lstm-optimizer", "images"): Recipe(
+        net=ALONE | {"width": 32},
+        method={"steps": 3, "hidden": 8, "lr": 1.0},
+        query=5,
+        steps=1500,
+        lr=1e-2,
+        clip=1.0,
+    ),
+    ("pgn", "images"): Recipe(
+        net=ALONE | {"width": 32},
+        method={"form": "film", "steps": 1, "lr": 0.4, "loss_steps": "all"},
+        query=5,
+        steps=1500,
+        lr=5e-3,
+    ),
+    ("pgn", "sinusoids"): Recipe("mlp", method={"form": "film"}, steps=4000, batch=32, lr=3e-3),
 }
 
 
-COLOUR = {"cifarfs": {"maml": 3000}, "fc100": {"maml": 1500, "protonet": 2000, "pretrained": 2000}}
+COLOUR = {
+    "cifarfs": {"maml": 3000},
+    "fc100": {
+        "maml": 1500,
+        "protonet": 2000,
+        "pretrained": 2000,
+        "meta-transfer": 400,
+        "meta-lstm": 800,
+        "lstm-optimizer": 800,
+        "pgn": 800,
+    },
+}
 RECIPES |= {
     (method, data): replace(RECIPES[method, "images"], steps=steps)
     for data, counts in COLOUR.items()
@@ -153,7 +198,8 @@ def training_tasks(task: dict[str, Any], recipe: Recipe, device: torch.device) -
             "training tasks have %d classes, all there are", len(classes)
         )
         way = len(classes)
-    return FewShot(classes, way, task["shot"], recipe.query)
+    few = FewShot(classes, way, task["shot"], recipe.query)
+    return HardTasks(few) if recipe.tasks == "hard" else few
 
 
 def test_tasks(task: dict[str, Any], split: str, device: torch.device) -> Tasks:
@@ -237,7 +283,7 @@ def run_recipe(
         raise ValueError(f"--out {out} is a file: name a folder")
     if start is None and recipe.start:
         start = out / "start"
-        run_recipe(recipe.start, before(recipe), task, device, seed, start)
+        run_recipe(recipe.start, before(recipe, task["data"]), task, device, seed, start)
     tasks, validate = training_tasks(task, recipe, device), test_tasks(task, "val", device)
     torch.manual_seed(seed)
     base = tasks.way if isinstance(tasks, Batches) else None
@@ -251,9 +297,9 @@ def run_recipe(
     return read_config(out)
 
 
-def before(recipe: Recipe) -> Recipe:
+def before(recipe: Recipe, data: str) -> Recipe:
     "The recipe of what `recipe` starts from, with the same network."
-    return replace(recipe_for(recipe.start, "images"), network=recipe.network, net=recipe.net)
+    return replace(recipe_for(recipe.start, data), network=recipe.network, net=recipe.net)
 
 
 def train(
@@ -359,6 +405,14 @@ PUBLISHED: dict[tuple[str, str, int], Published] = {
 
 # %% ../nbs/A4_recipes.ipynb #07c323bf
 MAX = {"pool": "max", "stats": "running"}
+LEARNED_UPDATE = Recipe(
+    net={"width": 32, "stats": "support"},
+    method={"steps": 12, "hidden": 20},
+    query=15,
+    steps=75_000,
+    batch=1,
+    clip=0.25,
+)
 PAPER: dict[tuple[str, str], Recipe] = {
     ("maml", "omniglot"): Recipe(
         net={"pool": "stride", "stats": "batch"},
@@ -378,10 +432,32 @@ PAPER: dict[tuple[str, str], Recipe] = {
     ("protonet", "images"): Recipe(net=MAX, way=20, query=15, steps=20_000, batch=1),
     ("pretrained", "images"): replace(PRETRAIN, net=MAX, steps=60_000, lr=1e-3),
     ("finetune", "images"): Recipe(net=MAX, start="pretrained", steps=0),
+    ("meta-transfer", "images"): Recipe(
+        "resnet12",
+        net={"stats": "running"},
+        method={"way": 5, "steps": 100, "lr": 0.01},
+        tasks="hard",
+        start="pretrained",
+        query=15,
+        steps=10_000,
+        batch=2,
+    ),
+    ("meta-lstm", "images"): LEARNED_UPDATE,
+    ("lstm-optimizer", "images"): LEARNED_UPDATE,
+    ("pgn", "images"): replace(RECIPES["pgn", "images"], net=ALONE, query=15, steps=60_000),
 }
 
 # %% ../nbs/A4_recipes.ipynb #1314feb2
-ROWS = ("pretrained", "finetune", "maml", "protonet")
+ROWS = (
+    "pretrained",
+    "finetune",
+    "maml",
+    "meta-lstm",
+    "lstm-optimizer",
+    "protonet",
+    "pgn",
+    "meta-transfer",
+)
 COLOUR_IMAGES = ("cifarfs", "fc100", "miniimagenet")
 BUDGETS = {"cpu": RECIPES, "gpu": PAPER}
 
@@ -464,11 +540,13 @@ class Attempt:
     runs: Path  # where trained folders go
     steps: int | None = None  # fewer outer steps than the recipe says
     tasks: int = 600  # test tasks
+    like: Recipe | None = None  # another recipe whose network it shall have
 
     @property
     def recipe(self) -> Recipe:
-        recipe = self.row.recipe(self.budget)
-        return replace(recipe, steps=min(self.steps or recipe.steps, recipe.steps))
+        recipe, like = self.row.recipe(self.budget), self.like
+        recipe = replace(recipe, steps=min(self.steps or recipe.steps, recipe.steps))
+        return replace(recipe, network=like.network, net=like.net) if like else recipe
 
     @property
     def shot(self) -> int:
@@ -479,13 +557,14 @@ class Attempt:
     def folder(self) -> Path:
         "Where it is trained."
         name = replace(self.row, shot=self.shot).name
-        return self.runs / self.budget / name / f"seed{self.seed}"
+        return self.runs / self.budget / self.recipe.network / name / f"seed{self.seed}"
 
     def start(self) -> Path | None:
         "The trained folder that it starts from: made where it is missing."
         if self.recipe.start is None:
             return None
-        first = replace(self, row=replace(self.row, method=self.recipe.start))
+        row = replace(self.row, method=self.recipe.start)
+        first = replace(self, row=row, like=self.recipe)
         first.train()
         return first.folder
 
