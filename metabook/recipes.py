@@ -38,7 +38,7 @@ from .training import evaluate, fit, paired
 from .transfer import Batches
 
 # %% auto #0
-__all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'COLOUR', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO', 'TOGETHER',
+__all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'STEPS', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO', 'TOGETHER',
            'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS', 'REPRODUCTIONS',
            'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images', 'training_tasks', 'test_tasks',
            'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'before', 'train', 'taken_over',
@@ -90,7 +90,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         net=ALONE | {"width": 32},
         method={"steps": 3, "hidden": 8, "lr": 0.4},
         query=5,
-        steps=1500,
+        steps=1000,
         lr=1e-2,
         clip=1.0,
     ),
@@ -98,7 +98,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         net=ALONE | {"width": 32},
         method={"steps": 3, "hidden": 8, "lr": 1.0},
         query=5,
-        steps=1500,
+        steps=1000,
         lr=1e-2,
         clip=1.0,
     ),
@@ -106,28 +106,29 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         net=ALONE | {"width": 32},
         method={"form": "film", "steps": 1, "lr": 0.4, "loss_steps": "all"},
         query=5,
-        steps=1500,
+        steps=1000,
         lr=5e-3,
     ),
     ("pgn", "sinusoids"): Recipe("mlp", method={"form": "film"}, steps=4000, batch=32, lr=3e-3),
 }
 
 
-COLOUR = {
+STEPS = {  # other data, other time
+    "glyphs": {"maml": 2500, "pretrained": 1200},
     "cifarfs": {"maml": 3000},
     "fc100": {
         "maml": 1500,
         "protonet": 2000,
         "pretrained": 2000,
         "meta-transfer": 400,
-        "meta-lstm": 800,
-        "lstm-optimizer": 800,
-        "pgn": 800,
+        "meta-lstm": 500,
+        "lstm-optimizer": 500,
+        "pgn": 500,
     },
 }
 RECIPES |= {
     (method, data): replace(RECIPES[method, "images"], steps=steps)
-    for data, counts in COLOUR.items()
+    for data, counts in STEPS.items()
     for method, steps in counts.items()
 }
 
