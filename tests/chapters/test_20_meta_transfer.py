@@ -34,13 +34,13 @@ def test_a_layer_by_hand():
     torch.testing.assert_close(call(bare, new, x), bare(x) - 1)
 
 
-def test_in_use():
+def test_in_use(device):
     # cell 85ca25df
     net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5)
+    learner = MetaTransfer(net, steps=5).to(device)
     x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x, torch.arange(10) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16)).shape == (7, 5)
+    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
+    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
     wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
     assert wanted == {"scale", "shift"}
     assert all(p.requires_grad for p in net.parameters())  # it was copied
@@ -64,13 +64,13 @@ def test_counts():
 
 
 @pytest.mark.proves("eq-mtl-inner")
-def test_head_by_hand():
+def test_head_by_hand(device):
     # cell 85ca25df
     net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5)
+    learner = MetaTransfer(net, steps=5).to(device)
     x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x, torch.arange(10) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16)).shape == (7, 5)
+    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
+    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
     wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
     assert wanted == {"scale", "shift"}
     assert all(p.requires_grad for p in net.parameters())  # it was copied
@@ -112,13 +112,13 @@ def test_head_by_hand():
 
 
 @pytest.mark.proves("eq-mtl-first-step")
-def test_first_step_is_prototypes():
+def test_first_step_is_prototypes(device):
     # cell 85ca25df
     net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5)
+    learner = MetaTransfer(net, steps=5).to(device)
     x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x, torch.arange(10) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16)).shape == (7, 5)
+    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
+    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
     wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
     assert wanted == {"scale", "shift"}
     assert all(p.requires_grad for p in net.parameters())  # it was copied
@@ -168,13 +168,13 @@ def test_first_step_is_prototypes():
 
 
 @pytest.mark.proves("eq-mtl-shared-row")
-def test_a_shared_row_does_nothing():
+def test_a_shared_row_does_nothing(device):
     # cell 85ca25df
     net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5)
+    learner = MetaTransfer(net, steps=5).to(device)
     x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x, torch.arange(10) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16)).shape == (7, 5)
+    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
+    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
     wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
     assert wanted == {"scale", "shift"}
     assert all(p.requires_grad for p in net.parameters())  # it was copied
@@ -239,13 +239,13 @@ def test_a_shared_row_does_nothing():
     )
 
 
-def test_contract():
+def test_contract(device):
     # cell 85ca25df
     net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5)
+    learner = MetaTransfer(net, steps=5).to(device)
     x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x, torch.arange(10) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16)).shape == (7, 5)
+    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
+    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
     wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
     assert wanted == {"scale", "shift"}
     assert all(p.requires_grad for p in net.parameters())  # it was copied
@@ -329,13 +329,13 @@ def test_contract():
         assert "passed" in check_learner(learner, tasks).values()
 
 
-def test_errors_say_what_to_do():
+def test_errors_say_what_to_do(device):
     # cell 85ca25df
     net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5)
+    learner = MetaTransfer(net, steps=5).to(device)
     x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x, torch.arange(10) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16)).shape == (7, 5)
+    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
+    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
     wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
     assert wanted == {"scale", "shift"}
     assert all(p.requires_grad for p in net.parameters())  # it was copied
@@ -579,7 +579,7 @@ def test_hard_classes_come_more_often():
         assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
 
 
-def test_hard_tasks_keep_their_promises():
+def test_hard_tasks_keep_their_promises(device):
     # cell 08f6664e
     def many_classes(count=20):
         "Classes of random vectors."
@@ -614,13 +614,13 @@ def test_hard_tasks_keep_their_promises():
         print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
         assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
     # cell 6e96542f
-    few = FewShot(many_classes(), way=5, shot=1, query=2)
+    few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
     tasks = HardTasks(few, every=2)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
     for bad in (3, 7):
         tasks.feedback(rigged(tasks, 40, g, bad))
     assert tasks.hard and tasks.failed.nonzero().flatten().tolist() == [3, 7]
-    one, two = (tasks.draw(200, torch.Generator().manual_seed(1)) for _ in range(2))
+    one, two = (tasks.draw(200, torch.Generator(device).manual_seed(1)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     for bad in (3, 7):
         assert (one.classes == bad).any(-1).all()
@@ -638,7 +638,7 @@ def test_hard_tasks_keep_their_promises():
     assert tasks.failed.sum() == 1
 
 
-def test_hard_tasks_refuse():
+def test_hard_tasks_refuse(device):
     # cell 08f6664e
     def many_classes(count=20):
         "Classes of random vectors."
@@ -673,13 +673,13 @@ def test_hard_tasks_refuse():
         print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
         assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
     # cell 6e96542f
-    few = FewShot(many_classes(), way=5, shot=1, query=2)
+    few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
     tasks = HardTasks(few, every=2)
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
     for bad in (3, 7):
         tasks.feedback(rigged(tasks, 40, g, bad))
     assert tasks.hard and tasks.failed.nonzero().flatten().tolist() == [3, 7]
-    one, two = (tasks.draw(200, torch.Generator().manual_seed(1)) for _ in range(2))
+    one, two = (tasks.draw(200, torch.Generator(device).manual_seed(1)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     for bad in (3, 7):
         assert (one.classes == bad).any(-1).all()
