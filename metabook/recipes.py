@@ -83,7 +83,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         tasks="hard",
         start="pretrained",
         query=5,
-        steps=800,
+        steps=300,
         lr=2e-3,
     ),
     ("meta-lstm", "images"): Recipe(
@@ -114,13 +114,13 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 
 
 STEPS = {  # other data, other time
-    "glyphs": {"maml": 2500, "pretrained": 1200},
+    "glyphs": {"maml": 2500, "pretrained": 500},
     "cifarfs": {"maml": 3000},
     "fc100": {
         "maml": 1500,
         "protonet": 2000,
         "pretrained": 2000,
-        "meta-transfer": 400,
+        "meta-transfer": 200,
         "meta-lstm": 500,
         "lstm-optimizer": 500,
         "pgn": 500,
