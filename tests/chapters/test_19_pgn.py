@@ -938,6 +938,7 @@ def test_classes_have_their_own_rows():
     written = learner.generate(support)
     renamed = learner.generate(support._replace(y=support.y[:, order]))
     head = written["layers.1.weight"] - start["layers.1.weight"]
+    assert (head[0] - head[1]).abs().max() > 0.01  # each class has its own
     torch.testing.assert_close(renamed["layers.1.weight"] - start["layers.1.weight"], head[order])
     torch.testing.assert_close(renamed["layers.0.weight"], written["layers.0.weight"])
 
