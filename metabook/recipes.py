@@ -104,10 +104,9 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ),
     ("pgn", "images"): Recipe(
         net=ALONE | {"width": 32},
-        method={"form": "film", "steps": 1, "lr": 0.4, "loss_steps": "all"},
-        query=5,
-        steps=1000,
-        lr=5e-3,
+        method={"form": "film", "steps": 1, "test_steps": 3, "lr": 0.4},
+        steps=600,
+        lr=3e-3,
     ),
     ("pgn", "sinusoids"): Recipe("mlp", method={"form": "film"}, steps=4000, batch=32, lr=3e-3),
 }
@@ -123,7 +122,7 @@ STEPS = {  # other data, other time
         "meta-transfer": 200,
         "meta-lstm": 500,
         "lstm-optimizer": 500,
-        "pgn": 500,
+        "pgn": 300,
     },
 }
 RECIPES |= {
