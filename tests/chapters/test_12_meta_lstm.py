@@ -29,7 +29,7 @@ from metabook.training import evaluate, fit, paired
 
 @pytest.mark.proves("eq-lstm-cell")
 def test_cell_equals_pytorch():
-    # cell 3fb28427
+    # cell afa5f807
     torch.manual_seed(0)
     ours, theirs = CoordinateLSTM(4, 3).double(), nn.LSTMCell(4, 3).double()
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_cell_equals_pytorch():
 
 
 def test_only_ours_lifts():
-    # cell 3fb28427
+    # cell afa5f807
     torch.manual_seed(0)
     ours, theirs = CoordinateLSTM(4, 3).double(), nn.LSTMCell(4, 3).double()
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_only_ours_lifts():
     x, h, c = torch.randn(4, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
     for mine, other in zip(ours(x, h, c), theirs(x.T, (h.T, c.T)), strict=True):
         torch.testing.assert_close(mine, other.T)
-    # cell 9c6429d8
+    # cell b0240854
     tasks = torch.randn(2, 4, 5).double()
     assert vmap(lambda x: ours(x, h, c)[0])(tasks).shape == (2, 3, 5)
     with pytest.raises(RuntimeError):
@@ -63,7 +63,7 @@ def test_only_ours_lifts():
 
 @pytest.mark.proves("eq-lstm-gates")
 def test_gates_by_hand():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -74,7 +74,7 @@ def test_gates_by_hand():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -84,13 +84,13 @@ def test_gates_by_hand():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell f721c378
+    # cell 67404ccc
     close(by_hand()[1], 0.5, 0.75)
 
 
 @pytest.mark.proves("eq-lstm-update")
 def test_update_by_hand():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -101,7 +101,7 @@ def test_update_by_hand():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -111,15 +111,15 @@ def test_update_by_hand():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell f721c378
+    # cell 67404ccc
     close(by_hand()[1], 0.5, 0.75)
-    # cell 262f8cc2
+    # cell 7b777ea9
     close(by_hand()[0], 0.0)
 
 
 @pytest.mark.proves("eq-lstm-preprocess")
 def test_preprocessing():
-    # cell dfff9c22
+    # cell 6b8880d9
     def as_written(a, p=10):
         "The formula, case by case."
         if abs(a) >= math.exp(-p):
@@ -135,7 +135,7 @@ def test_preprocessing():
 
 @pytest.mark.proves("eq-lstm-direction")
 def test_rate_and_direction_by_hand():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -146,7 +146,7 @@ def test_rate_and_direction_by_hand():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -156,7 +156,7 @@ def test_rate_and_direction_by_hand():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell e6239e87
+    # cell fa52f9b1
     rule = RateAndDirection(hidden=2, lr=0.5).double()
     set_to(rule.W, [[0.1, 0.2], [3.0, -1.0]])
     theta, h = torch.tensor([5.0]).double(), torch.tensor([[1.0], [2.0]]).double()
@@ -167,7 +167,7 @@ def test_rate_and_direction_by_hand():
 
 
 def test_meta_lstm_in_use():
-    # cell 6cd875ac
+    # cell c5b9fc73
     torch.manual_seed(0)
     learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
     episodes = Sinusoids(shot=5, query=10).sample(3)
@@ -183,7 +183,7 @@ def test_meta_lstm_in_use():
 
 
 def test_errors_say_what_to_do():
-    # cell 5197ec71
+    # cell c142c0e7
     with pytest.raises(ValueError, match="expected a rate between 0 and 1: it is an input gate"):
         MetaLSTM(MLP([1, 1]), lr=1.5)
     with pytest.raises(ValueError, match="expected a positive inner rate"):
@@ -197,7 +197,7 @@ def test_errors_say_what_to_do():
 
 
 def test_keeps_the_contract():
-    # cell 62607408
+    # cell 39f357e1
     noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     shapes = FewShot(Classes(noise, torch.full((8,), 5)), way=3, shot=2, query=2)
     for method in (MetaLSTM, LSTMOptimizer):
@@ -209,7 +209,7 @@ def test_keeps_the_contract():
 
 
 def test_gradient_descent_is_one_setting():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -220,7 +220,7 @@ def test_gradient_descent_is_one_setting():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -230,7 +230,7 @@ def test_gradient_descent_is_one_setting():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -245,7 +245,7 @@ def test_gradient_descent_is_one_setting():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell e1fd4074
+    # cell 14d7e0de
     torch.manual_seed(0)
     net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
     learner = constant_gates(net, rate=0.05, steps=4)
@@ -260,7 +260,7 @@ def test_gradient_descent_is_one_setting():
 
 @pytest.mark.proves("eq-lstm-decay")
 def test_constant_gates_mean_decay():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -271,7 +271,7 @@ def test_constant_gates_mean_decay():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -281,7 +281,7 @@ def test_constant_gates_mean_decay():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -296,7 +296,7 @@ def test_constant_gates_mean_decay():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell e1fd4074
+    # cell 14d7e0de
     torch.manual_seed(0)
     net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
     learner = constant_gates(net, rate=0.05, steps=4)
@@ -307,7 +307,7 @@ def test_constant_gates_mean_decay():
         torch.autograd.grad(learner.loss(wave), parameters),
         torch.autograd.grad(descent.loss(wave), parameters),
     )
-    # cell 289a8730
+    # cell b99a6832
     torch.manual_seed(0)
     T, rate, wave = 8, 0.05, one_wave()
     learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
@@ -321,7 +321,7 @@ def test_constant_gates_mean_decay():
 
 
 def test_how_much_of_the_start_is_left():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -332,7 +332,7 @@ def test_how_much_of_the_start_is_left():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -342,7 +342,7 @@ def test_how_much_of_the_start_is_left():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -357,7 +357,7 @@ def test_how_much_of_the_start_is_left():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell e1fd4074
+    # cell 14d7e0de
     torch.manual_seed(0)
     net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
     learner = constant_gates(net, rate=0.05, steps=4)
@@ -368,7 +368,7 @@ def test_how_much_of_the_start_is_left():
         torch.autograd.grad(learner.loss(wave), parameters),
         torch.autograd.grad(descent.loss(wave), parameters),
     )
-    # cell 289a8730
+    # cell b99a6832
     torch.manual_seed(0)
     T, rate, wave = 8, 0.05, one_wave()
     learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
@@ -379,7 +379,7 @@ def test_how_much_of_the_start_is_left():
     f = torch.tensor(5.0).double().sigmoid()
     decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
     torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
-    # cell 947f1d0f
+    # cell 965a54fa
     torch.manual_seed(0)
     zeros = Examples(torch.zeros(4, 2), torch.zeros(4, 1))  # nothing to learn: the gradient is zero
     for bias in (4.0, 5.0, 6.0):
@@ -395,7 +395,7 @@ def test_how_much_of_the_start_is_left():
 
 @pytest.mark.proves("eq-lstm-start-gradient")
 def test_gradient_of_the_start():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -406,7 +406,7 @@ def test_gradient_of_the_start():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -416,7 +416,7 @@ def test_gradient_of_the_start():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -431,7 +431,7 @@ def test_gradient_of_the_start():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell c296509b
+    # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
         states, gradients = [learner.start()], []
@@ -444,7 +444,7 @@ def test_gradient_of_the_start():
         "The plain gradient of the query loss at these parameters."
         return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
 
-    # cell da6ad17d
+    # cell 1e323a09
     torch.manual_seed(1)
     wave = one_wave(1)
     learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
@@ -459,7 +459,7 @@ def test_gradient_of_the_start():
 
 @pytest.mark.proves("eq-lstm-gate-gradient")
 def test_gradient_of_the_gates():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -470,7 +470,7 @@ def test_gradient_of_the_gates():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -480,7 +480,7 @@ def test_gradient_of_the_gates():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -495,7 +495,7 @@ def test_gradient_of_the_gates():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell c296509b
+    # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
         states, gradients = [learner.start()], []
@@ -508,7 +508,7 @@ def test_gradient_of_the_gates():
         "The plain gradient of the query loss at these parameters."
         return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
 
-    # cell da6ad17d
+    # cell 1e323a09
     torch.manual_seed(1)
     wave = one_wave(1)
     learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
@@ -519,7 +519,7 @@ def test_gradient_of_the_gates():
     exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
     end = query_gradient(learner, states[-1].theta, wave.query)
     torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
-    # cell b750989a
+    # cell b8ab6d07
     torch.manual_seed(1)
     wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
     learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
@@ -534,7 +534,7 @@ def test_gradient_of_the_gates():
 
 
 def test_meta_gradient_against_finite_differences():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -545,7 +545,7 @@ def test_meta_gradient_against_finite_differences():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -555,7 +555,7 @@ def test_meta_gradient_against_finite_differences():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -570,7 +570,7 @@ def test_meta_gradient_against_finite_differences():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell c296509b
+    # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
         states, gradients = [learner.start()], []
@@ -583,7 +583,7 @@ def test_meta_gradient_against_finite_differences():
         "The plain gradient of the query loss at these parameters."
         return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
 
-    # cell da6ad17d
+    # cell 1e323a09
     torch.manual_seed(1)
     wave = one_wave(1)
     learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
@@ -594,7 +594,7 @@ def test_meta_gradient_against_finite_differences():
     exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
     end = query_gradient(learner, states[-1].theta, wave.query)
     torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
-    # cell b750989a
+    # cell b8ab6d07
     torch.manual_seed(1)
     wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
     learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
@@ -607,7 +607,7 @@ def test_meta_gradient_against_finite_differences():
     (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)
     torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
 
-    # cell eb3b61db
+    # cell 8969d665
     def measured_gradient(learner, episode, played_back, h=1e-6):
         "Central differences of the loss; `played_back` keeps inner losses and gradients as they were."
         record, theta = [], learner.start()
@@ -627,7 +627,7 @@ def test_meta_gradient_against_finite_differences():
                 found.append((ends[0] - ends[1]) / (2 * h))
         return torch.tensor(found).double()
 
-    # cell c043a165
+    # cell 2667cc24
     for method in (MetaLSTM, LSTMOptimizer):
         torch.manual_seed(1)
         learner = method(MLP([1, 4, 1]), 3, hidden=2, kind="regression", lr=0.2).double()
@@ -643,7 +643,7 @@ def test_meta_gradient_against_finite_differences():
 
 @pytest.mark.proves("eq-lstm-count")
 def test_the_rule_does_not_grow():
-    # cell 04f886e2
+    # cell af5c7cba
     for H, net in [(20, MLP([1, 40, 40, 1])), (20, MLP([1, 2, 1])), (8, MLP([1, 2, 1]))]:
         learner = MetaLSTM(net, hidden=H, kind="regression")
         rule = parameter_count(learner.lstm) + parameter_count(learner.update)
@@ -652,7 +652,7 @@ def test_the_rule_does_not_grow():
 
 
 def test_memory_beats_every_constant_rate():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -663,7 +663,7 @@ def test_memory_beats_every_constant_rate():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -673,7 +673,7 @@ def test_memory_beats_every_constant_rate():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -688,7 +688,7 @@ def test_memory_beats_every_constant_rate():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell c7811d55
+    # cell 500b6b45
     LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
 
     class Valleys(Tasks):
@@ -752,7 +752,7 @@ def test_memory_beats_every_constant_rate():
         candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
         return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
 
-    # cell 709fa5c1
+    # cell 6d4eb0a9
     unseen, other = Valleys().freeze(300, seed=0), Valleys().freeze(200, seed=1)
     memory = {method: learned_for_valleys(method) for method in (MetaLSTM, LSTMOptimizer)}
     valley_scores = {
@@ -774,7 +774,7 @@ def test_memory_beats_every_constant_rate():
 
 
 def test_forget_bias_must_be_large():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -785,7 +785,7 @@ def test_forget_bias_must_be_large():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -795,7 +795,7 @@ def test_forget_bias_must_be_large():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -810,7 +810,7 @@ def test_forget_bias_must_be_large():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell c296509b
+    # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
         states, gradients = [learner.start()], []
@@ -823,7 +823,7 @@ def test_forget_bias_must_be_large():
         "The plain gradient of the query loss at these parameters."
         return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
 
-    # cell c7811d55
+    # cell 500b6b45
     LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
 
     class Valleys(Tasks):
@@ -887,7 +887,7 @@ def test_forget_bias_must_be_large():
         candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
         return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
 
-    # cell 6a518c6f
+    # cell d4061661
     torch.manual_seed(0)
     wave = one_wave()
     left = {}
@@ -904,7 +904,7 @@ def test_forget_bias_must_be_large():
 
 
 def test_gradients_need_preprocessing():
-    # cell 06120139
+    # cell 76b6c583
     torch.manual_seed(0)
     lstm = CoordinateLSTM(2, 8)
     sizes_of_gradient = torch.tensor([1e-3, 1e-6])
@@ -917,7 +917,7 @@ def test_gradients_need_preprocessing():
 
 
 def test_clipping_bounds_the_outer_step():
-    # cell 1a1a902e
+    # cell 3e14a8e9
     class Shouting(Sinusoids):
         "Sinusoids, ten times as high."
 
@@ -938,7 +938,7 @@ def test_clipping_bounds_the_outer_step():
 
 
 def test_frozen_gradients_mislead_a_schedule():
-    # cell 041c793b
+    # cell db934fe7
     def close(a, *numbers):
         "Assert that a tensor holds these numbers."
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
@@ -949,7 +949,7 @@ def test_frozen_gradients_mislead_a_schedule():
         with torch.no_grad():
             parameter.copy_(torch.as_tensor(values))
 
-    # cell 791ea8c7
+    # cell 2f59f114
     def by_hand():
         "The update rule of the example, for one coordinate with a memory of length 1."
         rule = Gates(hidden=1, lr=0.01).double()
@@ -959,7 +959,7 @@ def test_frozen_gradients_mislead_a_schedule():
         numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
         return rule(*(torch.tensor(n).double() for n in numbers))
 
-    # cell 3b7d20f3
+    # cell 515344c0
     def constant_gates(net, rate, forget_bias=40.0, **options):
         "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
         learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
@@ -974,7 +974,7 @@ def test_frozen_gradients_mislead_a_schedule():
         sides = episodes.to(dtype=torch.float64)
         return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
 
-    # cell c296509b
+    # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
         states, gradients = [learner.start()], []
@@ -987,7 +987,7 @@ def test_frozen_gradients_mislead_a_schedule():
         "The plain gradient of the query loss at these parameters."
         return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
 
-    # cell c7811d55
+    # cell 500b6b45
     LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
 
     class Valleys(Tasks):
@@ -1051,7 +1051,7 @@ def test_frozen_gradients_mislead_a_schedule():
         candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
         return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
 
-    # cell 6a518c6f
+    # cell d4061661
     torch.manual_seed(0)
     wave = one_wave()
     left = {}
@@ -1065,7 +1065,7 @@ def test_frozen_gradients_mislead_a_schedule():
         left[bias] = (length / plain).item()
         print(f"bias {bias}: the start gets {left[bias]:.4f} of the query gradient")
     assert left[0.0] < 0.004 < 0.94 < left[5.0]
-    # cell bd5842c5
+    # cell ffcc0220
     unseen = Valleys().freeze(300, seed=0)
     errors = {"Chebyshev": evaluate(Schedule(at_origin(), chebyshev(4)), unseen, batch=300).mean}
     for name, first_order in (("exact", False), ("frozen", True)):
@@ -1080,7 +1080,7 @@ def test_frozen_gradients_mislead_a_schedule():
 
 
 def test_no_statistics_from_other_tasks():
-    # cell dfdf062d
+    # cell 8c8e80a6
     def answers_change(stats):
         "Do the answers on one task depend on which other tasks came before?"
         torch.manual_seed(0)
