@@ -87,20 +87,10 @@ RECIPES: dict[tuple[str, str], Recipe] = {
         lr=2e-3,
     ),
     ("meta-lstm", "images"): Recipe(
-        net=ALONE | {"width": 32},
-        method={"steps": 3, "hidden": 8, "lr": 0.4},
-        query=5,
-        steps=1000,
-        lr=1e-2,
-        clip=1.0,
+        net=ALONE | {"width": 16}, method={"steps": 3, "hidden": 8, "lr": 0.4}, steps=600, lr=1e-2
     ),
     ("lstm-optimizer", "images"): Recipe(
-        net=ALONE | {"width": 32},
-        method={"steps": 3, "hidden": 8, "lr": 1.0},
-        query=5,
-        steps=1000,
-        lr=1e-2,
-        clip=1.0,
+        net=ALONE | {"width": 16}, method={"steps": 3, "hidden": 8, "lr": 0.1}, steps=600, lr=1e-2
     ),
     ("pgn", "images"): Recipe(
         net=ALONE | {"width": 32},
@@ -120,8 +110,8 @@ STEPS = {  # other data, other time
         "protonet": 2000,
         "pretrained": 2000,
         "meta-transfer": 200,
-        "meta-lstm": 500,
-        "lstm-optimizer": 500,
+        "meta-lstm": 400,
+        "lstm-optimizer": 400,
         "pgn": 300,
     },
 }
