@@ -38,12 +38,12 @@ from .training import evaluate, fit, paired
 from .transfer import Batches
 
 # %% auto #0
-__all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'STEPS', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO', 'TOGETHER',
-           'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS', 'REPRODUCTIONS',
-           'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images', 'training_tasks', 'test_tasks',
-           'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'before', 'train', 'taken_over',
-           'preprocessing', 'provenance', 'Published', 'Reproduction', 'reproduce', 'Attempt', 'same_run', 'told',
-           'percent', 'reports', 'table', 'listed', 'commit']
+__all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'OTHERWISE', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO',
+           'TOGETHER', 'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS',
+           'REPRODUCTIONS', 'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images',
+           'training_tasks', 'test_tasks', 'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'before',
+           'train', 'taken_over', 'preprocessing', 'provenance', 'Published', 'Reproduction', 'reproduce', 'Attempt',
+           'same_run', 'told', 'percent', 'reports', 'table', 'listed', 'commit']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 @dataclass(frozen=True)
@@ -102,23 +102,24 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 }
 
 
-STEPS = {  # other data, other time
-    "glyphs": {"maml": 2500, "pretrained": 500},
-    "cifarfs": {"maml": 3000},
+OTHERWISE: dict[str, dict[str, dict[str, Any]]] = {  # other data, other lengths and rates
+    "glyphs": {"maml": {"steps": 2500}, "pretrained": {"steps": 500, "lr": 1e-2}},
+    "omniglot": {"pretrained": {"steps": 2000, "lr": 1e-2}},
+    "cifarfs": {"maml": {"steps": 3000}, "meta-transfer": {"lr": 1e-3}},
     "fc100": {
-        "maml": 1500,
-        "protonet": 2000,
-        "pretrained": 2000,
-        "meta-transfer": 200,
-        "meta-lstm": 400,
-        "lstm-optimizer": 400,
-        "pgn": 300,
+        "maml": {"steps": 1500},
+        "protonet": {"steps": 2000},
+        "pretrained": {"steps": 2000},
+        "meta-transfer": {"steps": 200, "lr": 1e-3},
+        "meta-lstm": {"steps": 400},
+        "lstm-optimizer": {"steps": 400},
+        "pgn": {"steps": 300},
     },
 }
 RECIPES |= {
-    (method, data): replace(RECIPES[method, "images"], steps=steps)
-    for data, counts in STEPS.items()
-    for method, steps in counts.items()
+    (method, data): replace(RECIPES[method, "images"], **changes)
+    for data, all_changes in OTHERWISE.items()
+    for method, changes in all_changes.items()
 }
 
 
