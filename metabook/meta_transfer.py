@@ -20,9 +20,7 @@ from metabook.episodes import (
     Frozen,
     Picks,
     Tasks,
-    choose,
     positive,
-    sides,
 )
 from .learners import Learner, task_loss
 from .networks import Parameters, call, recording
@@ -233,18 +231,11 @@ class HardTasks(Tasks):
         positive(n=n)
         device = generator.device if generator else self.device
         among, way = self.failed.to(device).expand(n, -1), self.tasks.way
-        first = (
-            torch.rand(among.shape, generator=generator, device=device) + among
-        )  # failed ones win
+        luck = torch.rand(among.shape, generator=generator, device=device)
+        first = luck + among  # failed ones win
         labels = torch.rand(n, way, generator=generator, device=device).argsort(-1)
-        return self.picks(first.topk(way).indices.gather(-1, labels), generator)
-
-    def picks(self, chosen: Tensor, generator: Generator | None) -> Picks:
-        "Examples of these classes [tasks, way], drawn as `FewShot` does."
-        for_support, for_query = sides(self.tasks.classes, chosen, generator)
-        support = choose(for_support, self.tasks.shot, generator)
-        query = choose(for_query.scatter(-1, support, False), self.tasks.query, generator)
-        return Picks(chosen, *self.tasks.rows(chosen, support), *self.tasks.rows(chosen, query))
+        chosen = first.topk(way).indices.gather(-1, labels)
+        return self.tasks.picks(chosen, generator)
 
     def gather(self, indices: Picks) -> Episode:
         return self.tasks.gather(indices)
