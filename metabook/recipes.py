@@ -583,12 +583,13 @@ class Attempt:
         about = {"budget": self.budget, "seed": self.seed, "commit": commit()}
         about |= {"command": self.command(), "parameters": parameter_count(learner)}
         began = time.perf_counter()
+        how = {"batch": 8, "progress": progress}  # eight tasks at once fit the caches
         for queries in ("joint", "single"):
-            score = evaluate(learner, frozen, queries=queries, progress=progress)
+            score = evaluate(learner, frozen, queries=queries, **how)
             about[queries] = score.row()
         about |= {"tasks": repr(frozen.tasks), "testing_seconds": time.perf_counter() - began}
         if self.row.published is None:
-            before = evaluate(self.untrained(frozen.tasks), frozen, queries="single")
+            before = evaluate(self.untrained(frozen.tasks), frozen, queries="single", **how)
             about |= {"before": before.row(), "gain": paired(score, before).row()}
         return about | provenance(config, self.device)
 
