@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import metabook
 from metabook.checkpoints import (
     NETWORKS,
     build,
@@ -634,7 +635,7 @@ def percent(score: dict[str, Any], sign: str = "") -> str:
     return f"{100 * score['mean']:{sign}.2f} ± {100 * score['ci95']:.2f}"
 
 
-RESULTS = Path(__file__).parents[1] / "results"  # in a clone of the book
+RESULTS = Path(metabook.__file__).parents[1] / "results"  # in a clone of the book
 
 
 def reports(
@@ -678,7 +679,7 @@ def listed(rows: Iterable[Reproduction]) -> list[str]:  # lines
 
 def commit() -> str | None:
     "The commit of the book's source, where it runs from a clone; a `+` says that files were changed."
-    here = Path(__file__).parent
+    here = Path(metabook.__file__).parent
     asked = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         told = subprocess.run(asked, capture_output=True, text=True, timeout=10)
