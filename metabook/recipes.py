@@ -405,7 +405,7 @@ LEARNED_UPDATE = Recipe(
     batch=1,
     clip=0.25,
 )
-PAPER: dict[tuple[str, str], Recipe] = {
+PAPER: dict[tuple[Any, ...], Recipe] = {
     ("maml", "omniglot"): Recipe(
         net={"pool": "stride", "stats": "batch"},
         method={"lr": 2.0, "test_steps": 3},
@@ -422,6 +422,7 @@ PAPER: dict[tuple[str, str], Recipe] = {
     ),
     ("protonet", "omniglot"): Recipe(net=MAX, way=60, query=5, steps=20_000, batch=1),
     ("protonet", "images"): Recipe(net=MAX, way=20, query=15, steps=20_000, batch=1),
+    ("protonet", "images", 1): Recipe(net=MAX, way=30, query=15, steps=20_000, batch=1),
     ("pretrained", "images"): replace(PRETRAIN, net=MAX, steps=60_000, lr=1e-3),
     ("finetune", "images"): Recipe(net=MAX, start="pretrained", steps=0),
     ("meta-transfer", "images"): Recipe(
@@ -435,6 +436,9 @@ PAPER: dict[tuple[str, str], Recipe] = {
         batch=2,
     ),
     ("meta-lstm", "images"): LEARNED_UPDATE,
+    ("meta-lstm", "images", 5): replace(
+        LEARNED_UPDATE, method={"steps": 8, "hidden": 20}, steps=50_000
+    ),
     ("lstm-optimizer", "images"): LEARNED_UPDATE,
     ("pgn", "images"): replace(RECIPES["pgn", "images"], net=ALONE, query=15, steps=60_000),
 }
@@ -468,9 +472,13 @@ class Reproduction:
         return f"{self.method}-{self.data}-5way-{self.shot}shot"
 
     def recipe(self, budget: str) -> Recipe:
-        "The recipe of a budget: for this data and shot, for this data, or for images."
+        "The recipe of a budget: for this data, for images and this shot, or for images."
         known = lookup(budget, BUDGETS, "budget")
-        keys = [(self.method, self.data), (self.method, "images")]
+        keys = [
+            (self.method, self.data),
+            (self.method, "images", self.shot),
+            (self.method, "images"),
+        ]
         return next(known[key] for key in keys if key in known)
 
     @property
