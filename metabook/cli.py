@@ -29,7 +29,7 @@ from metabook.recipes import (
     recipe_for,
     reproduce,
     run_recipe,
-    test_tasks,
+    unseen_tasks,
     told,
 )
 from .training import evaluate
@@ -225,6 +225,8 @@ def train(
 
     What is not said comes from the method's recipe for that data.
     """
+    if start and (network or net_args):
+        raise ValueError("--start brings its own network: leave out --network and --net")
     said = {"network": network, "query": query, "way": train_way}
     said |= {"steps": steps, "batch": batch, "lr": lr}
     recipe = adjusted(recipe_for(method, data), said, method_args, net_args)
@@ -263,12 +265,15 @@ def adjusted(
 @app.command("reproduce")
 def reproduce_row(
     name: Annotated[str | None, typer.Argument(help="A row; none: list them.")] = None,
-    budget: Annotated[str, typer.Option(help="cpu: minutes; gpu: the paper's protocol.")] = "cpu",
+    budget: Annotated[
+        str, typer.Option(help="cpu: minutes; gpu: near the paper's protocol.")
+    ] = "cpu",
     seed: Annotated[
         list[int] | None, typer.Option(help="May be given more than once; the row's own.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Fewer outer steps, to try it out.", min=1)
+        int | None,
+        typer.Option(help="Fewer outer steps: a trial, kept apart from the rows.", min=1),
     ] = None,
     tasks: Annotated[int, typer.Option(help="How many test tasks.", min=2)] = 600,
     device: Device = "auto",
@@ -282,7 +287,7 @@ def reproduce_row(
         return
     where = {"device": device_of(device), "runs": runs, "results": results, "tasks": tasks}
     report = reproduce(name, budget, seeds=seed, steps=steps, progress=not as_json, **where)
-    tell("\n".join([str(results / f"{name}.json"), *told(report)]), report, as_json)
+    tell("\n".join(told(report)), report, as_json)
 
 # %% ../nbs/A5_command_line.ipynb #f850d167
 @app.command("evaluate")
@@ -303,7 +308,7 @@ def evaluate_folder(
     said = {name: value for name, value in said.items() if value is not None}
     task = config["task"] | config["preprocessing"] | said
     check_way(learner, config, task["way"], "--way")
-    frozen = test_tasks(task, "test", device_of(device)).freeze(tasks, seed)
+    frozen = unseen_tasks(task, "test", device_of(device)).freeze(tasks, seed)
     learner.to(frozen.tasks.device)
     kinds = ("joint", "single") if learner.kind == "classification" else ("joint",)
     scores = [evaluate(learner, frozen, queries=q, progress=not as_json) for q in kinds]

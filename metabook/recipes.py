@@ -42,9 +42,10 @@ from .transfer import Batches
 __all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'OTHERWISE', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO',
            'TOGETHER', 'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS',
            'REPRODUCTIONS', 'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images',
-           'training_tasks', 'test_tasks', 'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'before',
-           'train', 'taken_over', 'preprocessing', 'provenance', 'Published', 'Reproduction', 'reproduce', 'Attempt',
-           'same_run', 'told', 'percent', 'reports', 'table', 'listed', 'commit']
+           'training_tasks', 'unseen_tasks', 'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'before',
+           'train', 'taken_over', 'preprocessing', 'evidence', 'circumstances', 'commit', 'provenance', 'Published',
+           'Reproduction', 'reproduce', 'rows_in', 'Attempt', 'same_run', 'told', 'seconds_of', 'percent', 'reports',
+           'table', 'listed']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def training_tasks(task: dict[str, Any], recipe: Recipe, device: torch.device) -
     return HardTasks(few) if recipe.tasks == "hard" else few
 
 
-def test_tasks(task: dict[str, Any], split: str, device: torch.device) -> Tasks:
+def unseen_tasks(task: dict[str, Any], split: str, device: torch.device) -> Tasks:
     "The tasks to validate or test on: as many queries of each class as the data has, 15 at most."
     if task["data"] == "sinusoids":
         return Sinusoids(task["shot"], 100, device)
@@ -276,12 +277,13 @@ def run_recipe(
     if start is None and recipe.start:
         start = out / "start"
         run_recipe(recipe.start, before(recipe, task["data"]), task, device, seed, start)
-    tasks, validate = training_tasks(task, recipe, device), test_tasks(task, "val", device)
+    tasks, validate = training_tasks(task, recipe, device), unseen_tasks(task, "val", device)
     torch.manual_seed(seed)
     base = tasks.way if isinstance(tasks, Batches) else None
     net = network_of(start) if start else None
     learner = make_learner(method, recipe, validate, net, base).to(device)
     notes = {"task": task, "recipe": asdict(recipe), "preprocessing": preprocessing(task, validate)}
+    notes |= {"made": circumstances(device), "start": start and evidence(start)}
     if recipe.steps:
         train(learner, tasks, recipe, validate, every, seed, out, notes)
     else:
@@ -331,7 +333,7 @@ def taken_over(
     notes: dict[str, Any],
 ) -> None:
     "Write a trained folder of a learner that has nothing left to learn across tasks."
-    score = evaluate(learner, validate, 200, seed=seed)
+    score = evaluate(learner, validate, 200, seed=seed, batch=8)
     chosen = score.row() | {"step": 0, "tasks": repr(validate)}
     facts = {"tasks": tasks.describe(), "training": start["training"], "validation": chosen}
     save(out, learner, **(notes | facts))
@@ -349,12 +351,40 @@ def preprocessing(task: dict[str, Any], tasks: Tasks) -> dict[str, Any]:
     }
 
 
+def evidence(folder: Path) -> dict[str, Any]:
+    "What a learner that starts from a trained folder has to say of it."
+    config = read_config(folder)
+    return {key: config[key] for key in ("recipe", "training", "weights")}
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    "Where and with what source something runs."
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "commit": commit()}
+
+
+def commit() -> str | None:
+    "The commit of the book's source, where it runs from a clone; a `+` says that files were changed."
+    source = Path(metabook.__file__)
+    git = ["git", "-C", str(source.parent)]
+    try:
+        for command in (
+            ["ls-files", "--error-unmatch", source.name],
+            ["describe", "--always", "--abbrev=12", "--dirty=+"],
+        ):
+            told = subprocess.run([*git, *command], capture_output=True, text=True, timeout=10)
+            if told.returncode:
+                return None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip()
+
+
 def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     "Where a score comes from: what a row of `results/` needs beside the score itself."
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     made = {key: config[key] for key in ("method", "task", "recipe", "training", "validation")}
     versions = {key: config[key] for key in ("metabook", "torch")}
-    return made | versions | {"device": name, "threads": torch.get_num_threads()}
+    return made | versions | circumstances(device) | (config.get("made") or {})
 
 # %% ../nbs/A4_recipes.ipynb #2c226922
 @dataclass(frozen=True)
@@ -479,7 +509,9 @@ class Reproduction:
             (self.method, "images", self.shot),
             (self.method, "images"),
         ]
-        return next(known[key] for key in keys if key in known)
+        if found := [known[key] for key in keys if key in known]:
+            return found[0]
+        raise ValueError(f"{self.name} has no {budget} recipe: write one for {keys[-1]}")
 
     @property
     def published(self) -> Published | None:
@@ -515,18 +547,22 @@ def reproduce(
     """
     row = lookup(name, REPRODUCTIONS, "row")
     row.recipe(budget)
-    path = results / f"{name}.json"
-    results.mkdir(parents=True, exist_ok=True)
-    report = json.loads(path.read_text()) if path.exists() else {"rows": []}
     published = None if row.published is None else asdict(row.published)
-    report |= {"name": name, "published": published}
     for seed in row.seeds if seeds is None else seeds:
         attempt = Attempt(row, budget, seed, torch.device(device), Path(runs), steps, tasks)
-        others = [r for r in report["rows"] if (r["budget"], r["seed"]) != (budget, seed)]
-        rows = [*others, attempt.measured(progress)]
-        report["rows"] = sorted(rows, key=lambda r: (r["budget"], r["seed"]))
+        path = Path(results) / ("trials" if attempt.trial else "") / f"{name}.json"
+        new = attempt.measured(progress)
+        others = [r for r in rows_in(path) if (r["budget"], r["seed"]) != (budget, seed)]
+        rows = sorted([*others, new], key=lambda r: (r["budget"], r["seed"]))
+        report = {"name": name, "published": published, "rows": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
     return report
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    "The rows that a file of results holds by now."
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 @dataclass(frozen=True)
@@ -549,6 +585,11 @@ class Attempt:
         return replace(recipe, network=like.network, net=like.net) if like else recipe
 
     @property
+    def trial(self) -> bool:
+        "Is it less than the row asks for?"
+        return self.steps is not None or self.tasks != 600
+
+    @property
     def shot(self) -> int:
         "Of the validation tasks; pre-training knows no shot, so there one run serves all."
         return 1 if self.recipe.tasks == "batches" or not self.recipe.steps else self.row.shot
@@ -557,7 +598,8 @@ class Attempt:
     def folder(self) -> Path:
         "Where it is trained."
         name = replace(self.row, shot=self.shot).name
-        return self.runs / self.budget / self.recipe.network / name / f"seed{self.seed}"
+        kind = "trials" if self.trial else self.budget
+        return self.runs / kind / self.recipe.network / name / f"seed{self.seed}"
 
     def start(self) -> Path | None:
         "The trained folder that it starts from: made where it is missing."
@@ -570,11 +612,17 @@ class Attempt:
 
     def train(self) -> dict[str, Any]:
         "Configuration of the trained folder: made, or found where this recipe ran to its end before."
-        if (self.folder / "config.json").exists():
-            return same_run(self.folder, self.recipe)
-        task = {"data": self.row.data, "way": 5, "shot": self.shot}
-        what = self.row.method, self.recipe, task, self.device, self.seed
-        return run_recipe(*what, self.folder, start=self.start())
+        start = self.start()
+        if not (self.folder / "config.json").exists():
+            if (self.folder / "log.jsonl").exists():
+                raise ValueError(
+                    f"{self.folder}: the training was stopped before it could save; delete the "
+                    "folder, or name another one with --runs"
+                )
+            task = {"data": self.row.data, "way": 5, "shot": self.shot}
+            what = self.row.method, self.recipe, task, self.device, self.seed
+            run_recipe(*what, self.folder, start=start)
+        return same_run(self.folder, self.recipe, start)
 
     def untrained(self, tasks: Tasks) -> Learner:
         "The learner before its training across tasks, with the network it starts from."
@@ -588,19 +636,22 @@ class Attempt:
         config = self.train()
         learner = load(self.folder).to(self.device)
         task = {"data": self.row.data, "way": 5, "shot": self.row.shot}
-        frozen = test_tasks(task, "test", self.device).freeze(self.tasks)
-        about = {"budget": self.budget, "seed": self.seed, "commit": commit()}
-        about |= {"command": self.command(), "parameters": parameter_count(learner)}
-        began = time.perf_counter()
+        frozen = unseen_tasks(task, "test", self.device).freeze(self.tasks)
         how = {"batch": 8, "progress": progress}  # eight tasks at once fit the caches
-        for queries in ("joint", "single"):
-            score = evaluate(learner, frozen, queries=queries, **how)
-            about[queries] = score.row()
+        began = time.perf_counter()
+        scores = {q: evaluate(learner, frozen, queries=q, **how) for q in ("joint", "single")}
+        about = {q: score.row() for q, score in scores.items()}
         about |= {"tasks": repr(frozen.tasks), "testing_seconds": time.perf_counter() - began}
         if self.row.published is None:
             before = evaluate(self.untrained(frozen.tasks), frozen, queries="single", **how)
-            about |= {"before": before.row(), "gain": paired(score, before).row()}
-        return about | provenance(config, self.device)
+            gain = paired(scores["single"], before)
+            about |= {"before": before.row(), "gain": gain.row()}
+        about |= {"budget": self.budget, "seed": self.seed, "command": self.command()}
+        about |= {
+            "parameters": parameter_count(learner),
+            "start": self.start() and evidence(self.start()),
+        }
+        return provenance(config, self.device) | about | {"task": task}
 
     def command(self) -> str:
         "What to type to get this row again."
@@ -609,14 +660,16 @@ class Attempt:
         return words + (f" --tasks {self.tasks}" if self.tasks != 600 else "")
 
 
-def same_run(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def same_run(folder: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]:
     "The configuration of a trained folder.  Raises `ValueError` unless it ran this recipe to its end."
     config = read_config(folder)
     training, wanted = config["training"], json.loads(json.dumps(asdict(recipe)))
-    if config["recipe"] != wanted or training["steps_taken"] < training["steps"]:
+    began_at = (config.get("start") or {}).get("weights")
+    stale = start and began_at and began_at != read_config(start)["weights"]
+    if config["recipe"] != wanted or training["steps_taken"] < training["steps"] or stale:
         raise ValueError(
-            f"{folder} holds a run of another recipe, or one that was interrupted: delete it, or "
-            "name another folder with --runs"
+            f"{folder} holds a run of another recipe, from another start, or one that was "
+            "interrupted: delete it, or name another folder with --runs"
         )
     return config
 
@@ -633,9 +686,15 @@ def told(report: dict[str, Any]) -> list[str]:  # lines
     for row in report["rows"]:
         scores = [f"{q} {percent(row[q])}" for q in ("joint", "single")]
         scores += [f"gain {percent(row['gain'], '+')}"] if "gain" in row else []
-        seconds = f"{row['training']['seconds']:.0f} s of training on {row['device']}"
+        seconds = f"{seconds_of(row):.0f} s of training on {row['device']}"
         lines.append(f"{row['budget']} seed {row['seed']}  {', '.join(scores)}  ({seconds})")
     return lines
+
+
+def seconds_of(row: dict[str, Any]) -> float:
+    "How long a row trained, with what it started from."
+    start = row["start"]["training"]["seconds"] if row["start"] and row["recipe"]["steps"] else 0.0
+    return row["training"]["seconds"] + start
 
 
 def percent(score: dict[str, Any], sign: str = "") -> str:
@@ -662,9 +721,11 @@ def table(
 ) -> str:
     """Published and ours in percent, with 95% intervals over tasks: a line for each run.
 
-    Queries stand alone.  A gain is over the same learner before its training across tasks.
+    Queries stand alone.  A gain is over the same learner before its training across tasks.  Seconds
+    are of training, with validation and what it started from; numbers are those in the network.
     """
-    lines = [f"{'row':34} {'budget':>6} seed {'published':>13} {'ours':>13}   gain"]
+    head = f"{'row':34} {'budget':>6} seed {'published':>13} {'ours':>13} {'gain':>14}"
+    lines = [f"{head} seconds   numbers"]
     for report in reports(methods, folder):
         printed = report["published"]
         spread = f" ± {printed['ci95']}" if printed and printed["ci95"] else ""
@@ -672,7 +733,8 @@ def table(
         for row in report["rows"]:
             gain = percent(row["gain"], "+") if "gain" in row else ""
             where = f"{report['name']:34} {row['budget']:>6} {row['seed']:>4}"
-            lines.append(f"{where} {paper:>13} {percent(row['single']):>13}   {gain}".rstrip())
+            cost = f"{seconds_of(row):7.0f} {row['parameters']:9,}"
+            lines.append(f"{where} {paper:>13} {percent(row['single']):>13} {gain:>14} {cost}")
     return "\n".join(lines)
 
 
@@ -683,14 +745,3 @@ def listed(rows: Iterable[Reproduction]) -> list[str]:  # lines
         f"  {row.published.source if row.published else ''}".rstrip()
         for row in rows
     ]
-
-
-def commit() -> str | None:
-    "The commit of the book's source, where it runs from a clone; a `+` says that files were changed."
-    here = Path(metabook.__file__).parent
-    asked = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return told.stdout.strip() or None

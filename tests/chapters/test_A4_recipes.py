@@ -7,11 +7,12 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from metabook.checkpoints import methods, save
+from metabook.checkpoints import load, methods, save
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.recipes import (
@@ -20,6 +21,7 @@ from metabook.recipes import (
     REPRODUCTIONS,
     ROWS,
     STRIDED,
+    Attempt,
     Recipe,
     data_named,
     make_learner,
@@ -28,7 +30,9 @@ from metabook.recipes import (
     reproduce,
     run_recipe,
     table,
+    unseen_tasks,
 )
+from metabook.training import Outer
 
 
 def test_unknown_data_gets_the_nearest_name():
@@ -126,30 +130,65 @@ def test_every_method_has_its_rows():
 def test_a_row_is_run_and_written():
     # cell 84ce894c
     work = Path(tempfile.mkdtemp())
-    where = {"runs": work / "runs", "results": work / "results", "progress": False, "tasks": 20}
+    where = {
+        "runs": work / "runs",
+        "results": work / "results",
+        "progress": False,
+        "tasks": 20,
+    }  # a trial
     for seed in (0, 1):
-        report = reproduce("finetune-glyphs-5way-1shot", seeds=[seed], steps=2, **where)
-    written = json.loads((work / "results/finetune-glyphs-5way-1shot.json").read_text())
+        report = reproduce("finetune-glyphs-5way-1shot", seeds=[seed], steps=1, **where)
+    written = json.loads((work / "results/trials/finetune-glyphs-5way-1shot.json").read_text())
     assert written == report and [row["seed"] for row in written["rows"]] == [0, 1]
     row = written["rows"][0]
     assert row["joint"]["episodes"] == row["single"]["episodes"] and row["single"]["n"] == 20
-    assert row["command"].endswith("--budget cpu --seed 0 --steps 2 --tasks 20")
-    assert row["training"]["steps_taken"] == 2  # of pre-training
+    assert row["command"].endswith("--budget cpu --seed 0 --steps 1 --tasks 20")
+    assert row["training"]["steps_taken"] == 1  # of pre-training
     expected = row["single"]["mean"] - row["before"]["mean"]
     assert row["gain"]["mean"] == pytest.approx(expected, abs=1e-6)
-    lines = table(["finetune"], work / "results").splitlines()
+    lines = table(["finetune"], work / "results/trials").splitlines()
     assert len(lines) == 3 and lines[1].split()[:4] == [report["name"], "cpu", "0", "-"]
-    assert (
-        lines[1].endswith(f"± {100 * row['gain']['ci95']:.2f}") and table([], work).count("\n") == 0
-    )
-    again = reproduce("finetune-glyphs-5way-1shot", seeds=[0], steps=2, **where)
+    assert f"± {100 * row['gain']['ci95']:.2f} " in lines[1] and table([], work).count("\n") == 0
+    again = reproduce("finetune-glyphs-5way-1shot", seeds=[0], steps=1, **where)
     assert again["rows"][0]["single"] == row["single"]  # the trained folder was found
+    assert row["start"]["recipe"]["tasks"] == "batches" and row["task"]["shot"] == 1
     with pytest.raises(ValueError, match="a run of another recipe"):
-        reproduce("pretrained-glyphs-5way-1shot", seeds=[0], steps=3, **where)
-    with pytest.raises(
-        ValueError, match="unknown row 'maml-cifar-5way-1shot': did you mean 'maml-cifarfs"
-    ):
-        reproduce("maml-cifar-5way-1shot", **where)
-    with pytest.raises(ValueError, match="unknown budget 'tpu'"):
-        reproduce("maml-cifarfs-5way-1shot", "tpu", **where)
+        reproduce("pretrained-glyphs-5way-1shot", seeds=[0], steps=2, **where)
+    shutil.rmtree(work)
+
+
+def test_what_a_row_starts_from_is_what_it_is_compared_with():
+    # cell a641deed
+    work = Path(tempfile.mkdtemp())
+    where = {"runs": work / "runs", "results": work, "progress": False, "tasks": 20, "steps": 2}
+    (row,) = reproduce("meta-transfer-glyphs-5way-1shot", seeds=[0], **where)["rows"]
+    name = "meta-transfer-glyphs-5way-1shot"
+    attempt = Attempt(REPRODUCTIONS[name], "cpu", 0, torch.device("cpu"), work / "runs", 2, 20)
+    started = network_of(attempt.start()).state_dict()
+    frozen = load(attempt.folder).net.state_dict()
+    assert all(torch.equal(started[key], frozen[key]) for key in started)
+    same = unseen_tasks(row["task"], "test", torch.device("cpu"))
+    untrained = attempt.untrained(same).net.state_dict()
+    assert all(torch.equal(started[key], t) for key, t in untrained.items())
+    log = (attempt.folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in log if '"lr": ' in line and '"step"' in line][
+        -1
+    ] < 1e-9
+    shutil.rmtree(work)
+
+
+def test_what_was_interrupted_is_no_row():
+    # cell d94b6784
+    work, name = Path(tempfile.mkdtemp()), "pretrained-glyphs-5way-1shot"
+    where = {"runs": work / "runs", "results": work, "progress": False, "tasks": 20, "steps": 4}
+    stopped = mock.patch.object(Outer, "check", side_effect=[None, None, KeyboardInterrupt])
+    with stopped, pytest.raises(ValueError, match="or one that was interrupted"):
+        reproduce(name, seeds=[0], **where)
+    assert not list(work.glob("**/pretrained*.json"))
+    shutil.rmtree(work)
+    dark = mock.patch.object(Outer, "step", side_effect=RuntimeError("the lights went out"))
+    with dark, pytest.raises(RuntimeError):
+        reproduce(name, seeds=[0], **where)
+    with pytest.raises(ValueError, match="stopped before it could save; delete the folder"):
+        reproduce(name, seeds=[0], **where)
     shutil.rmtree(work)
