@@ -251,23 +251,23 @@ def test_two_steps_by_another_way():
         return cell
 
     torch.manual_seed(0)
-    learner = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
-    for parameter in (learner.lstm.b, *learner.update.parameters()):
+    checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
+    for parameter in (checked.lstm.b, *checked.update.parameters()):
         set_to(parameter, 0.5 * torch.randn_like(parameter))
-    cell, state = in_pytorch(learner.lstm), learner.start()
+    cell, state = in_pytorch(checked.lstm), checked.start()
     x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
-    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = learner.update.parameters()
+    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
     theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
     for _ in range(2):
         at = theta.detach().requires_grad_()
-        loss = (call(learner.net, learner.named(at), x) - y).square().mean()
+        loss = (call(checked.net, checked.named(at), x) - y).square().mean()
         (g,) = torch.autograd.grad(loss, at)
         read = torch.cat([two_numbers(g), two_numbers(loss.detach().expand(13))])
         h, c = cell(read.T, (h, c))
         i = torch.sigmoid(h @ W_I + v_I * theta + u_I * i + b_I)
         f = torch.sigmoid(h @ W_F + v_F * theta + u_F * f + b_F)
         theta = f * theta - i * g
-        state = learner.step(state, Examples(x, y))
+        state = checked.step(state, Examples(x, y))
         torch.testing.assert_close(tuple(state), (theta, h.T, c.T, torch.stack([i, f])))
 
 
@@ -326,30 +326,30 @@ def test_the_first_input_gate_is_the_rate():
         return cell
 
     torch.manual_seed(0)
-    learner = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
-    for parameter in (learner.lstm.b, *learner.update.parameters()):
+    checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
+    for parameter in (checked.lstm.b, *checked.update.parameters()):
         set_to(parameter, 0.5 * torch.randn_like(parameter))
-    cell, state = in_pytorch(learner.lstm), learner.start()
+    cell, state = in_pytorch(checked.lstm), checked.start()
     x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
-    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = learner.update.parameters()
+    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
     theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
     for _ in range(2):
         at = theta.detach().requires_grad_()
-        loss = (call(learner.net, learner.named(at), x) - y).square().mean()
+        loss = (call(checked.net, checked.named(at), x) - y).square().mean()
         (g,) = torch.autograd.grad(loss, at)
         read = torch.cat([two_numbers(g), two_numbers(loss.detach().expand(13))])
         h, c = cell(read.T, (h, c))
         i = torch.sigmoid(h @ W_I + v_I * theta + u_I * i + b_I)
         f = torch.sigmoid(h @ W_F + v_F * theta + u_F * f + b_F)
         theta = f * theta - i * g
-        state = learner.step(state, Examples(x, y))
+        state = checked.step(state, Examples(x, y))
         torch.testing.assert_close(tuple(state), (theta, h.T, c.T, torch.stack([i, f])))
     # cell e42b90c6
     for lr in (0.01, 0.4):
-        learner = MetaLSTM(MLP([1, 1]), hidden=2, kind="regression", lr=lr)
-        for parameter in (learner.update.W, learner.update.V):
+        blind = MetaLSTM(MLP([1, 1]), hidden=2, kind="regression", lr=lr)
+        for parameter in (blind.update.W, blind.update.V):
             set_to(parameter, torch.zeros_like(parameter))
-        after = learner.step(learner.start(), Examples(torch.ones(3, 1), torch.ones(3, 1)))
+        after = blind.step(blind.start(), Examples(torch.ones(3, 1), torch.ones(3, 1)))
         close(after.past[0], lr, lr)
 
 
@@ -475,6 +475,12 @@ def test_constant_gates_mean_decay():
     f = torch.tensor(5.0).double().sigmoid()
     decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
     torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+    begin = states[0].theta.detach().requires_grad_()  # and one step down the loss with the price
+    price = (1 - f) / (2 * rate) * begin.square().sum()
+    (g,) = torch.autograd.grad(
+        learner.support_loss(learner.named(begin), wave.support) + price, begin
+    )
+    torch.testing.assert_close(states[1].theta, begin - rate * g)
 
 
 def test_how_much_of_the_start_is_left():
@@ -536,6 +542,12 @@ def test_how_much_of_the_start_is_left():
     f = torch.tensor(5.0).double().sigmoid()
     decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
     torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+    begin = states[0].theta.detach().requires_grad_()  # and one step down the loss with the price
+    price = (1 - f) / (2 * rate) * begin.square().sum()
+    (g,) = torch.autograd.grad(
+        learner.support_loss(learner.named(begin), wave.support) + price, begin
+    )
+    torch.testing.assert_close(states[1].theta, begin - rate * g)
     # cell 965a54fa
     torch.manual_seed(0)
     zeros = Examples(torch.zeros(4, 2), torch.zeros(4, 1))  # nothing to learn: the gradient is zero
