@@ -22,7 +22,7 @@ from metabook.meta_lstm import (
     flat,
     log_and_sign,
 )
-from metabook.networks import MLP, Conv4, parameter_count
+from metabook.networks import MLP, Conv4, call, parameter_count
 from metabook.testing import check_learner
 from metabook.training import evaluate, fit, paired
 
@@ -196,6 +196,163 @@ def test_errors_say_what_to_do():
         MetaLSTM(MLP([2, 5]))(Examples(torch.zeros(0, 2), torch.zeros(0, 5)), torch.zeros(1, 2))
 
 
+def test_two_steps_by_another_way():
+    # cell db934fe7
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 2f59f114
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell c5b9fc73
+    torch.manual_seed(0)
+    learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
+    phi, _ = learner.adapt(task.support)
+    assert learner(task.support, task.query.x).shape == (10, 1)
+    assert losses(learner, episodes).shape == (3,)
+    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+    torch.testing.assert_close(learner.named(flat(phi)), phi)
+    torch.manual_seed(0)
+    other = LSTMOptimizer(MLP([1, 40, 40, 1]), steps=3, hidden=8, kind="regression")
+    assert other(task.support, task.query.x).shape == (10, 1)
+
+    # cell c07d93e4
+    def two_numbers(a):
+        "The preprocessing by its two cases, [2, d]."
+        small = a.abs() < math.exp(-10)
+        size = torch.where(small, -torch.ones_like(a), a.abs().log() / 10)
+        return torch.stack([size, torch.where(small, math.exp(10) * a, a.sign())])
+
+    def in_pytorch(lstm):
+        "PyTorch's cell with the weights of ours."
+        blocks = torch.tensor([0, 1, 3, 2])  # input, forget, proposal, output
+        W = lstm.W.view(4, lstm.W.shape[0] // 4, -1)[blocks].flatten(0, 1)
+        cell = nn.LSTMCell(4, W.shape[1] - 4).to(W.dtype)
+        set_to(cell.weight_ih, W[:, :4])
+        set_to(cell.weight_hh, W[:, 4:])
+        set_to(cell.bias_ih, lstm.b.view(4, -1)[blocks].flatten())
+        set_to(cell.bias_hh, torch.zeros(W.shape[0]))
+        return cell
+
+    torch.manual_seed(0)
+    checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
+    for parameter in (checked.lstm.b, *checked.update.parameters()):
+        set_to(parameter, 0.5 * torch.randn_like(parameter))
+    cell, state = in_pytorch(checked.lstm), checked.start()
+    x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
+    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
+    theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
+    for _ in range(2):
+        at = theta.detach().requires_grad_()
+        loss = (call(checked.net, checked.named(at), x) - y).square().mean()
+        (g,) = torch.autograd.grad(loss, at)
+        read = torch.cat([two_numbers(g), two_numbers(loss.detach().expand(13))])
+        h, c = cell(read.T, (h, c))
+        i = torch.sigmoid(h @ W_I + v_I * theta + u_I * i + b_I)
+        f = torch.sigmoid(h @ W_F + v_F * theta + u_F * f + b_F)
+        theta = f * theta - i * g
+        state = checked.step(state, Examples(x, y))
+        torch.testing.assert_close(tuple(state), (theta, h.T, c.T, torch.stack([i, f])))
+
+
+def test_the_first_input_gate_is_the_rate():
+    # cell db934fe7
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    # cell 2f59f114
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    # cell c5b9fc73
+    torch.manual_seed(0)
+    learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
+    phi, _ = learner.adapt(task.support)
+    assert learner(task.support, task.query.x).shape == (10, 1)
+    assert losses(learner, episodes).shape == (3,)
+    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+    torch.testing.assert_close(learner.named(flat(phi)), phi)
+    torch.manual_seed(0)
+    other = LSTMOptimizer(MLP([1, 40, 40, 1]), steps=3, hidden=8, kind="regression")
+    assert other(task.support, task.query.x).shape == (10, 1)
+
+    # cell c07d93e4
+    def two_numbers(a):
+        "The preprocessing by its two cases, [2, d]."
+        small = a.abs() < math.exp(-10)
+        size = torch.where(small, -torch.ones_like(a), a.abs().log() / 10)
+        return torch.stack([size, torch.where(small, math.exp(10) * a, a.sign())])
+
+    def in_pytorch(lstm):
+        "PyTorch's cell with the weights of ours."
+        blocks = torch.tensor([0, 1, 3, 2])  # input, forget, proposal, output
+        W = lstm.W.view(4, lstm.W.shape[0] // 4, -1)[blocks].flatten(0, 1)
+        cell = nn.LSTMCell(4, W.shape[1] - 4).to(W.dtype)
+        set_to(cell.weight_ih, W[:, :4])
+        set_to(cell.weight_hh, W[:, 4:])
+        set_to(cell.bias_ih, lstm.b.view(4, -1)[blocks].flatten())
+        set_to(cell.bias_hh, torch.zeros(W.shape[0]))
+        return cell
+
+    torch.manual_seed(0)
+    checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
+    for parameter in (checked.lstm.b, *checked.update.parameters()):
+        set_to(parameter, 0.5 * torch.randn_like(parameter))
+    cell, state = in_pytorch(checked.lstm), checked.start()
+    x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
+    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
+    theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
+    for _ in range(2):
+        at = theta.detach().requires_grad_()
+        loss = (call(checked.net, checked.named(at), x) - y).square().mean()
+        (g,) = torch.autograd.grad(loss, at)
+        read = torch.cat([two_numbers(g), two_numbers(loss.detach().expand(13))])
+        h, c = cell(read.T, (h, c))
+        i = torch.sigmoid(h @ W_I + v_I * theta + u_I * i + b_I)
+        f = torch.sigmoid(h @ W_F + v_F * theta + u_F * f + b_F)
+        theta = f * theta - i * g
+        state = checked.step(state, Examples(x, y))
+        torch.testing.assert_close(tuple(state), (theta, h.T, c.T, torch.stack([i, f])))
+    # cell e42b90c6
+    for lr in (0.01, 0.4):
+        blind = MetaLSTM(MLP([1, 1]), hidden=2, kind="regression", lr=lr)
+        for parameter in (blind.update.W, blind.update.V):
+            set_to(parameter, torch.zeros_like(parameter))
+        after = blind.step(blind.start(), Examples(torch.ones(3, 1), torch.ones(3, 1)))
+        close(after.past[0], lr, lr)
+
+
 def test_keeps_the_contract():
     # cell 39f357e1
     noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -318,6 +475,12 @@ def test_constant_gates_mean_decay():
     f = torch.tensor(5.0).double().sigmoid()
     decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
     torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+    begin = states[0].theta.detach().requires_grad_()  # and one step down the loss with the price
+    price = (1 - f) / (2 * rate) * begin.square().sum()
+    (g,) = torch.autograd.grad(
+        learner.support_loss(learner.named(begin), wave.support) + price, begin
+    )
+    torch.testing.assert_close(states[1].theta, begin - rate * g)
 
 
 def test_how_much_of_the_start_is_left():
@@ -379,6 +542,12 @@ def test_how_much_of_the_start_is_left():
     f = torch.tensor(5.0).double().sigmoid()
     decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
     torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+    begin = states[0].theta.detach().requires_grad_()  # and one step down the loss with the price
+    price = (1 - f) / (2 * rate) * begin.square().sum()
+    (g,) = torch.autograd.grad(
+        learner.support_loss(learner.named(begin), wave.support) + price, begin
+    )
+    torch.testing.assert_close(states[1].theta, begin - rate * g)
     # cell 965a54fa
     torch.manual_seed(0)
     zeros = Examples(torch.zeros(4, 2), torch.zeros(4, 1))  # nothing to learn: the gradient is zero
@@ -526,10 +695,8 @@ def test_gradient_of_the_gates():
     states, gradients = walk(learner, wave.support, T)
     end = query_gradient(learner, states[-1].theta, wave.query)
     by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
-    slope = 0.1 * (
-        1 - 0.1
-    )  # of the sigmoid where it is 0.1: from the gate to its bias, which all share
-    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)
+    slope = 0.1 * (1 - 0.1)  # of the sigmoid where it is 0.1
+    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)  # which all share
     torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
 
 
@@ -601,10 +768,8 @@ def test_meta_gradient_against_finite_differences():
     states, gradients = walk(learner, wave.support, T)
     end = query_gradient(learner, states[-1].theta, wave.query)
     by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
-    slope = 0.1 * (
-        1 - 0.1
-    )  # of the sigmoid where it is 0.1: from the gate to its bias, which all share
-    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)
+    slope = 0.1 * (1 - 0.1)  # of the sigmoid where it is 0.1
+    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)  # which all share
     torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
 
     # cell 8969d665
@@ -645,10 +810,11 @@ def test_meta_gradient_against_finite_differences():
 def test_the_rule_does_not_grow():
     # cell af5c7cba
     for H, net in [(20, MLP([1, 40, 40, 1])), (20, MLP([1, 2, 1])), (8, MLP([1, 2, 1]))]:
-        learner = MetaLSTM(net, hidden=H, kind="regression")
-        rule = parameter_count(learner.lstm) + parameter_count(learner.update)
-        print(f"H = {H}: {rule} numbers for the rule, {parameter_count(net)} for the start")
-        assert rule == 4 * H * (4 + H + 1) + 2 * (H + 3)
+        for method, each in ((MetaLSTM, H + 3), (LSTMOptimizer, H + 1)):
+            learner = method(net, hidden=H, kind="regression")
+            rule = parameter_count(learner.lstm) + parameter_count(learner.update)
+            print(f"H = {H}: {rule} numbers for the rule, {parameter_count(net)} for the start")
+            assert rule == 4 * H * (4 + H + 1) + 2 * each
 
 
 def test_memory_beats_every_constant_rate():
@@ -742,6 +908,11 @@ def test_memory_beats_every_constant_rate():
         fit(learner, Valleys(), steps=steps, progress=False, **options)
         return learner
 
+    def learned_schedule(first_order=False):
+        schedule = Schedule(at_origin(), chebyshev(VALLEY_STEPS), first_order)
+        torch.manual_seed(0)
+        return train_on_valleys(schedule, steps=150, lr=0.005)
+
     def learned_for_valleys(method):
         torch.manual_seed(0)
         learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
@@ -758,19 +929,17 @@ def test_memory_beats_every_constant_rate():
     valley_scores = {
         "constant rate": evaluate(best_constant(other), unseen, batch=300),
         "Chebyshev schedule": evaluate(Schedule(at_origin(), chebyshev(4)), unseen, batch=300),
+        "learned schedule": evaluate(learned_schedule(), unseen, batch=300),
         "Meta-LSTM": evaluate(memory[MetaLSTM], unseen, batch=300),
         "LSTM optimiser": evaluate(memory[LSTMOptimizer], unseen, batch=300),
     }
     for name, score in valley_scores.items():
         print(f"{name:18} {score}")
-    for name, rival in (
-        ("Meta-LSTM", "constant rate"),
-        ("LSTM optimiser", "constant rate"),
-        ("LSTM optimiser", "Chebyshev schedule"),
-    ):
+    rivals = ("constant rate", "Chebyshev schedule", "learned schedule")
+    for name, rival in itertools.product(("Meta-LSTM", "LSTM optimiser"), rivals):
         gap = paired(valley_scores[name], valley_scores[rival])
         print(f"{name} minus {rival}: {gap.mean:+.3f} ± {gap.ci95:.3f}")
-        assert gap.mean + gap.ci95 < 0
+        assert rival == "learned schedule" or gap.mean + gap.ci95 < 0
 
 
 def test_forget_bias_must_be_large():
@@ -876,6 +1045,11 @@ def test_forget_bias_must_be_large():
         options = {"meta_batch": 32, "lr": lr, "clip": 0.25, "schedule": falling(steps)}
         fit(learner, Valleys(), steps=steps, progress=False, **options)
         return learner
+
+    def learned_schedule(first_order=False):
+        schedule = Schedule(at_origin(), chebyshev(VALLEY_STEPS), first_order)
+        torch.manual_seed(0)
+        return train_on_valleys(schedule, steps=150, lr=0.005)
 
     def learned_for_valleys(method):
         torch.manual_seed(0)
@@ -1041,6 +1215,11 @@ def test_frozen_gradients_mislead_a_schedule():
         fit(learner, Valleys(), steps=steps, progress=False, **options)
         return learner
 
+    def learned_schedule(first_order=False):
+        schedule = Schedule(at_origin(), chebyshev(VALLEY_STEPS), first_order)
+        torch.manual_seed(0)
+        return train_on_valleys(schedule, steps=150, lr=0.005)
+
     def learned_for_valleys(method):
         torch.manual_seed(0)
         learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
@@ -1069,8 +1248,7 @@ def test_frozen_gradients_mislead_a_schedule():
     unseen = Valleys().freeze(300, seed=0)
     errors = {"Chebyshev": evaluate(Schedule(at_origin(), chebyshev(4)), unseen, batch=300).mean}
     for name, first_order in (("exact", False), ("frozen", True)):
-        schedule = Schedule(at_origin(), chebyshev(4), first_order)
-        train_on_valleys(schedule, steps=150, lr=0.005)
+        schedule = learned_schedule(first_order)
         errors[name] = evaluate(schedule, unseen, batch=300).mean
         print(
             f"{name}: error {errors[name]:.3f}, rates {[round(r, 2) for r in schedule.rates.tolist()]}"
