@@ -13,7 +13,14 @@ from .checkpoints import lookup, register
 from .episodes import Episode, Examples, positive
 from .learners import Kind, task_loss
 from .maml import MAML
-from .networks import MLP, BatchNorm, Parameters, Statistics, support_statistics
+from metabook.networks import (
+    MLP,
+    BatchNorm,
+    Parameters,
+    Statistics,
+    batch_norms,
+    support_statistics,
+)
 
 try:
     from jaxtyping import Float, Shaped
@@ -21,14 +28,14 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['FORMS', 'unit', 'weight_std', 'Full', 'LowRank', 'Rows', 'Scale', 'make_writers', 'last_layer', 'SetEncoder',
-           'image_features', 'PGN']
+__all__ = ['FORMS', 'unit_scale', 'weight_std', 'FullWriter', 'LowRankWriter', 'RowWriter', 'ScaleWriter', 'make_writers',
+           'last_layer', 'SetEncoder', 'image_features', 'PGN']
 
 # %% ../nbs/19_pgn.ipynb #a1ec07e0
-def unit(
+def unit_scale(
     h: Float[Tensor, "*rows m"],  # vectors
 ) -> Float[Tensor, "*rows m"]:
-    "Each vector at a mean square of 1, whatever its length was."
+    "Each vector at a mean square of 1, whatever its length was; only zero stays zero."
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-8)
 
 
@@ -44,7 +51,7 @@ def weight_std(
     return math.sqrt(gain / (m * p[0].numel())) if p.ndim > 1 else 0.0
 
 # %% ../nbs/19_pgn.ipynb #0e273f61
-class Full(nn.Module):
+class FullWriter(nn.Module):
     "Writes every number of a parameter by itself: phi = p + G h."
 
     def __init__(self, p: Tensor, m: int, gain: float):  # as in `weight_std`
@@ -56,8 +63,8 @@ class Full(nn.Module):
         return p + (self.G @ h).view(p.shape)
 
 # %% ../nbs/19_pgn.ipynb #db580497
-class LowRank(nn.Module):
-    "Writes two thin matrices, whose product is added to a weight: phi = p + A B^T."
+class LowRankWriter(nn.Module):
+    "Writes two thin matrices, whose product, of rank 2, is added to a weight: phi = p + A B^T."
 
     rank = 2
 
@@ -72,7 +79,7 @@ class LowRank(nn.Module):
         return p + ((self.A @ h) @ (self.B @ h).T).view(p.shape)
 
 
-class Rows(nn.Module):
+class RowWriter(nn.Module):
     "Writes the rows of a parameter one by one with one shared G: row i gets p_i + G (v_i * h)."
 
     def __init__(self, p: Tensor, m: int, gain: float):  # as in `weight_std`
@@ -85,7 +92,7 @@ class Rows(nn.Module):
         return p + ((h * self.v) @ self.G.T).view(p.shape)
 
 
-class Scale(nn.Module):
+class ScaleWriter(nn.Module):
     "Writes one factor for each row of a weight: phi = (1 + s) p."
 
     def __init__(self, p: Tensor, m: int, gain: float):  # as in `weight_std`
@@ -97,31 +104,33 @@ class Scale(nn.Module):
         return p * (1 + self.G @ h).view(-1, *[1] * (p.ndim - 1))
 
 
-FORMS = {"full": Full, "lowrank": LowRank, "chunks": Rows, "film": Scale}
+FORMS = {"full": FullWriter, "lowrank": LowRankWriter, "chunks": RowWriter, "film": ScaleWriter}
 
 # %% ../nbs/19_pgn.ipynb #164bdd6d
 def make_writers(
-    net: nn.Module,  # whose parameters are to be written
+    net: nn.Module,  # whose parameters are to be written; those of its output layer come last
     form: str,  # a name of `FORMS`
     m: int,  # length of h
     gain: float,  # see `weight_std`
 ) -> nn.ModuleList:  # one for each parameter, in their order
     """The form for each weight, plain numbers for each bias, rows for the network's last layer.
 
-    Raises `ValueError` where the form is unknown.
+    Raises `ValueError` where the form is unknown, or the gain negative or not finite.
     """
+    if not 0 <= gain < math.inf:
+        raise ValueError(f"gain={gain!r}, expected a finite number of at least 0")
     parameters, weights = list(net.parameters()), lookup(form, FORMS, "form")
     last = last_layer(net)
-    kinds = [weights if p.ndim > 1 else Full for p in parameters[:last]]
+    kinds = [weights if p.ndim > 1 else FullWriter for p in parameters[:last]]
     writers = [kind(p, m, gain) for kind, p in zip(kinds, parameters[:last], strict=True)]
-    head = [Rows(p, m, gain) for p in parameters[last:]]
+    head = [RowWriter(p, m, gain) for p in parameters[last:]]
     for writer in head:
         nn.init.ones_(writer.v)  # the description tells its rows apart
     return nn.ModuleList(writers + head)
 
 
 def last_layer(net: nn.Module) -> int:
-    "The place of the network's last weight among its parameters."
+    "The place of the network's last weight among its parameters: that of its output layer."
     return max(i for i, p in enumerate(net.parameters()) if p.ndim > 1)
 
 # %% ../nbs/19_pgn.ipynb #4b252d50
@@ -130,7 +139,8 @@ class SetEncoder(nn.Module):
 
     Each pair (x, y) is embedded by itself, and the rows are means: the order of the examples has no
     effect, and any number of them will do.  Images pass through a small convolutional network of its own,
-    which normalises by the support set.
+    which normalises by the support set.  A class without an example has the mean 0, so its row is minus
+    that of the whole: there is no warning.
 
     Source: means of embeddings as in Zaheer et al. 2017 (Deep Sets) and Garnelo et al. 2018; one
     row a class as in Qiao et al. 2018 and Requeima et al. 2019.
@@ -179,20 +189,21 @@ class PGN(MAML):
     The description is read from the support set, given as the vector `info["task"]` of the support
     set, or both.  What is written is added to the parameters of `net`: they are the generator's output bias,
     the learned start of MAML.  The last layer is written row by row from the description of its class
-    or target.
+    or target; a class without a support example gets an answer too, and no warning, see `SetEncoder`.
 
-    Raises `ValueError` for unknown names, a given description of another length than `task_size`,
-    tasks of another way than the network has outputs; for bad examples see `Learner.check`.
+    Raises `ValueError` for unknown names, a bad gain, a given description that is no tensor of
+    `task_size` numbers like the parameters, tasks of another way than the network has outputs; for bad
+    examples see `Learner.check`.
 
     Sources: Ha et al. 2017 and Zhao et al. 2020; see chapter 19 for who describes and writes what.
     """
 
     def __init__(
         self,
-        net: nn.Module,  # ends in one output for each class or target
+        net: nn.Module,  # ends in one output for each class or target; that layer's parameters come last
         description: str = "support",  # what is read: "support", "task" or "both"
         task_size: int = 0,  # length of `info["task"]`, where that is read
-        form: str = "full",  # how weights are written: a name of `FORMS`
+        form: str = "full",  # how weights are written: a name of `FORMS`; "lowrank" is rank 2
         hidden: int = 64,  # width of encoder and generator
         gain: float = 0.1,  # see `weight_std`: how far apart the networks of two tasks start
         lr: float = 0.01,  # inner rate alpha of the refinement
@@ -221,15 +232,29 @@ class PGN(MAML):
             z = self.encoder(support.x, support.y)
             parts += [z[:1].expand_as(z), z]
         if self.description != "support":
-            task = support.info.get("task")
-            if task is None or task.shape != (self.task_size,):
-                found = "no such entry" if task is None else f"shape {tuple(task.shape)}"
-                raise ValueError(
-                    f'support.info["task"]: found {found}, expected shape ({self.task_size},): give '
-                    'the description, or use description="support"'
-                )
-            parts.append(task.expand(rows, -1))
+            parts.append(self.given(support).expand(rows, -1))
         return torch.cat(parts, 1)
+
+    def given(
+        self,
+        support: Examples,  # of one task
+    ) -> Float[Tensor, "task_size"]:
+        'The vector `info["task"]`.  Raises `ValueError` unless the learner can read it.'
+        task, like = support.info.get("task"), next(self.parameters())
+        found, expected = (
+            "no such entry",
+            f"shape {(self.task_size,)}, {like.dtype} on {like.device}",
+        )
+        if isinstance(task, Tensor):
+            found = f"shape {tuple(task.shape)}, {task.dtype} on {task.device}"
+        elif task is not None:
+            found = f"a {type(task).__name__}"
+        if found != expected:
+            raise ValueError(
+                f'support.info["task"]: found {found}, expected a tensor of {expected}: give the '
+                'description so, or use description="support"'
+            )
+        return task
 
     def check_way(self, y: Float[Tensor, "n way"]) -> int:
         "The number of classes or targets.  Raises `ValueError` unless the network has as many outputs."
@@ -246,7 +271,7 @@ class PGN(MAML):
         support: Examples,  # of one task
     ) -> Parameters:
         "phi_0: what the generator writes for this task, in one forward pass."
-        h = unit(F.relu(self.read(self.describe(support))))  # [1 + way, m]
+        h = unit_scale(F.relu(self.read(self.describe(support))))  # [1 + way, m]
         last = last_layer(self.net)
         pairs = zip(self.net.named_parameters(), self.writers, strict=True)
         return {
@@ -283,6 +308,12 @@ class PGN(MAML):
             state = phi, support_statistics(self.net, phi, support.x)
             each.append(task_loss(self.kind, self.predict(state, query.x), query.y))
         return torch.stack(each).mean()
+
+    @property
+    def needs_support(self) -> bool:
+        "Is the support set read: by the encoder, by a step, or for its statistics?"
+        reads = self.encoder is not None or max(self.steps, self.test_steps) > 0
+        return reads or any(layer.stats == "support" for layer in batch_norms(self.net))
 
     @property
     def sent(self) -> int:

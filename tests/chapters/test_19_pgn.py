@@ -14,7 +14,17 @@ from torch.nn import functional as F
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, call, parameter_count
-from metabook.pgn import FORMS, PGN, Full, LowRank, Rows, Scale, SetEncoder, make_writers, unit
+from metabook.pgn import (
+    FORMS,
+    PGN,
+    FullWriter,
+    LowRankWriter,
+    RowWriter,
+    ScaleWriter,
+    SetEncoder,
+    make_writers,
+    unit_scale,
+)
 from metabook.testing import check_learner
 
 
@@ -22,29 +32,31 @@ from metabook.testing import check_learner
 def test_written_by_hand():
     # cell 1b69514b
     p = torch.tensor([1.0, -1.0])
-    write = Full(p, m=2, gain=1.0)
+    write = FullWriter(p, m=2, gain=1.0)
     assert not write.G.any()  # a bias starts as the network's own
     write.G.data = torch.tensor([[0.5, 0.5], [0.0, 2.0]])
     assert write(p, torch.tensor([1.0, 1.0])).tolist() == [2.0, 1.0]
     assert write(p, torch.tensor([1.0, -1.0])).tolist() == [1.0, -3.0]
-    assert unit(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
+    assert unit_scale(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
+    assert not unit_scale(torch.zeros(2)).any()
 
 
 @pytest.mark.proves("eq-pgn-kernel")
 def test_what_one_task_teaches_another():
     # cell 1b69514b
     p = torch.tensor([1.0, -1.0])
-    write = Full(p, m=2, gain=1.0)
+    write = FullWriter(p, m=2, gain=1.0)
     assert not write.G.any()  # a bias starts as the network's own
     write.G.data = torch.tensor([[0.5, 0.5], [0.0, 2.0]])
     assert write(p, torch.tensor([1.0, 1.0])).tolist() == [2.0, 1.0]
     assert write(p, torch.tensor([1.0, -1.0])).tolist() == [1.0, -3.0]
-    assert unit(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
+    assert unit_scale(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
+    assert not unit_scale(torch.zeros(2)).any()
     # cell d74d9329
     torch.manual_seed(0)
     p, target, beta = torch.randn(3, 2).double(), torch.randn(3, 2).double(), 0.1
-    write = Full(p, m=16, gain=1.0).double()
-    h_1, h_2 = unit(F.relu(torch.randn(2, 16).double()))
+    write = FullWriter(p, m=16, gain=1.0).double()
+    h_1, h_2 = unit_scale(F.relu(torch.randn(2, 16).double()))
     p.requires_grad_()
     phi_1, before = write(p, h_1), write(p, h_2).detach()
     g_1 = (phi_1 - target).cos().detach() * 3  # the gradient of the loss 3 sin(phi - target)
@@ -56,6 +68,8 @@ def test_what_one_task_teaches_another():
     moved = write(p, h_2).detach() - before
     print(f"h_1 . h_2 = {h_1 @ h_2:.2f}")
     torch.testing.assert_close(moved, -beta * (1 + h_1 @ h_2) * g_1)
+    moved = (write(p, h_1) - phi_1).detach()  # and itself
+    torch.testing.assert_close(moved, -beta * (1 + 16) * g_1, rtol=1e-6, atol=0)
 
 
 @pytest.mark.proves("eq-pgn-variance")
@@ -66,9 +80,9 @@ def test_scale_is_kept():
         torch.manual_seed(0)
         m, x, squares = 32, torch.randn(300, widths[0]), []
         for n, out in pairwise(widths):
-            zero, h = torch.zeros(out, n), unit(F.relu(torch.randn(m)))
+            zero, h = torch.zeros(out, n), unit_scale(F.relu(torch.randn(m)))
             with torch.no_grad():
-                x = x @ Full(zero, m, gain)(zero, h).T
+                x = x @ FullWriter(zero, m, gain)(zero, h).T
             x = F.relu(x) if relu else x
             squares.append(x.square().mean().item())
         return squares
@@ -90,9 +104,9 @@ def test_the_usual_rule_explodes():
         torch.manual_seed(0)
         m, x, squares = 32, torch.randn(300, widths[0]), []
         for n, out in pairwise(widths):
-            zero, h = torch.zeros(out, n), unit(F.relu(torch.randn(m)))
+            zero, h = torch.zeros(out, n), unit_scale(F.relu(torch.randn(m)))
             with torch.no_grad():
-                x = x @ Full(zero, m, gain)(zero, h).T
+                x = x @ FullWriter(zero, m, gain)(zero, h).T
             x = F.relu(x) if relu else x
             squares.append(x.square().mean().item())
         return squares
@@ -122,9 +136,9 @@ def test_start_and_generator_share_the_budget():
         torch.manual_seed(0)
         m, x, squares = 32, torch.randn(300, widths[0]), []
         for n, out in pairwise(widths):
-            zero, h = torch.zeros(out, n), unit(F.relu(torch.randn(m)))
+            zero, h = torch.zeros(out, n), unit_scale(F.relu(torch.randn(m)))
             with torch.no_grad():
-                x = x @ Full(zero, m, gain)(zero, h).T
+                x = x @ FullWriter(zero, m, gain)(zero, h).T
             x = F.relu(x) if relu else x
             squares.append(x.square().mean().item())
         return squares
@@ -149,7 +163,7 @@ def test_start_and_generator_share_the_budget():
     m, n, out, gain = 32, 64, 2000, 0.5
     own, x = nn.Linear(n, out, bias=False).weight, torch.randn(300, n)
     with torch.no_grad():
-        a = x @ Full(own, m, gain)(own, unit(F.relu(torch.randn(m)))).T
+        a = x @ FullWriter(own, m, gain)(own, unit_scale(F.relu(torch.randn(m)))).T
     expected = n * own.var().item() + gain
     print(f"own share {n * own.var().item():.3f}, generator {gain}")
     assert a.square().mean().item() == pytest.approx(expected * x.square().mean().item(), rel=0.08)
@@ -159,8 +173,8 @@ def test_start_and_generator_share_the_budget():
 def test_low_rank():
     # cell bc3ab5bb
     torch.manual_seed(0)
-    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = LowRank(kernel, 32, gain=1.0)
+    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRankWriter(kernel, 32, gain=1.0)
     added = (write(kernel, h) - kernel).flatten(1).detach()
     A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
@@ -172,8 +186,8 @@ def test_low_rank():
 def test_chunks():
     # cell bc3ab5bb
     torch.manual_seed(0)
-    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = LowRank(kernel, 32, gain=1.0)
+    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRankWriter(kernel, 32, gain=1.0)
     added = (write(kernel, h) - kernel).flatten(1).detach()
     A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
@@ -181,11 +195,11 @@ def test_chunks():
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
     # cell 4364eedb
     torch.manual_seed(0)
-    h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
-    write = Rows(weight, 32, gain=1.0)
+    h, weight = unit_scale(F.relu(torch.randn(32))), torch.randn(6, 5)
+    write = RowWriter(weight, 32, gain=1.0)
     for i, row in enumerate(write(weight, h)):
         torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
-    as_full = Full(weight, 32, gain=1.0)  # the same, written out
+    as_full = FullWriter(weight, 32, gain=1.0)  # the same, written out
     as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
     torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
 
@@ -194,8 +208,8 @@ def test_chunks():
 def test_scale():
     # cell bc3ab5bb
     torch.manual_seed(0)
-    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = LowRank(kernel, 32, gain=1.0)
+    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRankWriter(kernel, 32, gain=1.0)
     added = (write(kernel, h) - kernel).flatten(1).detach()
     A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
@@ -203,17 +217,17 @@ def test_scale():
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
     # cell 4364eedb
     torch.manual_seed(0)
-    h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
-    write = Rows(weight, 32, gain=1.0)
+    h, weight = unit_scale(F.relu(torch.randn(32))), torch.randn(6, 5)
+    write = RowWriter(weight, 32, gain=1.0)
     for i, row in enumerate(write(weight, h)):
         torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
-    as_full = Full(weight, 32, gain=1.0)  # the same, written out
+    as_full = FullWriter(weight, 32, gain=1.0)  # the same, written out
     as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
     torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
     # cell 6496acc6
     torch.manual_seed(0)
-    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = Scale(kernel, 32, gain=1.0)
+    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = ScaleWriter(kernel, 32, gain=1.0)
     s = write.G @ h
     torch.testing.assert_close(
         write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
@@ -223,8 +237,8 @@ def test_scale():
 def test_every_form_keeps_the_gain():
     # cell bc3ab5bb
     torch.manual_seed(0)
-    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = LowRank(kernel, 32, gain=1.0)
+    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRankWriter(kernel, 32, gain=1.0)
     added = (write(kernel, h) - kernel).flatten(1).detach()
     A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
@@ -232,29 +246,33 @@ def test_every_form_keeps_the_gain():
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
     # cell 4364eedb
     torch.manual_seed(0)
-    h, weight = unit(F.relu(torch.randn(32))), torch.randn(6, 5)
-    write = Rows(weight, 32, gain=1.0)
+    h, weight = unit_scale(F.relu(torch.randn(32))), torch.randn(6, 5)
+    write = RowWriter(weight, 32, gain=1.0)
     for i, row in enumerate(write(weight, h)):
         torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
-    as_full = Full(weight, 32, gain=1.0)  # the same, written out
+    as_full = FullWriter(weight, 32, gain=1.0)  # the same, written out
     as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
     torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
     # cell 6496acc6
     torch.manual_seed(0)
-    h, kernel = unit(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = Scale(kernel, 32, gain=1.0)
+    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = ScaleWriter(kernel, 32, gain=1.0)
     s = write.G @ h
     torch.testing.assert_close(
         write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
     )
     # cell 35c3ce50
     torch.manual_seed(0)
-    for form in (LowRank, Rows):
-        zero, h, x = torch.zeros(2000, 64), unit(F.relu(torch.randn(32))), torch.randn(300, 64)
+    for form in (LowRankWriter, RowWriter):
+        zero, h, x = (
+            torch.zeros(2000, 64),
+            unit_scale(F.relu(torch.randn(32))),
+            torch.randn(300, 64),
+        )
         with torch.no_grad():
             squares = [(x @ form(zero, 32, 1.5)(zero, h).T).square().mean() for _ in range(5)]
         assert torch.stack(squares).mean().item() == pytest.approx(1.5, rel=0.3)
-    factor = Scale(torch.ones(5000, 1), 32, 1.5)(torch.ones(5000, 1), h) - 1
+    factor = ScaleWriter(torch.ones(5000, 1), 32, 1.5)(torch.ones(5000, 1), h) - 1
     assert factor.square().mean().item() == pytest.approx(1.5, rel=0.1)
 
 
@@ -273,6 +291,11 @@ def test_a_set_has_no_order():
     torch.testing.assert_close(encoder(x[order], y[order]), z)  # another order
     torch.testing.assert_close(encoder(x.repeat(2, 1), y.repeat(2, 1)), z)  # all of it twice
     assert not torch.allclose(encoder(x, y[order]), z)  # but labels must stay with their inputs
+
+    y = torch.randn(7, 3).double()  # targets of either sign
+    e = F.relu(encoder.pair(torch.cat([x, y], 1)))
+    by_hand = [(y[:, [k]] * e).sum(0) / y[:, k].abs().sum() - e.mean(0) for k in range(3)]
+    torch.testing.assert_close(encoder(x, y)[1:], torch.stack(by_hand))
 
 
 def test_pgn_in_use():
@@ -449,6 +472,83 @@ def test_objectives():
     assert len({round(loss.item(), 6) for loss in along}) == 4
 
 
+def test_every_point_is_judged_by_the_support_sets_statistics():
+    # cell 2fca0143
+    def costs(net, form, m=64):
+        "How many numbers the generator has, and how many it writes for a task."
+        writers = make_writers(net, form, m, gain=0.1)
+        return parameter_count(writers), sum(writer.sent for writer in writers)
+
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+    # cell 94f2f068
+    net = Conv4(1, out=5, width=8, pool="stride")
+    for form in FORMS:
+        learner = PGN(net, form=form, hidden=8)
+        assert learner.sent == costs(net, form, m=8)[1]
+        if form in ("full", "chunks"):
+            assert learner.sent == parameter_count(net)
+        else:
+            assert learner.sent < parameter_count(net) / 2
+
+    # cell 900723c5
+    def small_pgn(**options):
+        "A learner for sinusoids that is quick to check."
+        torch.manual_seed(0)
+        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
+
+    def one_wave(shot=5, query=8, seed=0):
+        "One sinusoid in double precision."
+        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
+        sides = waves.to(dtype=torch.float64)
+        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
+
+    # cell 1968ff04
+    wave = one_wave()
+    learner = small_pgn(steps=2, lr=0.05).double()
+    names = [k for k, _ in learner.net.named_parameters()]
+    phi = list(learner.generate(wave.support).values())
+    for _ in range(2):
+        error = (
+            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
+        )
+        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
+        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
+    found, _ = learner.adapt(wave.support)
+    torch.testing.assert_close(list(found.values()), phi)
+    # cell b8f666b8
+    wave = one_wave()
+    along = []
+    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
+        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
+    torch.testing.assert_close(
+        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
+    )
+    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
+    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
+    assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 45541b6c
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
+    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
+    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
+    learner = PGN(net, hidden=8)
+    last = learner.loss(episode)
+    learner.loss_steps = "all"  # without steps there is one point only, the last
+    torch.testing.assert_close(learner.loss(episode), last)
+
+
 @pytest.mark.proves("eq-pgn-maml")
 def test_blind_it_is_maml():
     # cell 2fca0143
@@ -516,6 +616,15 @@ def test_blind_it_is_maml():
     everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
     torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
     assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 45541b6c
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
+    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
+    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
+    learner = PGN(net, hidden=8)
+    last = learner.loss(episode)
+    learner.loss_steps = "all"  # without steps there is one point only, the last
+    torch.testing.assert_close(learner.loss(episode), last)
     # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
@@ -608,6 +717,15 @@ def test_without_steps_it_is_a_hypernetwork():
     everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
     torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
     assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 45541b6c
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
+    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
+    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
+    learner = PGN(net, hidden=8)
+    last = learner.loss(episode)
+    learner.loss_steps = "all"  # without steps there is one point only, the last
+    torch.testing.assert_close(learner.loss(episode), last)
     # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
@@ -637,8 +755,24 @@ def test_without_steps_it_is_a_hypernetwork():
     told = small_pgn(description="task", task_size=2).double()
     swapped = other.support._replace(info=wave.support.info)  # other points, the same description
     torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
+    renamed = wave.support._replace(info=other.support.info)  # the same points, another description
+    assert not torch.allclose(*(told(s, wave.query.x) for s in (wave.support, renamed)))
+    nothing = wave.support._replace(x=wave.support.x[:0], y=wave.support.y[:0])
+    torch.testing.assert_close(told(nothing, wave.query.x), told(wave.support, wave.query.x))
     reads = small_pgn(description="both", task_size=2).double()
     assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
+
+    def refuses(learner):
+        "Does it say that it needs a support set?"
+        with pytest.raises(ValueError, match="support set is empty"):
+            learner(nothing, wave.query.x)
+        return True
+
+    assert refuses(reads)
+    assert refuses(small_pgn(description="task", task_size=2, steps=1).double())
+    assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
+    images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
+    assert PGN(images, "task", 2).needs_support
 
 
 def test_errors_say_what_to_do():
@@ -707,6 +841,15 @@ def test_errors_say_what_to_do():
     everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
     torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
     assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 45541b6c
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
+    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
+    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
+    learner = PGN(net, hidden=8)
+    last = learner.loss(episode)
+    learner.loss_steps = "all"  # without steps there is one point only, the last
+    torch.testing.assert_close(learner.loss(episode), last)
     # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
@@ -736,8 +879,24 @@ def test_errors_say_what_to_do():
     told = small_pgn(description="task", task_size=2).double()
     swapped = other.support._replace(info=wave.support.info)  # other points, the same description
     torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
+    renamed = wave.support._replace(info=other.support.info)  # the same points, another description
+    assert not torch.allclose(*(told(s, wave.query.x) for s in (wave.support, renamed)))
+    nothing = wave.support._replace(x=wave.support.x[:0], y=wave.support.y[:0])
+    torch.testing.assert_close(told(nothing, wave.query.x), told(wave.support, wave.query.x))
     reads = small_pgn(description="both", task_size=2).double()
     assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
+
+    def refuses(learner):
+        "Does it say that it needs a support set?"
+        with pytest.raises(ValueError, match="support set is empty"):
+            learner(nothing, wave.query.x)
+        return True
+
+    assert refuses(reads)
+    assert refuses(small_pgn(description="task", task_size=2, steps=1).double())
+    assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
+    images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
+    assert PGN(images, "task", 2).needs_support
     # cell de49674b
     wave = one_wave()
     with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
@@ -748,11 +907,22 @@ def test_errors_say_what_to_do():
         small_pgn(loss_steps="first")
     with pytest.raises(ValueError, match="task_size=0, expected an integer"):
         small_pgn(description="task")
+    for gain in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"gain={gain}, expected a finite number"):
+            small_pgn(gain=gain)
     told = small_pgn(description="task", task_size=2).double()
     with pytest.raises(ValueError, match="found no such entry, expected"):
         told(wave.support._replace(info={}), wave.query.x)
     with pytest.raises(ValueError, match=r"found shape \(1,\)"):
         told(wave.support._replace(info={"task": torch.ones(1).double()}), wave.query.x)
+    misfits = {
+        "a list": [1.0, 2.0],
+        r"shape \(2,\), torch.float32 on cpu": torch.ones(2),
+        r"shape \(2,\), torch.int64 on cpu": torch.ones(2).long(),
+    }
+    for found, task in misfits.items():
+        with pytest.raises(ValueError, match=f"found {found}, expected a tensor of shape"):
+            told(wave.support._replace(info={"task": task}), wave.query.x)
     two = Examples(wave.support.x, wave.support.y.repeat(1, 2))
     with pytest.raises(ValueError, match="gives 1 outputs, but the task's way"):
         small_pgn().double()(two, wave.query.x)
@@ -824,6 +994,15 @@ def test_keeps_the_contract():
     everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
     torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
     assert len({round(loss.item(), 6) for loss in along}) == 4
+    # cell 45541b6c
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
+    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
+    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
+    learner = PGN(net, hidden=8)
+    last = learner.loss(episode)
+    learner.loss_steps = "all"  # without steps there is one point only, the last
+    torch.testing.assert_close(learner.loss(episode), last)
     # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
@@ -853,8 +1032,24 @@ def test_keeps_the_contract():
     told = small_pgn(description="task", task_size=2).double()
     swapped = other.support._replace(info=wave.support.info)  # other points, the same description
     torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
+    renamed = wave.support._replace(info=other.support.info)  # the same points, another description
+    assert not torch.allclose(*(told(s, wave.query.x) for s in (wave.support, renamed)))
+    nothing = wave.support._replace(x=wave.support.x[:0], y=wave.support.y[:0])
+    torch.testing.assert_close(told(nothing, wave.query.x), told(wave.support, wave.query.x))
     reads = small_pgn(description="both", task_size=2).double()
     assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
+
+    def refuses(learner):
+        "Does it say that it needs a support set?"
+        with pytest.raises(ValueError, match="support set is empty"):
+            learner(nothing, wave.query.x)
+        return True
+
+    assert refuses(reads)
+    assert refuses(small_pgn(description="task", task_size=2, steps=1).double())
+    assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
+    images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
+    assert PGN(images, "task", 2).needs_support
     # cell de49674b
     wave = one_wave()
     with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
@@ -865,11 +1060,22 @@ def test_keeps_the_contract():
         small_pgn(loss_steps="first")
     with pytest.raises(ValueError, match="task_size=0, expected an integer"):
         small_pgn(description="task")
+    for gain in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"gain={gain}, expected a finite number"):
+            small_pgn(gain=gain)
     told = small_pgn(description="task", task_size=2).double()
     with pytest.raises(ValueError, match="found no such entry, expected"):
         told(wave.support._replace(info={}), wave.query.x)
     with pytest.raises(ValueError, match=r"found shape \(1,\)"):
         told(wave.support._replace(info={"task": torch.ones(1).double()}), wave.query.x)
+    misfits = {
+        "a list": [1.0, 2.0],
+        r"shape \(2,\), torch.float32 on cpu": torch.ones(2),
+        r"shape \(2,\), torch.int64 on cpu": torch.ones(2).long(),
+    }
+    for found, task in misfits.items():
+        with pytest.raises(ValueError, match=f"found {found}, expected a tensor of shape"):
+            told(wave.support._replace(info={"task": task}), wave.query.x)
     two = Examples(wave.support.x, wave.support.y.repeat(1, 2))
     with pytest.raises(ValueError, match="gives 1 outputs, but the task's way"):
         small_pgn().double()(two, wave.query.x)
@@ -933,7 +1139,7 @@ def test_classes_have_their_own_rows():
     with torch.no_grad():
         learner.encoder.pair.layers[0].weight[:, 4:] = 0  # e looks at x only
     support = Examples(torch.randn(6, 4).double(), torch.eye(3).double().repeat(2, 1))
-    order = torch.tensor([1, 0, 2])
+    order = torch.tensor([1, 2, 0])  # no class keeps its place
     start = dict(learner.net.named_parameters())
     written = learner.generate(support)
     renamed = learner.generate(support._replace(y=support.y[:, order]))
@@ -944,5 +1150,5 @@ def test_classes_have_their_own_rows():
 
     mixed = learner.describe(support)  # the mistake: every row reads the whole
     mixed[:, 16:] = 0
-    h = unit(F.relu(learner.read(mixed)))[1:]
+    h = unit_scale(F.relu(learner.read(mixed)))[1:]
     assert torch.allclose(h[0], h[1])  # no class can be told from another
