@@ -29,8 +29,8 @@ from metabook.recipes import (
     recipe_for,
     reproduce,
     run_recipe,
-    unseen_tasks,
     told,
+    unseen_tasks,
 )
 from .training import evaluate
 

@@ -108,14 +108,14 @@ OTHERWISE: dict[str, dict[str, dict[str, Any]]] = {  # other data, other lengths
     "glyphs": {"maml": {"steps": 2500}, "pretrained": {"steps": 500, "lr": 1e-2}},
     "omniglot": {"pretrained": {"steps": 2000, "lr": 1e-2}},
     "cifarfs": {"maml": {"steps": 3000}, "meta-transfer": {"lr": 1e-3}},
-    "fc100": {
-        "maml": {"steps": 1500},
-        "protonet": {"steps": 2000},
-        "pretrained": {"steps": 2000},
-        "meta-transfer": {"steps": 200, "lr": 1e-3},
-        "meta-lstm": {"steps": 400},
-        "lstm-optimizer": {"steps": 400},
-        "pgn": {"steps": 300},
+    "fc100": {  # half a minute each
+        "maml": {"steps": 300},
+        "protonet": {"steps": 500},
+        "pretrained": {"steps": 500},
+        "meta-transfer": {"steps": 100, "lr": 1e-3},
+        "meta-lstm": {"steps": 100},
+        "lstm-optimizer": {"steps": 100},
+        "pgn": {"steps": 100},
     },
 }
 RECIPES |= {
