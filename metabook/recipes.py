@@ -108,9 +108,9 @@ OTHERWISE: dict[str, dict[str, dict[str, Any]]] = {  # other data, other lengths
     "glyphs": {"maml": {"steps": 2500}, "pretrained": {"steps": 500, "lr": 1e-2}},
     "omniglot": {"pretrained": {"steps": 2000, "lr": 1e-2}},
     "cifarfs": {"maml": {"steps": 3000}, "meta-transfer": {"lr": 1e-3}},
-    "fc100": {  # half a minute each
+    "fc100": {  # little time
         "maml": {"steps": 300},
-        "protonet": {"steps": 500},
+        "protonet": {"steps": 2000},
         "pretrained": {"steps": 500},
         "meta-transfer": {"steps": 100, "lr": 1e-3},
         "meta-lstm": {"steps": 100},
