@@ -693,8 +693,8 @@ def told(report: dict[str, Any]) -> list[str]:  # lines
 
 def seconds_of(row: dict[str, Any]) -> float:
     "How long a row trained, with what it started from."
-    start = row["start"]["training"]["seconds"] if row["start"] and row["recipe"]["steps"] else 0.0
-    return row["training"]["seconds"] + start
+    start = row.get("start") if row["recipe"]["steps"] else None  # else it is counted already
+    return row["training"]["seconds"] + (start["training"]["seconds"] if start else 0.0)
 
 
 def percent(score: dict[str, Any], sign: str = "") -> str:
