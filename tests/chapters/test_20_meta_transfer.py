@@ -628,7 +628,6 @@ def test_hard_classes_come_more_often():
         assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
 
 
-@pytest.mark.proves("eq-mtl-frequency")
 def test_one_wrong_answer_fails():
     # cell 00fa8660
     def by_hand(**options):
