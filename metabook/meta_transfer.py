@@ -33,11 +33,11 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['layers_of', 'scale_and_shift', 'MetaTransfer', 'class_accuracy', 'HardTasks']
+__all__ = ['layers_of', 'scale_and_shift', 'untouched', 'first_rows', 'MetaTransfer', 'class_accuracy', 'HardTasks']
 
 # %% ../nbs/20_meta_transfer.ipynb #c679a8ee
 def layers_of(net: nn.Module) -> dict[str, nn.Module]:
-    "The convolutions and linear layers of a network, by name: what meta-transfer scales and shifts."
+    "The `Conv2d` and `Linear` layers of a network, by name: what meta-transfer scales and shifts."
     found = {k: m for k, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if not found:
         raise ValueError(
@@ -62,18 +62,38 @@ def scale_and_shift(
     return new
 
 # %% ../nbs/20_meta_transfer.ipynb #daf403d0
+def untouched(net: nn.Module) -> tuple[nn.ParameterList, nn.ParameterList]:
+    "Scale 1 and shift 0 for each layer, on its device and in its precision."
+    weights = [layer.weight for layer in layers_of(net).values()]
+    shapes = [(*w.shape[:2], 1, 1) if w.ndim == 4 else (len(w), 1) for w in weights]
+    scale = nn.ParameterList(w.new_ones(shape) for w, shape in zip(weights, shapes, strict=True))
+    return scale, nn.ParameterList(w.new_zeros(len(w)) for w in weights)
+
+
+def first_rows(net: nn.Module, way: int, like: Tensor) -> nn.Linear:
+    "Rows at which heads start.  Raises `ValueError` where `net` does not say its `features`."
+    positive(way=way)
+    if not isinstance(getattr(net, "features", None), int):
+        raise ValueError(
+            f"{type(net).__name__} does not say how long its embeddings are: set its attribute "
+            "features to the number, or leave out way"
+        )
+    return nn.Linear(net.features, way, device=like.device, dtype=like.dtype)
+
+
 @register("meta-transfer")
 class MetaTransfer(Learner):
     """Learn to scale and shift frozen, pre-trained weights so that a head trained on few examples does well.
 
     `net` is copied, and the copy never changes: its weights are frozen, and its normalisation keeps
     the running averages that it has.  Each kernel of a convolution has one scale, each row of a linear
-    layer has one, each output channel has one shift.  The inner loop is gradient descent on the head.
-    It starts at zero, for any way; with `way` it starts at learned rows, one for each label, as in the
-    paper.
+    layer has one, each output channel has one shift.  Layers of other kinds, `Conv1d` for one, stay as
+    they are.  The inner loop is gradient descent on the head.  It starts at zero, for any way; with
+    `way` it starts at learned rows, one for each label, as in the paper.
 
     Raises `ValueError` for a network without layers to scale, a rate that is not positive, a negative
-    number of steps, and tasks of another way than `way`.
+    number of steps, a `way` with a network that does not say its `features`, tasks of another way than
+    `way`, and embeddings of another length than `features`.
 
     Source: Sun et al. 2019, section 4.2; `first_order` as in the authors' PyTorch code.
     """
@@ -98,12 +118,9 @@ class MetaTransfer(Learner):
             raise ValueError(f"lr={lr!r}, expected a positive inner rate")
         if self.steps < 0 or self.test_steps < 0:
             raise ValueError(f"steps={steps}, test_steps={test_steps}: expected at least 0")
-        weights = [layer.weight for layer in layers_of(self.net).values()]
-        shapes = [(*w.shape[:2], 1, 1) if w.ndim == 4 else (len(w), 1) for w in weights]
-        self.scale = nn.ParameterList(torch.ones(shape) for shape in shapes)
-        self.shift = nn.ParameterList(torch.zeros(len(w)) for w in weights)
+        self.scale, self.shift = untouched(self.net)
         if way is not None:
-            self.start = nn.Linear(net.features, way)
+            self.start = first_rows(self.net, way, like=self.shift[0])
 
     def train(self, mode: bool = True) -> MetaTransfer:
         "Switch the mode; the pre-trained network stays in evaluation mode."
@@ -130,9 +147,14 @@ class MetaTransfer(Learner):
         y: Float[Tensor, "n way"],  # their classes
     ) -> tuple[Float[Tensor, "way d"], Float[Tensor, "way"]]:
         "Weight and bias before the first step."
-        way = y.shape[-1]
+        way, d = y.shape[-1], z.shape[-1]
+        if isinstance(said := getattr(self.net, "features", d), int) and said != d:
+            raise ValueError(
+                f"net gives {d} numbers where its attribute features says {said}: build it without a "
+                "head (out=None), or correct the attribute"
+            )
         if self.way is None:
-            return z.new_zeros(way, z.shape[-1]), z.new_zeros(way)
+            return z.new_zeros(way, d), z.new_zeros(way)
         if self.way != way:
             raise ValueError(f"the head was built for way={self.way}, but this task's way is {way}")
         return self.start.weight, self.start.bias
@@ -177,7 +199,8 @@ class HardTasks(Tasks):
 
     `fit` tells it how each step went.  The class with the lowest accuracy of a task has failed, unless
     all its answers are right.  What failed since the last hard meta-batch, that one included, is drawn
-    for the next one, with random classes where fewer than `way` failed; examples are drawn anew.
+    for the next one, with random classes where fewer than `way` failed; examples are drawn anew.  What
+    it heard stays with it when `fit` ends: make a new one for each run.
 
     Raises `ValueError` for other tasks than a `FewShot` of fixed way and shot, for a learner whose
     `loss` does not call `forward`, and when it is to be frozen: these tasks depend on a learner.

@@ -49,6 +49,13 @@ def test_in_use(device):
         fresh = MetaTransfer(other)
         torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
 
+    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
+    assert double(
+        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
+        torch.randn(2, 6).double(),
+    ).shape == (2, 3)
+    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
+
 
 @pytest.mark.proves("eq-mtl-count")
 def test_counts():
@@ -78,6 +85,13 @@ def test_head_by_hand(device):
     for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
         fresh = MetaTransfer(other)
         torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
+
+    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
+    assert double(
+        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
+        torch.randn(2, 6).double(),
+    ).shape == (2, 3)
+    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
 
     # cell 00fa8660
     def by_hand(**options):
@@ -126,6 +140,13 @@ def test_first_step_is_prototypes(device):
     for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
         fresh = MetaTransfer(other)
         torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
+
+    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
+    assert double(
+        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
+        torch.randn(2, 6).double(),
+    ).shape == (2, 3)
+    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
 
     # cell 00fa8660
     def by_hand(**options):
@@ -182,6 +203,13 @@ def test_a_shared_row_does_nothing(device):
     for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
         fresh = MetaTransfer(other)
         torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
+
+    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
+    assert double(
+        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
+        torch.randn(2, 6).double(),
+    ).shape == (2, 3)
+    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
 
     # cell 00fa8660
     def by_hand(**options):
@@ -253,6 +281,13 @@ def test_contract(device):
     for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
         fresh = MetaTransfer(other)
         torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
+
+    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
+    assert double(
+        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
+        torch.randn(2, 6).double(),
+    ).shape == (2, 3)
+    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
 
     # cell 00fa8660
     def by_hand(**options):
@@ -344,6 +379,13 @@ def test_errors_say_what_to_do(device):
         fresh = MetaTransfer(other)
         torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
 
+    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
+    assert double(
+        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
+        torch.randn(2, 6).double(),
+    ).shape == (2, 3)
+    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
+
     # cell 00fa8660
     def by_hand(**options):
         "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
@@ -424,6 +466,13 @@ def test_errors_say_what_to_do(device):
         MetaTransfer(MLP([2, 2]), steps=-1)
     with pytest.raises(ValueError, match="Identity has no convolution and no linear layer"):
         MetaTransfer(torch.nn.Identity())
+    with pytest.raises(ValueError, match="way=0, expected an integer of at least 1"):
+        MetaTransfer(MLP([2, 2]), way=0)
+    with pytest.raises(ValueError, match="Linear does not say how long its embeddings are"):
+        MetaTransfer(torch.nn.Linear(2, 2), way=3)
+    whole = MetaTransfer(Conv4(size=16, width=4, out=5, pool="stride"))
+    with pytest.raises(ValueError, match="5 numbers where its attribute features says 4"):
+        whole.adapt(Examples(torch.randn(3, 1, 16, 16), torch.eye(3)))
     _, task = by_hand()
     with pytest.raises(ValueError, match="built for way=5, but this task's way is 2"):
         MetaTransfer(MLP([1, 1]), way=5).double()(task.support, task.query.x)
@@ -579,7 +628,29 @@ def test_hard_classes_come_more_often():
         assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
 
 
-def test_hard_tasks_keep_their_promises(device):
+def test_one_wrong_answer_fails():
+    # cell 00fa8660
+    def by_hand(**options):
+        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
+        net = MLP([1, 1]).double()
+        with torch.no_grad():
+            net.layers[0].weight.fill_(2.0)
+            net.layers[0].bias.zero_()
+        y = torch.tensor([[1.0, 0.0]]).double()
+        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
+        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
+
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
+
+    # cell 8b0e049c
+    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
+    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
+    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
+    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
+
     # cell 08f6664e
     def many_classes(count=20):
         "Classes of random vectors."
@@ -613,6 +684,82 @@ def test_hard_tasks_keep_their_promises(device):
         found = share(every)
         print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
         assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
+    # cell 619cc1fd
+    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
+    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
+    answers = episodes.query.y.clone()
+    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
+    tasks.feedback(Report(episodes, torch.zeros(1), answers))
+    label = episodes.query.y[0, 0].argmax()
+    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
+    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
+
+
+def test_hard_tasks_keep_their_promises(device):
+    # cell 00fa8660
+    def by_hand(**options):
+        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
+        net = MLP([1, 1]).double()
+        with torch.no_grad():
+            net.layers[0].weight.fill_(2.0)
+            net.layers[0].bias.zero_()
+        y = torch.tensor([[1.0, 0.0]]).double()
+        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
+        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
+
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
+
+    # cell 8b0e049c
+    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
+    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
+    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
+    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
+
+    # cell 08f6664e
+    def many_classes(count=20):
+        "Classes of random vectors."
+        g = torch.Generator().manual_seed(0)
+        return Classes.of({str(i): torch.randn(8, 3, generator=g) for i in range(count)})
+
+    def rigged(tasks, n, generator, bad=7):
+        "A report of a step on `n` tasks: all answers are right, but for the queries of one class."
+        episodes = tasks.sample(n, generator)
+        where = (episodes.support.info["classes"] == bad).to(episodes.query.y.dtype)  # [tasks, way]
+        missed = (episodes.query.y * where[:, None]).sum(-1, keepdim=True)  # [tasks, m, 1]
+        answers = episodes.query.y + 2 * missed * episodes.query.y.roll(1, -1)
+        return Report(episodes, torch.zeros(n), answers)
+
+    # cell 876329b6
+    def share(every, steps=400, n=16):
+        "How many of the tasks that were drawn contain the class that always fails."
+        tasks, g = (
+            HardTasks(FewShot(many_classes(), 5, 1, 2), every),
+            torch.Generator().manual_seed(0),
+        )
+        found = []
+        for _ in range(steps):
+            report = rigged(tasks, n, g)
+            tasks.feedback(report)
+            found.append((report.episodes.support.info["classes"] == 7).any(-1).float())
+        return torch.cat(found).mean().item()
+
+    for every in (2, 4):
+        expected = (every - 1) / every * 5 / 20 + 1 / every
+        found = share(every)
+        print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
+        assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
+    # cell 619cc1fd
+    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
+    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
+    answers = episodes.query.y.clone()
+    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
+    tasks.feedback(Report(episodes, torch.zeros(1), answers))
+    label = episodes.query.y[0, 0].argmax()
+    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
+    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
     # cell 6e96542f
     few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
     tasks = HardTasks(few, every=2)
@@ -639,6 +786,28 @@ def test_hard_tasks_keep_their_promises(device):
 
 
 def test_hard_tasks_refuse(device):
+    # cell 00fa8660
+    def by_hand(**options):
+        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
+        net = MLP([1, 1]).double()
+        with torch.no_grad():
+            net.layers[0].weight.fill_(2.0)
+            net.layers[0].bias.zero_()
+        y = torch.tensor([[1.0, 0.0]]).double()
+        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
+        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
+
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
+
+    # cell 8b0e049c
+    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
+    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
+    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
+    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
+
     # cell 08f6664e
     def many_classes(count=20):
         "Classes of random vectors."
@@ -672,6 +841,15 @@ def test_hard_tasks_refuse(device):
         found = share(every)
         print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
         assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
+    # cell 619cc1fd
+    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
+    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
+    answers = episodes.query.y.clone()
+    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
+    tasks.feedback(Report(episodes, torch.zeros(1), answers))
+    label = episodes.query.y[0, 0].argmax()
+    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
+    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
     # cell 6e96542f
     few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
     tasks = HardTasks(few, every=2)
