@@ -81,7 +81,11 @@ SCALE = 10.0  # of the cosines: between -1 and 1 a softmax cannot be sure of its
 
 
 def unit(t: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    "The rows at length one; twice differentiable at zero too."
+    """The rows at length one; twice differentiable at zero too.
+
+    Needs the exponents of float32 (or bfloat16): float16 rounds `TINY` to zero, and a row of zeros
+    becomes NaN.
+    """
     return t * t.square().sum(-1, keepdim=True).clamp_min(TINY).rsqrt()
 
 
@@ -120,7 +124,8 @@ class Pretrained(Learner):
 
     An empty support set stands for the base classes: trained on `Batches`, the features learn to tell
     all of them apart.  With a support set the head is made of class means (of their directions, for
-    `logits="cosine"`).
+    `logits="cosine"`).  A class without a support example has no mean, and its logit is NaN: inside a
+    lift nobody may look at values, so look before.
 
     Raises `ValueError` for an unknown head, for base classes with an `embed` that does not say its
     `features` or normalises by the support set, and for an empty support set without base classes.
@@ -182,7 +187,7 @@ class Pretrained(Learner):
 
 
 def base_layer(embed: nn.Module, classes: int) -> nn.Linear:
-    "A last layer to pre-train with.  Raises `ValueError` where `embed` is not made for it."
+    "A last layer, beside `embed` and of its type.  Raises `ValueError` where `embed` is not made for it."
     positive(classes=classes)
     if any(layer.stats == "support" for layer in batch_norms(embed)):
         raise ValueError(
@@ -194,7 +199,8 @@ def base_layer(embed: nn.Module, classes: int) -> nn.Linear:
             f"{type(embed).__name__} does not say how long its embeddings are: set its attribute "
             "features to the number"
         )
-    return nn.Linear(embed.features, classes)
+    like = next(embed.parameters(), torch.empty(0))  # the defaults, for an embed without any
+    return nn.Linear(embed.features, classes, device=like.device, dtype=like.dtype)
 
 # %% ../nbs/07_transfer.ipynb #0d472e90
 def spread(z: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, ""]]:
@@ -208,9 +214,12 @@ class FineTune(Pretrained):
     """Learn all base classes as one task; give a new task a new head, trained on the frozen features.
 
     Training starts at the nearest centroid, so `steps=0` answers as `Pretrained` does.  A linear head
-    is trained on features that are centred and scaled by the support set's `spread`: there a rate of
-    up to 1 cannot overshoot, and the answers do not depend on the features' units.  Source: Chen et al.
+    is trained on features that are centred and scaled by the support set's `spread`: there the loss
+    falls at any rate below 4, and the answers do not depend on the features' units.  Source: Chen et al.
     2019, whose heads start at random and see mini-batches, with momentum and weight decay.
+
+    A class without a support example makes every logit NaN, with `steps=0` its own only: inside a lift
+    nobody may look at values, so look before.
 
     Raises `ValueError` for what `Pretrained` refuses, a negative number of steps, and a rate that is
     not positive.

@@ -355,7 +355,7 @@ def test_answers_do_not_depend_on_units():
 
 
 @pytest.mark.proves("eq-transfer-curvature")
-def test_no_direction_is_curved_above_one():
+def test_no_direction_is_curved_above_a_half():
     # cell 6c2bb46c
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
@@ -414,22 +414,24 @@ def test_no_direction_is_curved_above_one():
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
-        u, d = (z - m) / r, z.shape[1]
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
         support_loss = FineTune(as_is).support_loss
 
         def loss_of(flat):
-            return support_loss((flat[: 4 * d].view(4, d), flat[4 * d :]), u, y)
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
 
-        curvature = hessian(loss_of)(size * torch.randn(4 * d + 4, dtype=z.dtype))
-        assert (u.square().sum(1) + 1).mean() < 2 + 1e-9  # what the proof rests on
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
         assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
         return torch.linalg.eigvalsh(curvature)[-1].item()
 
     for size in (0.0, 1.0, 10.0):
-        for scale, shift in ((5.0, 3.0), (1e-2, 100.0)):
-            assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
 
 
 @pytest.mark.proves("eq-transfer-descent")
@@ -492,32 +494,34 @@ def test_the_loss_falls_at_every_step():
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
-        u, d = (z - m) / r, z.shape[1]
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
         support_loss = FineTune(as_is).support_loss
 
         def loss_of(flat):
-            return support_loss((flat[: 4 * d].view(4, d), flat[4 * d :]), u, y)
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
 
-        curvature = hessian(loss_of)(size * torch.randn(4 * d + 4, dtype=z.dtype))
-        assert (u.square().sum(1) + 1).mean() < 2 + 1e-9  # what the proof rests on
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
         assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
         return torch.linalg.eigvalsh(curvature)[-1].item()
 
     for size in (0.0, 1.0, 10.0):
-        for scale, shift in ((5.0, 3.0), (1e-2, 100.0)):
-            assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
     # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
-    for alpha in (0.5, 1.0, 1.9):
+    for alpha in (0.5, 1.0, 2.0, 3.9):
         for steps in range(8):
             before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
             head = before.descend(u, y)
             g = grad(before.support_loss)(head, u, y)
-            fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
+            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
 
@@ -582,32 +586,34 @@ def test_cosine_rows_only_grow():
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
-        u, d = (z - m) / r, z.shape[1]
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
         support_loss = FineTune(as_is).support_loss
 
         def loss_of(flat):
-            return support_loss((flat[: 4 * d].view(4, d), flat[4 * d :]), u, y)
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
 
-        curvature = hessian(loss_of)(size * torch.randn(4 * d + 4, dtype=z.dtype))
-        assert (u.square().sum(1) + 1).mean() < 2 + 1e-9  # what the proof rests on
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
         assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
         return torch.linalg.eigvalsh(curvature)[-1].item()
 
     for size in (0.0, 1.0, 10.0):
-        for scale, shift in ((5.0, 3.0), (1e-2, 100.0)):
-            assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
     # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
-    for alpha in (0.5, 1.0, 1.9):
+    for alpha in (0.5, 1.0, 2.0, 3.9):
         for steps in range(8):
             before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
             head = before.descend(u, y)
             g = grad(before.support_loss)(head, u, y)
-            fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
+            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
     # cell 6dd18c8f
@@ -684,32 +690,34 @@ def test_without_steps_it_is_the_nearest_centroid():
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
-        u, d = (z - m) / r, z.shape[1]
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
         support_loss = FineTune(as_is).support_loss
 
         def loss_of(flat):
-            return support_loss((flat[: 4 * d].view(4, d), flat[4 * d :]), u, y)
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
 
-        curvature = hessian(loss_of)(size * torch.randn(4 * d + 4, dtype=z.dtype))
-        assert (u.square().sum(1) + 1).mean() < 2 + 1e-9  # what the proof rests on
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
         assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
         return torch.linalg.eigvalsh(curvature)[-1].item()
 
     for size in (0.0, 1.0, 10.0):
-        for scale, shift in ((5.0, 3.0), (1e-2, 100.0)):
-            assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
     # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
-    for alpha in (0.5, 1.0, 1.9):
+    for alpha in (0.5, 1.0, 2.0, 3.9):
         for steps in range(8):
             before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
             head = before.descend(u, y)
             g = grad(before.support_loss)(head, u, y)
-            fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
+            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
     # cell 6dd18c8f
@@ -799,32 +807,34 @@ def test_fine_tuning_keeps_the_contract(device):
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
-        u, d = (z - m) / r, z.shape[1]
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
         support_loss = FineTune(as_is).support_loss
 
         def loss_of(flat):
-            return support_loss((flat[: 4 * d].view(4, d), flat[4 * d :]), u, y)
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
 
-        curvature = hessian(loss_of)(size * torch.randn(4 * d + 4, dtype=z.dtype))
-        assert (u.square().sum(1) + 1).mean() < 2 + 1e-9  # what the proof rests on
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
         assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
         return torch.linalg.eigvalsh(curvature)[-1].item()
 
     for size in (0.0, 1.0, 10.0):
-        for scale, shift in ((5.0, 3.0), (1e-2, 100.0)):
-            assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
     # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
-    for alpha in (0.5, 1.0, 1.9):
+    for alpha in (0.5, 1.0, 2.0, 3.9):
         for steps in range(8):
             before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
             head = before.descend(u, y)
             g = grad(before.support_loss)(head, u, y)
-            fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
+            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
     # cell 6dd18c8f
@@ -861,6 +871,276 @@ def test_fine_tuning_keeps_the_contract(device):
     net = Conv4(size=16, width=4, stats="running")
     check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
     assert METHODS["finetune"].__name__ == "FineTune"
+
+
+def test_the_last_layer_lives_where_the_network_does(device):
+    # cell 6c2bb46c
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    as_is = nn.Identity()
+
+    # cell b5249cc2
+    def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
+        "Features of any scale and place, and their classes, equally many of each."
+        z = scale * torch.randn(n, d, dtype=torch.float64) + shift
+        return z, one_hot(torch.arange(n) % way, way).double()
+
+    # cell fbe9af1e
+    z, y = some_features()
+    w, b = torch.randn(4, 6).double(), torch.randn(4).double()
+    for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
+    excess = linear(z, w, b).softmax(1) - y  # p - y
+    torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
+    torch.testing.assert_close(for_b, excess.mean(0))
+
+    # cell 9891c75b
+    def first_step(z, y, alpha=1.0):
+        "A step of gradient descent from zero."
+        zero = (
+            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
+            torch.zeros(y.shape[1], dtype=z.dtype),
+        )
+        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
+
+    w, b = first_step(points, labels)  # by hand
+    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
+
+    z, y = some_features()
+    w, b = first_step(z, y, alpha=0.3)
+    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
+    torch.testing.assert_close(b, torch.zeros(4).double())
+    # cell 4f459f50
+    m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
+    assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
+
+    z, y = some_features()
+    turn = torch.linalg.qr(torch.randn(6, 6).double()).Q
+    learner = FineTune(as_is, steps=30)
+    logits = learner(Examples(z, y), z)
+    for factor, shift in ((1.0, 0.0), (1e-3, 0.0), (1e3, 0.0), (1.0, 50.0)):
+        other = factor * z @ turn + shift
+        torch.testing.assert_close(learner(Examples(other, y), other), logits)
+
+    m, r = spread(z)
+    u = (z - m) / r
+    torch.testing.assert_close(u.square().sum(1).mean(), torch.tensor(1.0).double())
+    torch.testing.assert_close(
+        linear(u, *learner.descend(u, y)), logits
+    )  # the two forms of the head
+
+    # cell 6c34977a
+    def largest_curvature(z, y, size):
+        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
+        m, r = spread(z)
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
+        support_loss = FineTune(as_is).support_loss
+
+        def loss_of(flat):
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
+
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
+        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
+        return torch.linalg.eigvalsh(curvature)[-1].item()
+
+    for size in (0.0, 1.0, 10.0):
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    # cell 3895283e
+    z, y = some_features(scale=20.0)
+    m, r = spread(z)
+    u = (z - m) / r
+    for alpha in (0.5, 1.0, 2.0, 3.9):
+        for steps in range(8):
+            before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
+            head = before.descend(u, y)
+            g = grad(before.support_loss)(head, u, y)
+            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
+            gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
+            assert gone >= fall - 1e-12 and fall > 0
+    # cell 6dd18c8f
+    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
+    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
+    z_hat, w_hat = F.normalize(z), F.normalize(w)
+    across = z_hat - (w_hat * z_hat).sum() * w_hat
+    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
+
+    z, y = some_features()
+    lengths = torch.stack(
+        [FineTune(as_is, logits="cosine", steps=k).descend(z, y)[0].norm(dim=1) for k in range(6)]
+    )
+    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
+    assert (lengths.diff(dim=0) > 0).all()
+    # cell 85add596
+    z, y = some_features()
+    _, r = spread(z)
+    still, plain = FineTune(as_is, steps=0), Pretrained(as_is)
+    probability = plain(Examples(z / r, y), z / r).softmax(1)
+    torch.testing.assert_close(still(Examples(z, y), z).softmax(1), probability)
+    assert torch.equal(still(Examples(z, y), z).argmax(1), plain(Examples(z, y), z).argmax(1))
+    same = [m(as_is, logits="cosine", **k) for m, k in ((FineTune, {"steps": 0}), (Pretrained, {}))]
+    torch.testing.assert_close(*[learner(Examples(z, y), z) for learner in same])
+
+    few, names = z[:8], y[:8]  # 8 points, 6 numbers each, 4 classes
+    fitted = FineTune(as_is, steps=3000)(Examples(few, names), few)
+    assert (fitted.argmax(1) == names.argmax(1)).all()
+    # cell c2fc5de4
+    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
+    for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
+        learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=5)
+        check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
+    net = Conv4(size=16, width=4, stats="running")
+    check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
+    assert METHODS["finetune"].__name__ == "FineTune"
+    # cell ca56e6da
+    net = Conv4(size=16, width=4, stats="running").double()
+    assert Pretrained(net, classes=5).base.weight.dtype == torch.float64
+    assert Pretrained(net.to("meta"), classes=5).base.weight.device.type == "meta"
+    plain = nn.Flatten()
+    plain.features = 256  # a network without parameters
+    assert Pretrained(plain, classes=5).base.weight.device == torch.empty(0).device
+
+
+def test_a_class_without_an_example(device):
+    # cell 6c2bb46c
+    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
+    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    as_is = nn.Identity()
+
+    # cell b5249cc2
+    def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
+        "Features of any scale and place, and their classes, equally many of each."
+        z = scale * torch.randn(n, d, dtype=torch.float64) + shift
+        return z, one_hot(torch.arange(n) % way, way).double()
+
+    # cell fbe9af1e
+    z, y = some_features()
+    w, b = torch.randn(4, 6).double(), torch.randn(4).double()
+    for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
+    excess = linear(z, w, b).softmax(1) - y  # p - y
+    torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
+    torch.testing.assert_close(for_b, excess.mean(0))
+
+    # cell 9891c75b
+    def first_step(z, y, alpha=1.0):
+        "A step of gradient descent from zero."
+        zero = (
+            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
+            torch.zeros(y.shape[1], dtype=z.dtype),
+        )
+        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
+
+    w, b = first_step(points, labels)  # by hand
+    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
+
+    z, y = some_features()
+    w, b = first_step(z, y, alpha=0.3)
+    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
+    torch.testing.assert_close(b, torch.zeros(4).double())
+    # cell 4f459f50
+    m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
+    assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
+
+    z, y = some_features()
+    turn = torch.linalg.qr(torch.randn(6, 6).double()).Q
+    learner = FineTune(as_is, steps=30)
+    logits = learner(Examples(z, y), z)
+    for factor, shift in ((1.0, 0.0), (1e-3, 0.0), (1e3, 0.0), (1.0, 50.0)):
+        other = factor * z @ turn + shift
+        torch.testing.assert_close(learner(Examples(other, y), other), logits)
+
+    m, r = spread(z)
+    u = (z - m) / r
+    torch.testing.assert_close(u.square().sum(1).mean(), torch.tensor(1.0).double())
+    torch.testing.assert_close(
+        linear(u, *learner.descend(u, y)), logits
+    )  # the two forms of the head
+
+    # cell 6c34977a
+    def largest_curvature(z, y, size):
+        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
+        m, r = spread(z)
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
+        support_loss = FineTune(as_is).support_loss
+
+        def loss_of(flat):
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
+
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
+        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
+        return torch.linalg.eigvalsh(curvature)[-1].item()
+
+    for size in (0.0, 1.0, 10.0):
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    # cell 3895283e
+    z, y = some_features(scale=20.0)
+    m, r = spread(z)
+    u = (z - m) / r
+    for alpha in (0.5, 1.0, 2.0, 3.9):
+        for steps in range(8):
+            before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
+            head = before.descend(u, y)
+            g = grad(before.support_loss)(head, u, y)
+            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
+            gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
+            assert gone >= fall - 1e-12 and fall > 0
+    # cell 6dd18c8f
+    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
+    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
+    z_hat, w_hat = F.normalize(z), F.normalize(w)
+    across = z_hat - (w_hat * z_hat).sum() * w_hat
+    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
+
+    z, y = some_features()
+    lengths = torch.stack(
+        [FineTune(as_is, logits="cosine", steps=k).descend(z, y)[0].norm(dim=1) for k in range(6)]
+    )
+    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
+    assert (lengths.diff(dim=0) > 0).all()
+    # cell 85add596
+    z, y = some_features()
+    _, r = spread(z)
+    still, plain = FineTune(as_is, steps=0), Pretrained(as_is)
+    probability = plain(Examples(z / r, y), z / r).softmax(1)
+    torch.testing.assert_close(still(Examples(z, y), z).softmax(1), probability)
+    assert torch.equal(still(Examples(z, y), z).argmax(1), plain(Examples(z, y), z).argmax(1))
+    same = [m(as_is, logits="cosine", **k) for m, k in ((FineTune, {"steps": 0}), (Pretrained, {}))]
+    torch.testing.assert_close(*[learner(Examples(z, y), z) for learner in same])
+
+    few, names = z[:8], y[:8]  # 8 points, 6 numbers each, 4 classes
+    fitted = FineTune(as_is, steps=3000)(Examples(few, names), few)
+    assert (fitted.argmax(1) == names.argmax(1)).all()
+    # cell c2fc5de4
+    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
+    for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
+        learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=5)
+        check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
+    net = Conv4(size=16, width=4, stats="running")
+    check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
+    assert METHODS["finetune"].__name__ == "FineTune"
+    # cell ca56e6da
+    net = Conv4(size=16, width=4, stats="running").double()
+    assert Pretrained(net, classes=5).base.weight.dtype == torch.float64
+    assert Pretrained(net.to("meta"), classes=5).base.weight.device.type == "meta"
+    plain = nn.Flatten()
+    plain.features = 256  # a network without parameters
+    assert Pretrained(plain, classes=5).base.weight.device == torch.empty(0).device
+    # cell 06def926
+    z, y = torch.randn(4, 6), one_hot(torch.tensor([0, 0, 1, 1]), 3)
+    for learner in (Pretrained(as_is), FineTune(as_is, steps=0)):
+        missing = learner(Examples(z, y), z)
+        assert missing[:, :2].isfinite().all() and missing[:, 2].isnan().all()
+    assert FineTune(as_is, steps=1)(Examples(z, y), z).isnan().all()
 
 
 def test_what_is_refused(device):
@@ -922,32 +1202,34 @@ def test_what_is_refused(device):
     def largest_curvature(z, y, size):
         "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
         m, r = spread(z)
-        u, d = (z - m) / r, z.shape[1]
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
         support_loss = FineTune(as_is).support_loss
 
         def loss_of(flat):
-            return support_loss((flat[: 4 * d].view(4, d), flat[4 * d :]), u, y)
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
 
-        curvature = hessian(loss_of)(size * torch.randn(4 * d + 4, dtype=z.dtype))
-        assert (u.square().sum(1) + 1).mean() < 2 + 1e-9  # what the proof rests on
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
         assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
         return torch.linalg.eigvalsh(curvature)[-1].item()
 
     for size in (0.0, 1.0, 10.0):
-        for scale, shift in ((5.0, 3.0), (1e-2, 100.0)):
-            assert largest_curvature(*some_features(scale=scale, shift=shift), size) <= 1 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case comes close
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 4).double(), 0.0) > 0.24
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
     # cell 3895283e
     z, y = some_features(scale=20.0)
     m, r = spread(z)
     u = (z - m) / r
-    for alpha in (0.5, 1.0, 1.9):
+    for alpha in (0.5, 1.0, 2.0, 3.9):
         for steps in range(8):
             before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
             head = before.descend(u, y)
             g = grad(before.support_loss)(head, u, y)
-            fall = alpha * (1 - alpha / 2) * sum(t.square().sum() for t in g)
+            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
             gone = before.support_loss(head, u, y) - after.support_loss(after.descend(u, y), u, y)
             assert gone >= fall - 1e-12 and fall > 0
     # cell 6dd18c8f
@@ -984,6 +1266,19 @@ def test_what_is_refused(device):
     net = Conv4(size=16, width=4, stats="running")
     check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
     assert METHODS["finetune"].__name__ == "FineTune"
+    # cell ca56e6da
+    net = Conv4(size=16, width=4, stats="running").double()
+    assert Pretrained(net, classes=5).base.weight.dtype == torch.float64
+    assert Pretrained(net.to("meta"), classes=5).base.weight.device.type == "meta"
+    plain = nn.Flatten()
+    plain.features = 256  # a network without parameters
+    assert Pretrained(plain, classes=5).base.weight.device == torch.empty(0).device
+    # cell 06def926
+    z, y = torch.randn(4, 6), one_hot(torch.tensor([0, 0, 1, 1]), 3)
+    for learner in (Pretrained(as_is), FineTune(as_is, steps=0)):
+        missing = learner(Examples(z, y), z)
+        assert missing[:, :2].isfinite().all() and missing[:, 2].isnan().all()
+    assert FineTune(as_is, steps=1)(Examples(z, y), z).isnan().all()
     # cell df8248cf
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         Pretrained(as_is, logits="cosin")
@@ -1036,7 +1331,16 @@ def test_cosine_loss_has_a_floor():
         regular = torch.eye(n).double() - 1 / n  # the corners of a regular simplex
         assert loss_where_features_are_weights(7 * regular) == pytest.approx(floor(n))
         for d in (2, 4, 20):
-            assert loss_where_features_are_weights(torch.randn(n, d).double()) >= floor(n) - 1e-12
+            w = torch.randn(n, d).double()
+            assert loss_where_features_are_weights(w) >= floor(n) - 1e-12
+            for near in (
+                0.0,
+                0.5,
+                1.0,
+            ):  # features anywhere, or around what is best, and any biases
+                z, b = torch.randn(n, d).double(), torch.randn(n).double()
+                z = near * (F.normalize(w) - F.normalize(w).mean(0)) + (1 - near) * z
+                assert F.cross_entropy(cosine(z, w, b), torch.arange(n)) >= floor(n) - 1e-12
     assert [round(floor(n, s), 2) for n, s in ((2, 2), (409, 2), (409, 10))] == [0.02, 4.02, 0.02]
 
 
