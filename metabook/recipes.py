@@ -234,6 +234,11 @@ def make_learner(
         lookup(name, dict(inspect.signature(network).parameters), f"argument of {recipe.network}")
     if tasks.kind == "regression" and "kind" not in known:
         raise ValueError(f"{method} is for classification, and {tasks} are regression: use maml")
+    if net is not None and cls.head:
+        raise ValueError(
+            f"{method} needs a network with an output for each class and cannot start from one "
+            "without: leave --start out"
+        )
     fresh = network_arguments(recipe.network, tasks, cls.head) | recipe.net
     args = {next(iter(known)): net or {"name": recipe.network, "args": fresh}}
     args |= {"kind": "regression"} if tasks.kind == "regression" else {}

@@ -87,6 +87,8 @@ def test_a_learner_starts_from_a_trained_network():
     for old, new in zip(first.embed.parameters(), second.embed.parameters(), strict=True):
         assert torch.equal(old, new)
     save(work / "headed", make_learner("maml", recipe_for("maml", "omniglot"), few))
+    with pytest.raises(ValueError, match="maml needs a network with an output for each class"):
+        make_learner("maml", recipe_for("maml", "omniglot"), few, first.embed)
     with pytest.raises(ValueError, match="ends in a head"):
         network_of(work / "headed")
     shutil.rmtree(work)
