@@ -138,7 +138,12 @@ def method(name: str, member: Any) -> str:
 def directive(kind: str, head: str, body: str, depth: int = 4) -> str:
     """A block of Sphinx's Python domain; `depth` colons, more around other blocks."""
     fence = ":" * depth
-    return f"{fence}{{py:{kind}}} {head}\n{body.strip()}\n{fence}"
+    body = body.strip()
+    if body.startswith(
+        (":param", ":returns")
+    ):  # fields right after the head would be read as options
+        body = "\n" + body
+    return f"{fence}{{py:{kind}}} {head}\n{body}\n{fence}"
 
 
 def arguments(thing: Any) -> inspect.Signature:
