@@ -3,16 +3,20 @@
 # %% ../nbs/A2_engine.ipynb #bd26b6c4
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .episodes import Episode, count
+from .episodes import Episode, count, positive
+from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
 
 try:
@@ -21,10 +25,12 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'FITS', 'over_tasks', 'choose_lift', 'in_flight', 'losses', 'graded', 'overhearing']
+__all__ = ['Lift', 'FITS', 'FEW', 'log', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'Graded', 'losses', 'grade',
+           'in_parts', 'overhearing', 'gradients', 'portions', 'averages', 'Recomputed', 'recomputing', 'answer',
+           'Replayed', 'Verdict', 'update_where', 'capturable']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
-Lift = Literal["auto", "loop", "vmap"]
+Lift = Literal["auto", "loop", "vmap", "graph", "compile"]
 
 
 def over_tasks(
@@ -43,44 +49,64 @@ def over_tasks(
 
 # %% ../nbs/A2_engine.ipynb #a179cecb
 FITS = 2**23  # numbers, 32 MiB in float32: with more in flight at once a loop is faster on a CPU
+FEW = 4  # tasks: where fewer fit, a vectorised call saves too little to be worth its detours
 
 
 def choose_lift(
     learner: nn.Module,  # whose code is lifted
-    lift: Lift = "auto",  # "loop" and "vmap" are taken at their word
-    episodes: Episode | None = None,  # a batch of what it is lifted over; `None`: take it as large
+    lift: Lift,  # how `fit` or `evaluate` were told to; "loop" and "vmap" are taken at their word
+    *inputs: Tensor,  # what it is lifted over, [tasks, n, *features]; none: take them as large
 ) -> Literal["loop", "vmap"]:
-    """The faster way for this learner and this batch on its device, as measured.
+    """The faster way for this learner and these inputs on its device, as measured.
 
     On a GPU one vectorised call wins.  So it does on a CPU, until images go through convolutions and
-    make more numbers at once than the caches hold.  Raises `ValueError` where `lift` is none of the
-    three.
+    make more numbers at once than the caches hold.  Graphs and compilers are given the vectorised
+    call.  Raises `ValueError` for a word that is none of these.
     """
-    if lift not in ("auto", "loop", "vmap"):
-        raise ValueError(f'lift={lift!r}, expected "auto", "loop" or "vmap"')
+    if lift not in get_args(Lift):
+        raise ValueError(f"lift={lift!r}, expected one of {', '.join(get_args(Lift))}")
     if lift != "auto":
-        return lift
+        return "loop" if lift == "loop" else "vmap"
     on_cpu = all(p.device.type == "cpu" for p in learner.parameters())
-    return "loop" if on_cpu and in_flight(learner, episodes) > FITS else "vmap"
+    return "loop" if on_cpu and in_flight(learner, *inputs) > FITS else "vmap"
+
+
+def fitting(
+    learner: nn.Module,  # whose code is lifted
+    *inputs: Tensor,  # [tasks, n, *features]
+) -> int:  # at least 1, at most all of them
+    "How many of these tasks the caches of a CPU hold at once; elsewhere all."
+    tasks = len(inputs[0])
+    if any(p.device.type != "cpu" for p in learner.parameters()):
+        return tasks
+    return max(1, min(tasks, int(FITS * tasks // max(in_flight(learner, *inputs), 1))))
 
 
 def in_flight(
     learner: nn.Module,  # whose first convolution counts
-    episodes: Episode | None,  # a batch of tasks
-) -> float:  # 0 without convolutions, infinite where the batch is not known
+    *inputs: Tensor,  # [tasks, n, *features]
+) -> float:  # 0 without convolutions, infinite where the inputs are not known
     "How many numbers the first convolution makes of a batch."
     kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d
     first = next((m for m in learner.modules() if isinstance(m, kinds)), None)
     if first is None:
         return 0.0
-    if episodes is None:
+    if not inputs:
         return math.inf
-    pixels = sum(side.x.numel() for side in episodes) / first.in_channels
+    pixels = sum(x.numel() for x in inputs) / first.in_channels
     return pixels * first.out_channels / math.prod(first.stride)
 
 # %% ../nbs/A2_engine.ipynb #ef97eba2
+class Graded(NamedTuple):
+    "What the engine knows of a batch of tasks."
+
+    losses: Tensor  # [tasks]
+    answers: Tensor | None  # [tasks, n, out], detached; `None` where `loss` does not call `forward`
+    statistics: Statistics = {}  # of `BatchNorm(stats="running")`, [tasks, channels] each
+
+
 def losses(
-    learner: nn.Module,  # a `Learner`
+    learner: Learner,  # whose code runs
     episodes: Episode,  # a batch of tasks
     lift: Lift = "auto",  # see `choose_lift`
 ) -> Float[Tensor, "tasks"]:
@@ -89,32 +115,69 @@ def losses(
     New running averages of `BatchNorm(stats="running")` are the mean over tasks, stored here: nothing
     inside a lift may write.  Raises `ValueError` where the examples do not fit, see `Learner.check`.
     """
-    return graded(learner, episodes, lift)[0]
+    graded = grade(learner, episodes, lift)
+    store_running(learner, {name: s.mean(0) for name, s in graded.statistics.items()})
+    return graded.losses
 
 
-def graded(
-    learner: nn.Module,  # a `Learner`
+def grade(
+    learner: Learner,  # whose code runs
     episodes: Episode,  # a batch of tasks
     lift: Lift = "auto",  # see `choose_lift`
-) -> tuple[Float[Tensor, "tasks"], Float[Tensor, "tasks n out"] | None]:
-    """`losses`, and what the learner answered to the queries on the way, detached.
-
-    `None` stands for the answers of a learner whose `loss` does not call `forward`.
-    """
+) -> Graded:  # losses with their graph
+    "The losses of tasks, and what was answered and seen on the way; writes nothing."
     learner.check(episodes.support, episodes.query.x)
+    if lift == "compile":
+        return _compiled()(learner, episodes)
+    return (_in_parts if in_parts(learner) else _as_a_whole)(learner, episodes, lift)
 
+
+def in_parts(learner: Learner) -> bool:
+    "Is its loss that of its predictions, as the interface has it?  Then its parts are lifted one by one."
+    own = vars(learner)
+    return all(
+        getattr(type(learner), name) is getattr(Learner, name) and name not in own
+        for name in ("loss", "forward")
+    )
+
+
+def _in_parts(learner: Learner, episodes: Episode, lift: Lift) -> Graded:
+    states, before = _adapted(learner, episodes, lift)
+    how = choose_lift(learner, lift, episodes.query.x)
+    answers, seen = over_tasks(_noting(learner, "predict"), states, episodes.query.x, lift=how)
+    values = torch.func.vmap(partial(task_loss, learner.kind))(answers, episodes.query.y)
+    return Graded(values, answers.detach(), before | seen)
+
+
+def _adapted(learner: Learner, episodes: Episode, lift: Lift) -> tuple[Any, Statistics]:
+    how = choose_lift(learner, lift, episodes.support.x)
+    return over_tasks(_noting(learner, "adapt"), episodes.support, lift=how)
+
+
+def _noting(learner: Learner, part: Literal["adapt", "predict"]) -> Callable[..., Any]:
+    "A part of the learner that also gives the statistics which its layers saw."
+
+    def noted(*args: Any) -> tuple[Any, Statistics]:
+        with recording(learner, "running") as seen:
+            result = getattr(learner, part)(*args)
+        return result, seen
+
+    return noted
+
+
+def _as_a_whole(learner: Learner, episodes: Episode, lift: Lift) -> Graded:
     def one(episode: Episode) -> tuple[Tensor, Statistics, list[Tensor]]:
         with recording(learner, "running") as seen, overhearing(learner) as answers:
             loss = learner.loss(episode)
         return loss, seen, answers[-1:]
 
-    values, seen, answers = over_tasks(one, episodes, lift=choose_lift(learner, lift, episodes))
-    store_running(learner, {name: s.mean(0) for name, s in seen.items()})
-    return values, answers[0] if answers else None
+    how = choose_lift(learner, lift, episodes.support.x, episodes.query.x)
+    values, seen, answers = over_tasks(one, episodes, lift=how)
+    return Graded(values, answers[0] if answers else None, seen)
 
 
 @contextmanager
-def overhearing(learner: nn.Module) -> Iterator[list[Tensor]]:
+def overhearing(learner: Learner) -> Iterator[list[Tensor]]:
     "Within it, what the learner's `forward` answers is noted, detached."
     answers: list[Tensor] = []
     handle = learner.register_forward_hook(lambda *call: answers.append(call[-1].detach()))
@@ -122,3 +185,368 @@ def overhearing(learner: nn.Module) -> Iterator[list[Tensor]]:
         yield answers
     finally:
         handle.remove()
+
+# %% ../nbs/A2_engine.ipynb #90415308
+def gradients(
+    learner: Learner,  # whose parameters' `.grad` is added to
+    episodes: Episode,  # a batch of tasks
+    *,
+    lift: Lift = "auto",  # see `choose_lift`
+    chunk: int | None = None,  # how many tasks are held in memory at once; `None`: all
+    recompute: bool = False,  # forget each inner step and compute it again on the way back
+) -> Graded:  # losses without their graph
+    """The gradient of `learner.combine(losses)`, added to the parameters' `.grad`.
+
+    The same for every way of lifting and every chunk, up to rounding.  Moves running averages as
+    `losses` does.  Raises `ValueError` where the examples do not fit, and for a learner without
+    `step` that is to be recomputed.
+    """
+    learner.check(episodes.support, episodes.query.x)
+    with recomputing(learner) if recompute else nullcontext():
+        size = _portion(learner, episodes, lift, chunk)
+        parts = portions(episodes, size)
+        weights = _weights_ahead(learner, episodes, parts, lift)
+        each = [None] if weights is None else weights.split(size)
+        done = [_descend(learner, p, w, lift) for p, w in zip(parts, each, strict=True)]
+    graded = _joined(done)
+    store_running(learner, {name: s.mean(0) for name, s in graded.statistics.items()})
+    return graded
+
+
+def portions(
+    episodes: Episode,  # a batch of tasks
+    size: int,  # how many at once; the last portion may be smaller
+) -> list[Episode]:
+    "The batch in parts."
+    starts = range(0, count(episodes), size)
+    return [tree_map(lambda t, i=i: t[i : i + size], episodes) for i in starts]
+
+
+def _portion(learner: Learner, episodes: Episode, lift: Lift, chunk: int | None) -> int:
+    "How many tasks to take at once."
+    if chunk is not None:
+        positive(chunk=chunk)
+        return chunk
+    inputs = episodes.support.x, episodes.query.x
+    fits = fitting(learner, *inputs)
+    if not averages(learner):  # parts would be computed twice
+        return count(episodes)
+    if lift == "auto" and fits >= FEW:
+        return fits
+    whole_loop = choose_lift(learner, lift, *inputs) == "loop" and not in_parts(learner)
+    return 1 if whole_loop else count(episodes)
+
+
+def averages(learner: Learner) -> bool:
+    "Is its objective the plain mean over tasks?"
+    return type(learner).combine is Learner.combine and "combine" not in vars(learner)
+
+
+def _weights_ahead(
+    learner: Learner, episodes: Episode, parts: list[Episode], lift: Lift
+) -> Float[Tensor, "tasks"] | None:
+    "The weight of each task; `None` where it will follow from losses that are computed anyway."
+    n = count(episodes)
+    if averages(learner):
+        return episodes.query.y.new_full((n,), 1 / n)
+    if len(parts) == 1:
+        return None
+    with torch.no_grad():
+        return _weights(learner, torch.cat([grade(learner, p, lift).losses for p in parts]))
+
+
+def _weights(learner: Learner, values: Float[Tensor, "tasks"]) -> Float[Tensor, "tasks"]:
+    "How the objective depends on each loss; parameters of `combine` itself get their gradient here."
+    leaf = values.detach().requires_grad_()
+    with torch.enable_grad():
+        learner.combine(leaf).backward()
+    return leaf.grad
+
+
+def _descend(learner: Learner, part: Episode, weights: Tensor | None, lift: Lift) -> Graded:
+    "Add the gradient of some tasks' weighted losses."
+    looped = choose_lift(learner, lift, part.query.x) == "loop"
+    if weights is not None and looped and in_parts(learner):
+        return _one_after_another(learner, part, weights, lift)
+    graded = grade(learner, part, lift)
+    graded.losses.backward(_weights(learner, graded.losses) if weights is None else weights)
+    return graded._replace(losses=graded.losses.detach())
+
+
+def _one_after_another(
+    learner: Learner, part: Episode, weights: Float[Tensor, "tasks"], lift: Lift
+) -> Graded:
+    "Adapt to all tasks, then predict and go back task by task, at last through the adapting."
+    states, before = _adapted(learner, part, lift)
+    leaves, structure = tree_flatten(states)
+    done, arrived = [], []
+    for i, w in enumerate(weights):
+        mine = [t[i].detach().requires_grad_(t.requires_grad) for t in leaves]
+        state = tree_unflatten(mine, structure)
+        answer, seen = _noting(learner, "predict")(state, part.query.x[i])
+        loss = task_loss(learner.kind, answer, part.query.y[i])
+        (w * loss).backward()
+        results = loss.detach(), answer.detach(), {k: s.detach() for k, s in seen.items()}
+        done.append(Graded(*tree_map(lambda t: t[None], results)))
+        arrived.append([torch.zeros_like(t) if t.grad is None else t.grad for t in mine])
+    grads = [torch.stack(g) for g in zip(*arrived, strict=True)]
+    ends = [(t, g) for t, g in zip(leaves, grads, strict=True) if t.requires_grad]
+    if ends:
+        torch.autograd.backward(*zip(*ends, strict=True))
+    graded = _joined(done)
+    return graded._replace(statistics=before | graded.statistics)
+
+
+def _joined(parts: list[Graded]) -> Graded:
+    "What is known of some tasks, and of others: of all."
+    if len(parts) == 1:
+        return parts[0]
+    return tree_map(lambda *t: torch.cat(t), *parts)
+
+# %% ../nbs/A2_engine.ipynb #5239f1ea
+class Recomputed(Function):
+    "The results of `f(*tensors)`, without what led to them: `f` runs again on the way back."
+
+    @staticmethod
+    def forward(f, inputs, *tensors):
+        return f(*tensors[:inputs])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.f, ctx.inputs, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *g):
+        again = torch.is_grad_enabled()  # will somebody differentiate this, too?
+        given, parameters = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        given = [t if again else t.detach().requires_grad_(t.requires_grad) for t in given]
+        with torch.enable_grad():
+            results = ctx.f(*given)
+        ends = [(r, v) for r, v in zip(results, g, strict=True) if r.requires_grad]
+        starts = [t for t in (*given, *parameters) if t.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in ends], starts, [v for _, v in ends], None, again, allow_unused=True
+            )
+        )
+        every = (*given, *parameters)
+        return None, None, *(next(found) if t.requires_grad else None for t in every)
+
+    @staticmethod
+    def vmap(info, dims, f, inputs, *tensors):
+        lifted = torch.func.vmap(f, dims[2 : 2 + inputs], randomness="error")
+        results = Recomputed.apply(lifted, inputs, *tensors)
+        return results, (0,) * len(results)
+
+
+@contextmanager
+def recomputing(learner: Learner) -> Iterator[None]:
+    "Within it, each inner step of a learner that has a `step` is forgotten and computed again."
+    step = getattr(learner, "step", None)
+    if step is None:
+        raise ValueError(
+            f"recompute=True, but {type(learner).__name__} has no `step` to compute again: "
+            "only learners that adapt by inner steps can save memory this way"
+        )
+
+    def forgotten(*args: Any) -> Any:
+        tensors, structure = tree_flatten(args)
+        made: list[Any] = []  # the structure of a step's result, once it is known
+
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            leaves, result = tree_flatten(step(*tree_unflatten(tensors, structure)))
+            made[:] = [result]
+            return tuple(leaves)
+
+        parameters = [p for p in learner.parameters() if p.requires_grad]
+        return tree_unflatten(Recomputed.apply(flat, len(tensors), *tensors, *parameters), made[0])
+
+    learner.step = forgotten
+    try:
+        yield
+    finally:
+        del learner.step
+
+# %% ../nbs/A2_engine.ipynb #93d7ed63
+def answer(
+    learner: Learner,  # whose code runs
+    episodes: Episode,  # a batch of tasks
+    lift: Lift = "auto",  # see `choose_lift`
+    queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
+) -> Float[Tensor, "tasks n out"]:
+    "What the learner answers to the queries of each task."
+    learner.check(episodes.support, episodes.query.x)
+    fits = fitting(learner, episodes.support.x, episodes.query.x)
+    size = fits if lift == "auto" and fits >= FEW else count(episodes)
+    ask = _ask_as_a_whole if queries == "joint" and not in_parts(learner) else _ask_in_parts
+    return torch.cat([ask(learner, part, lift, queries) for part in portions(episodes, size)])
+
+
+def _ask_as_a_whole(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Tensor:
+    how = choose_lift(learner, lift, episodes.support.x, episodes.query.x)
+    return over_tasks(learner, episodes.support, episodes.query.x, lift=how)
+
+
+def _ask_in_parts(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Tensor:
+    states, _ = _adapted(learner, episodes, lift)
+    predict = learner.predict if queries == "joint" else partial(_singly, learner)
+    how = choose_lift(learner, lift, episodes.query.x)
+    return over_tasks(predict, states, episodes.query.x, lift=how)
+
+
+def _singly(learner: Learner, state: Any, x: Tensor) -> Tensor:
+    "Predictions for the queries of one task, one by one, as a user would ask them."
+    return torch.func.vmap(lambda one: learner.predict(state, one[None])[0])(x)
+
+# %% ../nbs/A2_engine.ipynb #e9e5742d
+log = logging.getLogger("metabook")
+
+
+class Replayed:
+    """A function of tensors, recorded as a CUDA graph for each set of shapes and then replayed.
+
+    The first calls run as they stand, on a stream of their own, as CUDA wants it before a recording.
+    What it gives is overwritten by the next call.  Where recording is impossible it goes on without,
+    and says so once.
+    """
+
+    warm_up, most = 3, 8  # calls before a recording; graphs that are kept
+
+    def __init__(
+        self,
+        f: Callable[..., Any],  # tensors in, a structure of tensors out
+        device: torch.device,  # where it works
+        *generators: torch.Generator,  # whose numbers it uses
+    ):
+        self.f, self.generators = f, generators
+        self.calls: dict[Any, int] = {}
+        self.graphs: dict[
+            Any, tuple[Any, Any, Any]
+        ] = {}  # shapes -> graph, what goes in, comes out
+        self.why_not = ""
+        if device.type != "cuda":
+            self.give_up(f"graphs are recorded on CUDA devices, and this is {device}")
+
+    def __call__(self, *args: Any) -> Any:
+        if self.why_not:
+            return self.f(*args)
+        key = tuple((t.shape, t.dtype) for t in tree_leaves(args))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if key not in self.graphs and self.calls[key] > self.warm_up:
+            self.record(key, args)
+        if key in self.graphs:
+            return self.replay(key, args)
+        return self.f(*args) if self.why_not else self.beside(args)
+
+    def record(self, key: Any, args: Any) -> None:
+        "Take notes of one call; nothing is computed yet."
+        if len(self.graphs) == self.most:
+            return self.give_up(f"there are more than {self.most} sets of shapes")
+        graph, given = torch.cuda.CUDAGraph(), tree_map(torch.clone, args)
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = self.f(*given)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            return self.give_up(str(error).splitlines()[0])
+        self.graphs[key] = graph, given, results
+
+    def replay(self, key: Any, args: Any) -> Any:
+        graph, given, results = self.graphs[key]
+        for place, value in zip(tree_leaves(given), tree_leaves(args), strict=True):
+            place.copy_(value)
+        graph.replay()
+        return results
+
+    def beside(self, args: Any) -> Any:
+        "One call on a stream of its own."
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results = self.f(*args)
+        torch.cuda.current_stream().wait_stream(stream)
+        return results
+
+    def give_up(self, why: str) -> None:
+        "From now on without graphs."
+        self.why_not = why
+        log.warning('lift="graph" goes on without a graph: %s', why)
+
+# %% ../nbs/A2_engine.ipynb #da0301cc
+class Verdict:
+    "Were the steps finite?  Kept on the device: the first step that was not, and where in it."
+
+    def __init__(self, device: torch.device):
+        self.fine = torch.ones((), dtype=torch.bool, device=device)  # the latest step
+        self.steps, self.first, self.place = torch.zeros(
+            3, dtype=torch.long, device=device
+        ).unbind()
+        self.value = torch.zeros((), dtype=torch.float64, device=device)
+        self.tasks = 0
+
+    def judge(
+        self,
+        losses: Float[Tensor, "tasks"],  # of a step
+        norm: Float[Tensor, ""],  # of its gradient
+    ) -> None:
+        "Look at a step, without waiting for anything."
+        self.tasks = len(losses)
+        values = torch.cat([losses.detach(), norm.detach()[None].to(losses)]).to(self.value.dtype)
+        wrong = ~values.isfinite()
+        place = wrong.int().argmax()
+        self.steps += 1
+        self.fine.copy_(~wrong.any())
+        news = wrong.any() & (self.first == 0)
+        found = self.steps, place, values.gather(0, place[None])[0]
+        for kept, new in zip((self.first, self.place, self.value), found, strict=True):
+            kept.copy_(torch.where(news, new, kept))
+
+    def look(self) -> None:
+        "On the host: raise `FloatingPointError` if a step was not fine, naming it and the task."
+        if not self.first:
+            return
+        norm = "every loss is finite, but the norm of their gradient"
+        where = norm if self.place == self.tasks else f"the loss of task {int(self.place)}"
+        raise FloatingPointError(
+            f"step {int(self.first)}: {where} is {self.value.item()}: look for NaN in the data, lower "
+            "the inner rate or the outer lr, or set clip"
+        )
+
+
+def update_where(
+    fine: Tensor,  # a bool on the device
+    optimizer: torch.optim.Optimizer,  # whose parameters have their gradients
+) -> None:
+    "A step of the optimiser where `fine`, and none where not; nobody is asked which."
+    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    for p in parameters:
+        p.grad = torch.where(fine, p.grad, 0)
+    kept = parameters + [t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, Tensor)]
+    with torch.no_grad():
+        before = [t.clone() for t in kept]
+        optimizer.step()
+        for t, old in zip(kept, before, strict=True):
+            t.copy_(torch.where(fine, t, old))
+
+
+def capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    "Prepare an optimiser for a graph: its rates become tensors, and it asks the host nothing."
+    for group in optimizer.param_groups:
+        group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
+        for name in ("capturable", "fused"):
+            if name in group:
+                group[name] = True
+                break
+
+# %% ../nbs/A2_engine.ipynb #71c63d5c
+def _lifted(learner: Learner, episodes: Episode) -> Graded:
+    return (_in_parts if in_parts(learner) else _as_a_whole)(learner, episodes, "vmap")
+
+
+@cache
+def _compiled() -> Callable[[Learner, Episode], Graded]:
+    "The lifted losses, compiled for each learner and set of shapes when first called."
+    return torch.compile(_lifted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from . import kernels
 from .checkpoints import NETWORKS, register
 from .episodes import positive
 
@@ -23,8 +25,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Statistics', 'Parameters', 'BatchNorm', 'batch_norms', 'recording', 'call', 'support_statistics', 'store_running',
-           'MLP', 'parameter_count', 'Conv4', 'ResNet12', 'ResidualBlock']
+__all__ = ['Statistics', 'Parameters', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'support_statistics',
+           'store_running', 'MLP', 'parameter_count', 'Conv4', 'conv_block', 'ResNet12', 'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
@@ -36,6 +38,25 @@ def _tensor_name(
 ) -> str:
     "Where `functional_call` finds a tensor of a layer."
     return f"{name}.{what}" if name else what
+
+
+def normalise(
+    x: Float[Tensor, "n channels *space"],  # a batch
+    weight: Float[Tensor, "channels"],  # gamma
+    bias: Float[Tensor, "channels"],  # b
+    eps: float,  # added to the variance
+    mean: Float[Tensor, "channels"] | None = None,  # `None`: the batch's own
+    var: Float[Tensor, "channels"] | None = None,  # `None`: the batch's own
+) -> tuple[Tensor, Tensor, Tensor]:  # output, mean, variance
+    "The formula of batch normalisation, in operations that can be lifted and differentiated at will."
+    x = x.to(weight.dtype)
+    axes, shape = (0, *range(2, x.ndim)), (1, -1) + (1,) * (x.ndim - 2)
+    n = x.numel() // len(weight)
+    mean = x.sum(axes) / n if mean is None else mean
+    centred = x + (-mean).view(shape)  # the small one is negated: derivatives need no copy of x
+    var = centred.square().sum(axes) / n if var is None else var
+    scale = weight * torch.rsqrt(var + eps)  # gamma / s
+    return centred * scale.view(shape) + bias.view(shape), mean, var
 
 
 class BatchNorm(nn.Module):
@@ -81,16 +102,22 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "n channels *space"]) -> Float[Tensor, "n channels *space"]:
         self.check(x)
-        axes = (0, *range(2, x.ndim))
-        shape = (1, -1) + (1,) * (x.ndim - 2)
-        mean = self.mean if self.given else x.mean(axes)
-        centred = x - mean.view(shape)
-        var = self.var if self.given else centred.square().mean(axes)
-        if not self.given:
-            for name, seen in self.notes:
-                seen[_tensor_name(name, "mean")], seen[_tensor_name(name, "var")] = mean, var
-        scale = self.weight * torch.rsqrt(var + self.eps)  # gamma / s
-        return centred * scale.view(shape) + self.bias.view(shape)
+        if self.given:
+            return normalise(x, self.weight, self.bias, self.eps, self.mean, self.var)[0]
+        how = normalise if self.differentiates else partial(kernels.batch_norm, normalise)
+        y, mean, var = how(x, self.weight, self.bias, self.eps)
+        self.note(mean, var)
+        return y
+
+    @property
+    def differentiates(self) -> bool:
+        "Will somebody differentiate through the statistics of this batch, as through the support set's?"
+        return self.stats == "support" and bool(self.notes)
+
+    def note(self, mean: Tensor, var: Tensor) -> None:
+        "Tell all who are recording."
+        for name, seen in self.notes:
+            seen[_tensor_name(name, "mean")], seen[_tensor_name(name, "var")] = mean, var
 
     def check(self, x: Tensor) -> None:
         "Raise `ValueError` where a batch cannot be normalised."
@@ -249,11 +276,35 @@ class Conv4(nn.Module):
 
     def forward(self, x: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n out"]:
         _check_images(x, self.channels, self.size)
+        maps = kernels.channels_last(x)
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x)))
-            if self.pool == "max":
-                x = F.max_pool2d(x, 2)
-        return self.head(x.mean((2, 3)) if self.pool == "stride" else x.flatten(1))
+            maps = self.block(maps, conv, norm)
+        z = maps.mean((2, 3)) if self.pool == "stride" else maps.flatten(1)
+        return self.head(z.to(x.dtype))
+
+    def block(self, x: Tensor, conv: nn.Conv2d, norm: BatchNorm) -> Tensor:
+        "Convolution, normalisation, ReLU, and the step that halves a map."
+        if self.pool == "stride":
+            return F.relu(norm(conv(x)))
+        if not kernels.worthwhile_block(x, conv, norm) or norm.given or norm.differentiates:
+            return F.relu(F.max_pool2d(norm(conv(x)), 2))  # pooling first leaves less for ReLU
+        parameters = conv.weight, conv.bias, norm.weight, norm.bias
+        y, mean, var = kernels.first_block(conv_block, x, *parameters, norm.eps)
+        norm.note(mean, var)
+        return y
+
+
+def conv_block(
+    x: Float[Tensor, "n channels height width"],  # images
+    filters: Float[Tensor, "out channels 3 3"],  # of the convolution
+    shift: Float[Tensor, "out"],  # its bias
+    weight: Float[Tensor, "out"],  # gamma
+    bias: Float[Tensor, "out"],  # b
+    eps: float,  # added to the variance
+) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
+    "A block with max-pooling that normalises by its own batch: what `kernels.first_block` computes."
+    y, mean, var = normalise(F.conv2d(x, filters, shift, padding=1), weight, bias, eps)
+    return F.relu(F.max_pool2d(y, 2)), mean, var
 
 
 def _check_images(

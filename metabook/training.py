@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
@@ -20,8 +19,19 @@ from torch import Tensor
 from torch.func import vmap
 
 from .checkpoints import plain, save
-from .engine import Lift, choose_lift, graded, over_tasks
-from .episodes import Episode, Frozen, Tasks, one_hot, positive
+from metabook.engine import (
+    Graded,
+    Lift,
+    Replayed,
+    Verdict,
+    answer,
+    capturable,
+    gradients,
+    log,
+    update_where,
+)
+from .episodes import Episode, Frozen, Tasks, count, one_hot, positive
+from .kernels import precise
 from .learners import Learner, task_score
 
 try:
@@ -30,9 +40,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['ASK', 'VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'ask_jointly',
-           'ask_singly', 'check_kind', 'place', 'bar', 'Report', 'Outer', 'Run', 'fit', 'begin', 'new_folder',
-           'Calibration', 'binned', 'calibration']
+__all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place', 'bar',
+           'Report', 'Outer', 'Run', 'fit', 'begin', 'new_folder', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ def evaluate(
     queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
     batch: int = 32,  # tasks at once
     lift: Lift = "auto",  # see `choose_lift`
+    precision: str = "tf32",  # of products, see `metabook.kernels.precise`
     progress: bool = False,  # show a bar
 ) -> Score:
     """Accuracy (or mean squared error) on `n` frozen tasks, with its interval.
@@ -125,12 +135,12 @@ def evaluate(
     frozen = tasks if isinstance(tasks, Frozen) else tasks.freeze(n, seed)
     place(learner, device)
     given = answers(learner, frozen, queries, batch=batch, lift=lift, progress=progress)
-    per_task = torch.cat([vmap(partial(task_score, learner.kind))(*pair) for pair in given])
+    with precise(precision):
+        per_task = torch.cat([vmap(partial(task_score, learner.kind))(*pair) for pair in given])
     metric = "accuracy" if learner.kind == "classification" else "mse"
     return Score(per_task, metric, frozen.hash, queries)
 
 
-@torch.no_grad()
 def answers(
     learner: Learner,  # where it is
     frozen: Frozen,  # what it is asked
@@ -139,39 +149,21 @@ def answers(
     batch: int = 32,  # tasks at once
     lift: Lift = "auto",  # see `choose_lift`
     progress: bool = False,  # show a bar
-) -> list[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
-    "Predictions and targets for the queries of frozen episodes, batch by batch."
+) -> Iterator[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
+    "Predictions and targets for the queries of frozen episodes, batch by batch, as they are made."
     check_kind(learner, frozen.tasks)
-    if queries not in ASK:
+    if queries not in ("joint", "single"):
         raise ValueError(f'queries={queries!r}, expected "joint" or "single"')
     device, training = place(learner), learner.training
-
-    def ask(episodes: Episode) -> tuple[Tensor, Tensor]:
-        how = choose_lift(learner, lift, episodes)
-        given = over_tasks(partial(ASK[queries], learner), episodes.to(device), lift=how)
-        return given.cpu(), episodes.query.y.cpu()
-
     batches = bar(frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate")
     learner.eval()
     try:
-        return [ask(episodes) for episodes in batches]
+        for episodes in batches:
+            with torch.no_grad():
+                given = answer(learner, episodes.to(device), lift, queries)
+            yield given.cpu(), episodes.query.y.cpu()
     finally:
         learner.train(training)
-
-
-def ask_jointly(learner: Learner, episode: Episode) -> Tensor:
-    "Predictions for the queries of one task, in one batch."
-    return learner(episode.support, episode.query.x)
-
-
-def ask_singly(learner: Learner, episode: Episode) -> Tensor:
-    "Predictions for the queries of one task, one by one, as a user would ask them."
-    learner.check(episode.support, episode.query.x)
-    state = learner.adapt(episode.support)
-    return vmap(lambda x: learner.predict(state, x[None])[0])(episode.query.x)
-
-
-ASK = {"joint": ask_jointly, "single": ask_singly}
 
 # %% ../nbs/06_training.ipynb #7b81687d
 def check_kind(learner: Learner, tasks: Tasks) -> None:
@@ -204,13 +196,15 @@ class Report(NamedTuple):
 
     episodes: Episode  # the meta-batch
     losses: Tensor  # [tasks], before the update
-    answers: (
-        Tensor | None
-    )  # [tasks, n, out] to the queries; `None` where `loss` does not call `forward`
+    answers: Tensor | None  # [tasks, n, out] to the queries; `None`: `loss` does not call `forward`
+    norm: Tensor  # of the meta-gradient, before clipping
 
 
 class Outer:
-    "The outer loop's step: losses of a batch of tasks, the gradient of their combination, an update."
+    """The outer loop's step: losses of a batch of tasks, the gradient of their combination, an update.
+
+    Raises `ValueError` for a `clip` that is not positive, and as `metabook.engine.gradients` does.
+    """
 
     def __init__(
         self,
@@ -219,47 +213,107 @@ class Outer:
         schedule: Callable[[int], float]
         | None = None,  # from the steps taken to a factor of the rate
         clip: float | None = None,  # largest norm of the meta-gradient
-        lift: Lift = "auto",  # see `choose_lift`
+        lift: Lift = "auto",  # see `choose_lift`; on a GPU "auto" is "graph"
+        *,
+        chunk: int | None = None,  # tasks in memory at once; halved where they do not fit
+        recompute: bool = False,  # compute inner steps again rather than remember them
+        precision: str = "tf32",  # of products, see `metabook.kernels.precise`
     ):
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip!r}, expected a positive norm, or None for no clipping")
-        self.learner, self.optimizer, self.lift = learner, optimizer, lift
+        self.learner, self.optimizer, self.device = learner, optimizer, place(learner)
+        on_gpu = self.device.type == "cuda"
+        self.lift = "graph" if on_gpu and lift == "auto" else lift
+        self.chunk, self.recompute, self.precision = chunk, recompute, precision
+        if on_gpu:
+            capturable(optimizer, self.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or (lambda step: 1.0))
         self.largest = math.inf if clip is None else clip
-        self.taken, self.norm = 0, math.nan  # steps so far, norm of the latest meta-gradient
+        self.taken, self.latest = 0, None  # steps so far, report of the latest
+        self.verdict = Verdict(self.device)
         self.tell: Callable[[Report], None] | None = None  # who wants to know how each step went
 
     @property
     def lr(self) -> float:
         "The outer rate of the next step."
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
+
+    @property
+    def norm(self) -> float:
+        "Of the latest meta-gradient."
+        return math.nan if self.latest is None else self.latest.norm.item()
 
     def step(
         self,
         episodes: Episode,  # a meta-batch
     ) -> Float[Tensor, "tasks"]:  # the losses, as they were before the update
         "Draw the gradient from these tasks, and take a step.  Raises `FloatingPointError`."
-        values, answers = graded(self.learner, episodes, self.lift)
-        self.check(values, "the loss of task {}")
-        self.optimizer.zero_grad()
-        self.learner.combine(values).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.largest)
-        self.check(norm[None], "every loss is finite, but the norm of their gradient")
-        self.optimizer.step()
-        self.schedule.step()
-        self.taken, self.norm = self.taken + 1, norm.item()
-        if self.tell:
-            self.tell(Report(episodes, values.detach(), answers))
-        return values.detach()
+        self.count(self.turn(episodes))
+        self.look()
+        return self.latest.losses
 
-    def check(self, values: Float[Tensor, "n"], what: str) -> None:
-        "Raise `FloatingPointError`, naming the step and the task, unless all values are finite."
-        if not values.isfinite().all():
-            i = int((~values.isfinite()).nonzero()[0])
-            raise FloatingPointError(
-                f"step {self.taken + 1}: {what.format(i)} is {values[i].item()}: look for NaN in the "
-                "data, lower the inner rate or the outer lr, or set clip"
-            )
+    def turn(self, episodes: Episode) -> Report:
+        "What of a step happens on the device: nothing in it waits for the host."
+        self.optimizer.zero_grad()
+        losses, answers, _ = self.descend(episodes)
+        norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.largest)
+        self.verdict.judge(losses, norm)
+        update_where(self.verdict.fine, self.optimizer)
+        return Report(episodes, losses, answers, norm)
+
+    def descend(self, episodes: Episode) -> Graded:
+        "The meta-gradient of as many tasks at once as memory holds."
+        how = dict(lift=self.lift, recompute=self.recompute)
+        while True:
+            try:
+                with precise(self.precision):
+                    return gradients(self.learner, episodes, chunk=self.chunk, **how)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self.halve(count(episodes), error)
+
+    def halve(self, tasks: int, error: Exception) -> None:
+        "From now on hold fewer tasks in memory at once.  Raises the error where it is one already."
+        if self.chunk == 1:
+            raise error
+        self.chunk = max(1, (self.chunk or tasks) // 2)
+        self.optimizer.zero_grad()
+        log.warning("out of memory: going on with chunk=%d tasks at once", self.chunk)
+
+    def count(self, report: Report) -> None:
+        "A step has been taken: set the rate of the next."
+        self.schedule.step()
+        self.taken, self.latest = self.taken + 1, report
+
+    def look(self) -> None:
+        "On the host: raise `FloatingPointError` if a step was not finite, and tell who wants to know."
+        self.verdict.look()
+        if self.tell:
+            self.tell(self.latest)
+
+    def on(
+        self,
+        tasks: Tasks,  # to draw from
+        meta_batch: int,  # tasks of each step
+        generator: torch.Generator,  # where the random numbers come from
+    ) -> Callable[[], Report]:
+        """`turn` on tasks that are drawn afresh at each call, as a graph where `lift` asks for one.
+
+        The drawing is part of the graph where its shapes never change and nothing on the host decides.
+        """
+
+        def drawn() -> Episode:
+            return tasks.sample(meta_batch, generator).to(self.device)
+
+        if self.lift not in ("graph", "compile") or (self.lift, self.device.type) == (
+            "compile",
+            "cpu",
+        ):
+            return lambda: self.turn(drawn())
+        here = tasks.device.type == generator.device.type == self.device.type
+        if tasks.same_shapes and self.tell is None and here:
+            return Replayed(lambda: self.turn(drawn()), self.device, generator)
+        recorded = Replayed(self.turn, self.device)
+        return lambda: recorded(drawn())
 
 # %% ../nbs/06_training.ipynb #0d218bbd
 @dataclass
@@ -339,7 +393,7 @@ class Run:
         finally:
             self.finish()
         if self.interrupted:
-            logging.getLogger("metabook").warning("interrupted: %s", self)
+            log.warning("interrupted: %s", self)
 
     def finish(self) -> None:
         "Put the best parameters back, switch to evaluation mode, write the trained folder."
@@ -348,6 +402,7 @@ class Run:
         self.learner.eval()
         if self.folder and self.outer.taken:
             training = self.settings | {"steps_taken": self.outer.taken, "seconds": self.seconds}
+            training["chunk"] = self.outer.chunk  # memory may have asked for fewer
             facts = {
                 "tasks": self.tasks.describe(),
                 "training": training,
@@ -392,8 +447,12 @@ def fit(
     device: torch.device | str | None = None,  # where; `None`: where the learner is
     seed: int = 0,  # of the training episodes
     folder: str | Path | None = None,  # a trained folder to write; `None` writes nothing
-    lift: Lift = "auto",  # see `choose_lift`
-    log_every: int = 50,  # steps between rows of the log
+    lift: Lift = "auto",  # see `choose_lift`; on a GPU "auto" is "graph"
+    chunk: int
+    | None = None,  # tasks in memory at once; `None`: all, and fewer where they do not fit
+    recompute: bool = False,  # compute inner steps again rather than remember them
+    precision: str = "tf32",  # of products, see `metabook.kernels.precise`
+    log_every: int = 50,  # steps between rows of the log; on a GPU the host looks up only then
     progress: bool = True,  # show a bar with rate, time left, loss and validation score
     notes: dict[str, Any] | None = None,  # what else config.json shall say (JSON values)
 ) -> Run:
@@ -404,17 +463,21 @@ def fit(
     """
     positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
     device = place(learner, device)
-    outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, lift)
+    how = dict(chunk=chunk, recompute=recompute, precision=precision)
+    outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, lift, **how)
     settings = dict(steps=steps, meta_batch=meta_batch, lr=lr, clip=clip, every=every, seed=seed)
-    run = begin(learner, tasks, outer, validate, folder, settings, notes or {})
-    generator = torch.Generator(device).manual_seed(seed + TRAINING)
+    run = begin(learner, tasks, outer, validate, folder, settings | how, notes or {})
+    advance = outer.on(tasks, meta_batch, torch.Generator(device).manual_seed(seed + TRAINING))
     with run.kept():
         for step in run.steps(progress):
-            values = outer.step(tasks.sample(meta_batch, generator).to(device))
-            if step % log_every == 0 or step == steps:
-                run.report(values)
+            outer.count(advance())
+            due = step % log_every == 0 or step == steps
+            if due or device.type == "cpu":
+                outer.look()
+            if due:
+                run.report(outer.latest.losses)
             if run.validation is not None and (step % every == 0 or step == steps):
-                run.consider(evaluate(learner, run.validation, lift=lift))
+                run.consider(evaluate(learner, run.validation, lift=lift, precision=precision))
     return run
 
 

@@ -1103,14 +1103,14 @@ def test_an_interrupted_run_keeps_what_it_learned():
 @pytest.mark.proves("eq-ece")
 def test_the_calibration_error_by_hand():
     # cell fe2b3ecc
-    def answer(confidence, right):
+    def an_answer(confidence, right):
         "Logits of three classes for one answer, whose target is class 0."
         p = torch.full((3,), (1 - confidence) / 2)
         p[0 if right else 1] = confidence
         return p.log()
 
     said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
-    logits = torch.stack([answer(*one) for one in said])[None]
+    logits = torch.stack([an_answer(*one) for one in said])[None]
     by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
     assert by_hand.ece == pytest.approx(0.12)
     confidence, accuracy, share = by_hand.curve()
@@ -1210,14 +1210,14 @@ def test_temperature_changes_confidence_only():
         return learner, outer, outer.step(two_tasks())
 
     # cell fe2b3ecc
-    def answer(confidence, right):
+    def an_answer(confidence, right):
         "Logits of three classes for one answer, whose target is class 0."
         p = torch.full((3,), (1 - confidence) / 2)
         p[0 if right else 1] = confidence
         return p.log()
 
     said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
-    logits = torch.stack([answer(*one) for one in said])[None]
+    logits = torch.stack([an_answer(*one) for one in said])[None]
     by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
     assert by_hand.ece == pytest.approx(0.12)
     confidence, accuracy, share = by_hand.curve()

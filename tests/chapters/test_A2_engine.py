@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
-from metabook.engine import choose_lift, graded, in_flight, losses, over_tasks
+from metabook import engine
+from metabook.engine import (
+    Replayed,
+    Verdict,
+    choose_lift,
+    grade,
+    gradients,
+    in_flight,
+    in_parts,
+    log,
+    losses,
+    over_tasks,
+    update_where,
+)
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, BatchNorm, Conv4
 from metabook.prototypes import ProtoNet
+from metabook.training import Outer, evaluate, fit
 
 
 @pytest.mark.proves("eq-lift")
@@ -68,17 +88,20 @@ def test_the_engine_chooses_by_size_and_device():
     # cell d492554d
     def batch_of(tasks, query):
         classes = Classes.of({str(i): torch.zeros(query + 1, 1, 28, 28) for i in range(5)})
-        return FewShot(classes, 5, 1, query).sample(tasks)
+        return [side.x for side in FewShot(classes, 5, 1, query).sample(tasks)]
 
     network = Conv4(width=64, pool="stride")
     # 4 tasks of 5 (1 + 15) images: 28 x 28 pixels, 64 filters, every second pixel both ways
-    assert in_flight(network, batch_of(4, 15)) == 4 * 80 * 64 * 14 * 14
-    assert choose_lift(network, "auto", batch_of(4, 15)) == "vmap"
-    assert choose_lift(network, "auto", batch_of(16, 15)) == "loop"
-    assert choose_lift(network, "vmap", batch_of(16, 15)) == "vmap"
-    assert choose_lift(network) == "loop"  # without a batch to look at, it expects a large one
-    assert choose_lift(MLP([784, 5]), "auto", batch_of(16, 15)) == "vmap"
-    assert choose_lift(network.to("meta"), "auto", batch_of(16, 15)) == "vmap"  # not a CPU
+    assert in_flight(network, *batch_of(4, 15)) == 4 * 80 * 64 * 14 * 14
+    assert choose_lift(network, "auto", *batch_of(4, 15)) == "vmap"
+    assert choose_lift(network, "auto", *batch_of(16, 15)) == "loop"
+    assert choose_lift(network, "vmap", *batch_of(16, 15)) == "vmap"
+    assert choose_lift(network, "loop") == "loop" and choose_lift(network, "graph") == "vmap"
+    assert (
+        choose_lift(network, "auto") == "loop"
+    )  # without a batch to look at, it expects a large one
+    assert choose_lift(MLP([784, 5]), "auto", *batch_of(16, 15)) == "vmap"
+    assert choose_lift(network.to("meta"), "auto", *batch_of(16, 15)) == "vmap"  # not a CPU
 
 
 @pytest.mark.proves("eq-running-statistics")
@@ -126,14 +149,386 @@ def test_answers_are_overheard():
     learner = ProtoNet(Normalised()).eval()
     expected = over_tasks(learner, episodes.support, episodes.query.x)
     for lift in ("loop", "vmap"):
-        values, heard = graded(learner, episodes, lift)
+        values, heard, _ = grade(learner, episodes, lift)
         torch.testing.assert_close(heard, expected.detach())
         torch.testing.assert_close(values, losses(learner, episodes, lift))
         assert values.requires_grad and not heard.requires_grad
+        whole = engine._as_a_whole(learner, episodes, lift)
+        torch.testing.assert_close(whole.answers, heard)
+        torch.testing.assert_close(whole.losses, values)
     learner.loss = lambda episode: learner.predict(
         learner.adapt(episode.support), episode.query.x
     ).sum()
-    assert graded(learner, episodes, "vmap")[1] is None  # nobody called forward
+    assert not in_parts(learner)
+    assert grade(learner, episodes, "vmap").answers is None  # nobody called forward
+
+
+@pytest.mark.proves("eq-task-weights")
+def test_weights_of_tasks():
+    # cell 542b7e73
+    class Worst(MAML):
+        "Cares most for the task that went worst."
+
+        def combine(self, losses):
+            return losses.logsumexp(0)
+
+    def gradient(learner, **how):
+        learner.zero_grad()
+        graded = gradients(learner, episodes, **how)
+        assert not graded.losses.requires_grad and graded.answers.shape[:2] == (5, 6)
+        return [p.grad.clone() for p in learner.parameters()]
+
+    images = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
+    torch.manual_seed(0)
+    episodes = (
+        FewShot(images, 3, 1, 2).sample(5, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+    )
+    for kind in (MAML, Worst):
+        learner = kind(Conv4(out=3, width=4, pool="stride"), steps=2).double()
+        learner.zero_grad()
+        values = torch.stack(
+            [learner.loss(tree_map(lambda t, i=i: t[i], episodes)) for i in range(5)]
+        )
+        learner.combine(values).backward()
+        wanted = [p.grad.clone() for p in learner.parameters()]
+        for lift in ("loop", "vmap"):
+            for chunk in (None, 1, 2, 5):
+                found = gradient(learner, lift=lift, chunk=chunk)
+                torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="chunk=0"):
+        gradients(learner, episodes, chunk=0)
+
+
+def test_chunks_change_nothing():
+    # cell 542b7e73
+    class Worst(MAML):
+        "Cares most for the task that went worst."
+
+        def combine(self, losses):
+            return losses.logsumexp(0)
+
+    def gradient(learner, **how):
+        learner.zero_grad()
+        graded = gradients(learner, episodes, **how)
+        assert not graded.losses.requires_grad and graded.answers.shape[:2] == (5, 6)
+        return [p.grad.clone() for p in learner.parameters()]
+
+    images = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
+    torch.manual_seed(0)
+    episodes = (
+        FewShot(images, 3, 1, 2).sample(5, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+    )
+    for kind in (MAML, Worst):
+        learner = kind(Conv4(out=3, width=4, pool="stride"), steps=2).double()
+        learner.zero_grad()
+        values = torch.stack(
+            [learner.loss(tree_map(lambda t, i=i: t[i], episodes)) for i in range(5)]
+        )
+        learner.combine(values).backward()
+        wanted = [p.grad.clone() for p in learner.parameters()]
+        for lift in ("loop", "vmap"):
+            for chunk in (None, 1, 2, 5):
+                found = gradient(learner, lift=lift, chunk=chunk)
+                torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="chunk=0"):
+        gradients(learner, episodes, chunk=0)
+
+    # cell e8fe771f
+    class OwnLoss(ProtoNet):
+        "Its loss is not only that of its predictions."
+
+        def loss(self, episode):
+            return super().loss(episode) + 0.1 * self.embed(episode.support.x).square().mean()
+
+    class Tempered(ProtoNet):
+        "Learns how to combine."
+
+        def __init__(self, embed):
+            super().__init__(embed)
+            self.heat = torch.nn.Parameter(torch.tensor(0.5))
+
+        def combine(self, losses):
+            return (losses / self.heat).logsumexp(0) * self.heat
+
+    class Centred(ProtoNet):
+        "Normalises only what it adapts to, so nothing later covers up what was seen there."
+
+        def predict(self, state, x):
+            return -torch.cdist(x, state[0])
+
+    points = Classes.of({str(i): i + torch.randn(6, 2) for i in range(4)})
+    episodes = FewShot(points, 3, 1, 2).sample(5, torch.Generator().manual_seed(0))
+    for kind in (OwnLoss, Tempered, Centred):
+        found = []
+        for how in (
+            dict(lift="vmap"),
+            dict(lift="loop"),
+            dict(lift="vmap", chunk=2),
+            dict(lift="loop", chunk=2),
+        ):
+            torch.manual_seed(0)
+            net = torch.nn.Sequential(torch.nn.Linear(2, 2), BatchNorm(2, stats="running"))
+            learner = kind(net).train()
+            graded = gradients(learner, episodes, **how)
+            found.append([p.grad for p in learner.parameters()] + [net[1].mean, net[1].var])
+            assert (
+                torch.equal(graded.losses, graded.losses.detach()) and net[1].mean.abs().min() > 0
+            )
+        for other in found[1:]:
+            torch.testing.assert_close(other, found[0])
+
+
+def test_recomputing_saves_memory():
+    # cell d3840484
+    def peak(f):
+        "The most bytes that a call held at once on the CPU, beyond what was there before."
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
+            f()
+        events = profiler.profiler.kineto_results.events()
+        sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        return max(itertools.accumulate(size for _, size in sorted(sizes)))
+
+    # cell f96b8c88
+    class LearnedRate(MAML):
+        "A rate that is learned: a parameter that a step uses without being given it."
+
+        def __init__(self, net, steps):
+            super().__init__(net, steps=steps)
+            self.lr = torch.nn.Parameter(torch.tensor(0.1))
+
+    def many_steps(steps, recompute, lift="vmap"):
+        torch.manual_seed(0)
+        learner = LearnedRate(Conv4(out=3, width=8, pool="stride"), steps)
+        learner.train().double()
+        gradients(learner, episodes, lift=lift, recompute=recompute)
+        return [p.grad for p in learner.parameters()]
+
+    images = Classes.of({str(i): torch.rand(12, 1, 28, 28) for i in range(4)})
+    episodes = (
+        FewShot(images, 3, 5, 2).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+    )
+    for lift in ("vmap", "loop"):
+        found, wanted = (many_steps(3, recompute, lift) for recompute in (True, False))
+        assert found[0].abs().sum() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-13)
+    held = {(n, r): peak(lambda n=n, r=r: many_steps(n, r)) for n in (5, 20) for r in (False, True)}
+    for (steps, recompute), size in held.items():
+        print(f"{steps:2d} steps, recompute={recompute!s:5}: {size / 2**20:6.1f} MiB")
+    assert held[20, True] < 2 * held[5, True] and held[20, False] > 3 * held[5, False]
+    with pytest.raises(ValueError, match="ProtoNet has no `step` to compute again"):
+        gradients(ProtoNet(MLP([784, 8])), episodes.to(dtype=torch.float32), recompute=True)
+
+
+def test_no_graph_without_need():
+    # cell d3840484
+    def peak(f):
+        "The most bytes that a call held at once on the CPU, beyond what was there before."
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
+            f()
+        events = profiler.profiler.kineto_results.events()
+        sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        return max(itertools.accumulate(size for _, size in sorted(sizes)))
+
+    # cell f96b8c88
+    class LearnedRate(MAML):
+        "A rate that is learned: a parameter that a step uses without being given it."
+
+        def __init__(self, net, steps):
+            super().__init__(net, steps=steps)
+            self.lr = torch.nn.Parameter(torch.tensor(0.1))
+
+    def many_steps(steps, recompute, lift="vmap"):
+        torch.manual_seed(0)
+        learner = LearnedRate(Conv4(out=3, width=8, pool="stride"), steps)
+        learner.train().double()
+        gradients(learner, episodes, lift=lift, recompute=recompute)
+        return [p.grad for p in learner.parameters()]
+
+    images = Classes.of({str(i): torch.rand(12, 1, 28, 28) for i in range(4)})
+    episodes = (
+        FewShot(images, 3, 5, 2).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+    )
+    for lift in ("vmap", "loop"):
+        found, wanted = (many_steps(3, recompute, lift) for recompute in (True, False))
+        assert found[0].abs().sum() > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-13)
+    held = {(n, r): peak(lambda n=n, r=r: many_steps(n, r)) for n in (5, 20) for r in (False, True)}
+    for (steps, recompute), size in held.items():
+        print(f"{steps:2d} steps, recompute={recompute!s:5}: {size / 2**20:6.1f} MiB")
+    assert held[20, True] < 2 * held[5, True] and held[20, False] > 3 * held[5, False]
+    with pytest.raises(ValueError, match="ProtoNet has no `step` to compute again"):
+        gradients(ProtoNet(MLP([784, 8])), episodes.to(dtype=torch.float32), recompute=True)
+
+    # cell 7d42c4c4
+    def first_order(steps):
+        net = Conv4(out=3, width=8, pool="stride")
+        gradients(MAML(net, steps=steps, first_order=True).double(), episodes, lift="vmap")
+
+    few, many = peak(lambda: first_order(5)), peak(lambda: first_order(20))
+    print(f"first order: {few / 2**20:.1f} MiB for 5 steps, {many / 2**20:.1f} for 20")
+    assert many < 1.1 * few
+    learner = MAML(Conv4(out=3, width=8, pool="stride"), steps=2).eval()
+    tasks = FewShot(images, 3, 5, 2)
+    few, many = (peak(lambda n=n: evaluate(learner, tasks, n=n)) for n in (40, 400))
+    print(f"evaluation: {few / 2**20:.1f} MiB for 40 tasks, {many / 2**20:.1f} for 400")
+    assert many < 1.1 * few
+
+
+@pytest.mark.proves("eq-skipped-step")
+def test_a_bad_step_is_skipped(device):
+    # cell af2d6cd2
+    def three_steps(bad, device):
+        "Two good steps of Adam, and between them a bad one if it is so wanted."
+        theta = torch.nn.Parameter(torch.ones(2, device=device))
+        optimizer, verdict = torch.optim.Adam([theta], lr=0.1), Verdict(torch.device(device))
+        for factor in (1.0, bad, 1.0):
+            if factor is None:
+                continue
+            theta.grad = torch.tensor([1.0, -2.0], device=device) * factor
+            losses = torch.tensor([1.0, factor], device=device)
+            verdict.judge(losses, theta.grad.norm())
+            update_where(verdict.fine, optimizer)
+        return theta.detach(), verdict
+
+    wanted, verdict = three_steps(None, device)
+    verdict.look()
+    for bad in (math.nan, math.inf):
+        theta, verdict = three_steps(bad, device)
+        assert torch.equal(theta, wanted) and verdict.fine
+        with pytest.raises(FloatingPointError, match=f"step 2: the loss of task 1 is {bad}: look"):
+            verdict.look()
+    verdict = Verdict(torch.device(device))
+    verdict.judge(torch.ones(3, device=device), torch.tensor(math.nan, device=device))
+    verdict.judge(
+        torch.full((3,), math.inf, device=device), torch.tensor(1.0, device=device)
+    )  # later
+    with pytest.raises(FloatingPointError, match="step 1: every loss is finite, but the norm"):
+        verdict.look()
+
+
+def test_a_step_asks_the_host_nothing():
+    # cell 5e1aa8ff
+    class HostIsAsked(TorchDispatchMode):
+        "Raises where a value leaves the device, or a Python number enters it as a tensor."
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in (
+                "_local_scalar_dense",
+                "nonzero",
+                "masked_select",
+                "lift_fresh",
+                "is_nonzero",
+            ):
+                raise AssertionError(f"{name}: the host is asked")
+            return function(*args, **(kwargs or {}))
+
+    images = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
+    for learner, tasks in (
+        (MAML(Conv4(out=3, width=4), steps=2), FewShot(images, 3, 1, 2)),
+        (ProtoNet(Conv4(width=4, stats="running")), FewShot(images, 3, 1, 2)),
+        (MAML(MLP([1, 8, 1]), 0.01, kind="regression"), Sinusoids()),
+    ):
+        learner, generator = learner.train(), torch.Generator().manual_seed(0)
+        optimizer = torch.optim.SGD(learner.param_groups(), lr=0.1, momentum=0.9)
+        outer = Outer(learner, optimizer, clip=1.0, lift="vmap")
+        outer.turn(tasks.sample(2, generator))  # makes what the optimiser remembers
+        before = [p.detach().clone() for p in learner.parameters()]
+        with HostIsAsked():
+            outer.turn(tasks.sample(2, generator))
+        assert any((p != b).any() for p, b in zip(learner.parameters(), before, strict=True))
+        outer.verdict.look()
+
+
+def test_without_a_graph_it_goes_on():
+    # cell 2780aa03
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    log.addHandler(handler)
+    try:
+        twice = Replayed(lambda x: 2 * x, torch.device("cpu"))
+        assert [twice(torch.tensor(v)).item() for v in (1, 2, 3, 4, 5)] == [2, 4, 6, 8, 10]
+    finally:
+        log.removeHandler(handler)
+    assert said == [
+        'lift="graph" goes on without a graph: graphs are recorded on CUDA devices, and this is cpu'
+    ]
+
+
+@pytest.mark.cuda
+def test_a_replay_is_the_step():
+    # cell 3660e2dd
+    def some_steps(lift, steps=8):
+        torch.manual_seed(0)
+        learner = MAML(Conv4(out=3, width=8)).to("cuda").train()
+        tasks = FewShot(
+            Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(9)}).to("cuda"), 3, 1, 2
+        )
+        run = fit(learner, tasks, steps=steps, meta_batch=4, lift=lift, log_every=1, progress=False)
+        return run.curve("loss")[1], [p.detach() for p in learner.parameters()]
+
+    (losses_graph, graph), (losses_vmap, vmap) = some_steps("graph"), some_steps("vmap")
+    assert len(set(losses_graph)) == len(losses_graph)  # random numbers differ at each replay
+    torch.testing.assert_close(losses_graph, losses_vmap, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(graph, vmap, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.cuda
+def test_replays_are_recorded_by_shape():
+    # cell 5e1aa8ff
+    class HostIsAsked(TorchDispatchMode):
+        "Raises where a value leaves the device, or a Python number enters it as a tensor."
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in (
+                "_local_scalar_dense",
+                "nonzero",
+                "masked_select",
+                "lift_fresh",
+                "is_nonzero",
+            ):
+                raise AssertionError(f"{name}: the host is asked")
+            return function(*args, **(kwargs or {}))
+
+    images = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
+    for learner, tasks in (
+        (MAML(Conv4(out=3, width=4), steps=2), FewShot(images, 3, 1, 2)),
+        (ProtoNet(Conv4(width=4, stats="running")), FewShot(images, 3, 1, 2)),
+        (MAML(MLP([1, 8, 1]), 0.01, kind="regression"), Sinusoids()),
+    ):
+        learner, generator = learner.train(), torch.Generator().manual_seed(0)
+        optimizer = torch.optim.SGD(learner.param_groups(), lr=0.1, momentum=0.9)
+        outer = Outer(learner, optimizer, clip=1.0, lift="vmap")
+        outer.turn(tasks.sample(2, generator))  # makes what the optimiser remembers
+        before = [p.detach().clone() for p in learner.parameters()]
+        with HostIsAsked():
+            outer.turn(tasks.sample(2, generator))
+        assert any((p != b).any() for p, b in zip(learner.parameters(), before, strict=True))
+        outer.verdict.look()
+    # cell 8ae2022d
+    generator = torch.Generator("cuda").manual_seed(0)
+    noisy = Replayed(
+        lambda x: x + torch.rand(len(x), device="cuda", generator=generator),
+        torch.device("cuda"),
+        generator,
+    )
+    draws = [noisy(torch.zeros(3, device="cuda")).clone() for _ in range(8)]
+    assert len({tuple(d.tolist()) for d in draws}) == 8 and len(noisy.graphs) == 1
+    for n in range(4, 4 + Replayed.most):
+        for _ in range(Replayed.warm_up + 2):
+            assert len(noisy(torch.zeros(n, device="cuda"))) == n
+    assert len(noisy.graphs) == Replayed.most and "sets of shapes" in noisy.why_not
+    asking = Replayed(lambda x: x * x.sum().item(), torch.device("cuda"))
+    assert [asking(torch.full((2,), 2.0, device="cuda")).tolist() for _ in range(6)] == [
+        [8.0, 8.0]
+    ] * 6
+    assert asking.why_not
 
 
 def test_values_do_not_decide():

@@ -1,0 +1,284 @@
+"""Made from nbs/A8_kernels.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.func import grad, vmap
+from torch.nn import functional as F
+
+from metabook import kernels
+from metabook.networks import call, conv_block, normalise
+
+
+def test_layout_changes_no_number():
+    # cell ae78965f
+    torch.manual_seed(0)
+    for channels in (1, 3):
+        x = torch.rand(4, channels, 6, 6)
+        y = kernels.channels_last(x)
+        assert torch.equal(x, y) and y.stride()[1] == 1
+        maps = F.conv2d(y, torch.rand(8, channels, 3, 3), padding=1)
+        assert maps.is_contiguous(memory_format=torch.channels_last)  # and so are all that follow
+    assert kernels.channels_last(x.to("meta")).stride() == x.stride()
+
+
+def test_the_kernel_is_its_definition():
+    # cell 4fc1d47c
+    def agree(f, g, arguments):
+        "Do two functions of tensors have the same value, gradient and second derivative?"
+
+        def derivatives(f):
+            def loss(*x):
+                return f(*x).sin().sum()
+
+            inner = grad(loss, tuple(range(len(arguments))))
+            x = [a.clone().requires_grad_() for a in arguments]
+            value = f(*x)
+            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
+            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
+            return value, first, second
+
+        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
+            size = max(
+                w.abs().max().item() for w in wanted
+            )  # a gradient may be zero but for rounding
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
+
+    def large_maps(n=24, channels=64, size=28):
+        torch.manual_seed(0)
+        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
+        return x, torch.randn(channels).double(), torch.randn(channels).double()
+
+    # cell 197c357c
+    x, weight, bias = large_maps()
+    assert kernels.worthwhile(x, x.numel()) and not kernels.worthwhile(x, 2**10)
+    agree(
+        lambda *a: kernels.batch_norm(normalise, *a, 1e-5)[0],
+        lambda *a: normalise(*a, 1e-5)[0],
+        [x, weight, bias],
+    )
+    for found, wanted in zip(
+        kernels.batch_norm(normalise, x, weight, bias, 0.1),
+        normalise(x, weight, bias, 0.1),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_kernel_lifts():
+    # cell 4fc1d47c
+    def agree(f, g, arguments):
+        "Do two functions of tensors have the same value, gradient and second derivative?"
+
+        def derivatives(f):
+            def loss(*x):
+                return f(*x).sin().sum()
+
+            inner = grad(loss, tuple(range(len(arguments))))
+            x = [a.clone().requires_grad_() for a in arguments]
+            value = f(*x)
+            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
+            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
+            return value, first, second
+
+        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
+            size = max(
+                w.abs().max().item() for w in wanted
+            )  # a gradient may be zero but for rounding
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
+
+    def large_maps(n=24, channels=64, size=28):
+        torch.manual_seed(0)
+        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
+        return x, torch.randn(channels).double(), torch.randn(channels).double()
+
+    # cell 197c357c
+    x, weight, bias = large_maps()
+    assert kernels.worthwhile(x, x.numel()) and not kernels.worthwhile(x, 2**10)
+    agree(
+        lambda *a: kernels.batch_norm(normalise, *a, 1e-5)[0],
+        lambda *a: normalise(*a, 1e-5)[0],
+        [x, weight, bias],
+    )
+    for found, wanted in zip(
+        kernels.batch_norm(normalise, x, weight, bias, 0.1),
+        normalise(x, weight, bias, 0.1),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+    # cell 2ef86a99
+    x, weight, bias = large_maps(n=3 * 24)
+    tasks = x.unflatten(0, (3, 24))
+
+    def inner_gradient(norm):
+        "Of one task: how its squared output changes with the scale, and how that depends on the maps."
+
+        def f(x, weight):
+            return grad(lambda w: norm(x, w, bias, 1e-5)[0].pow(3).sum())(weight)
+
+        return f
+
+    kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
+    lifted = vmap(kernel, (0, None))(tasks, weight)
+    torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
+
+
+@pytest.mark.proves("eq-pooled-statistics")
+def test_statistics_of_portions_merge():
+    # cell e5f029c7
+    assert [
+        v.item()
+        for v in kernels.merge(torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]]), [1, 2])
+    ] == [3, 4]
+    torch.manual_seed(0)
+    x = 1000 + torch.randn(5, 3, 8, 8)
+    parts = [x[:2], x[2:]]
+    means = torch.stack([p.mean((0, 2, 3)) for p in parts])
+    variances = torch.stack([p.var((0, 2, 3), correction=0) for p in parts])
+    mean, var = kernels.merge(means, variances, [2, 3])
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(
+        var, x.double().var((0, 2, 3), correction=0).float(), rtol=1e-4, atol=0
+    )
+
+
+def test_the_first_block_is_its_definition():
+    # cell 4fc1d47c
+    def agree(f, g, arguments):
+        "Do two functions of tensors have the same value, gradient and second derivative?"
+
+        def derivatives(f):
+            def loss(*x):
+                return f(*x).sin().sum()
+
+            inner = grad(loss, tuple(range(len(arguments))))
+            x = [a.clone().requires_grad_() for a in arguments]
+            value = f(*x)
+            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
+            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
+            return value, first, second
+
+        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
+            size = max(
+                w.abs().max().item() for w in wanted
+            )  # a gradient may be zero but for rounding
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
+
+    def large_maps(n=24, channels=64, size=28):
+        torch.manual_seed(0)
+        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
+        return x, torch.randn(channels).double(), torch.randn(channels).double()
+
+    # cell c3c3b1a3
+    torch.manual_seed(0)
+    for channels, size in ((1, 28), (3, 17)):
+        images = kernels.channels_last(torch.randn(34, channels, size, size).double())
+        filters = torch.randn(64, channels, 3, 3).double()
+        shift, weight, bias = torch.randn(3, 64).double()
+        assert len(kernels._portions(64, images)) > 1
+        agree(
+            lambda *a, x=images: kernels.first_block(conv_block, x, *a, 1e-5)[0],
+            lambda *a, x=images: conv_block(x, *a, 1e-5)[0],
+            [filters, shift, weight, bias],
+        )
+        agree(  # also when the images themselves are asked for a gradient
+            lambda *a: kernels.first_block(conv_block, *a, 1e-5)[0],
+            lambda *a: conv_block(*a, 1e-5)[0],
+            [images[:8], filters, shift, weight, bias],
+        )
+        found = kernels.first_block(conv_block, images, filters, shift, weight, bias, 0.1)
+        for a, b in zip(found, conv_block(images, filters, shift, weight, bias, 0.1), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_first_block_lifts():
+    # cell 4fc1d47c
+    def agree(f, g, arguments):
+        "Do two functions of tensors have the same value, gradient and second derivative?"
+
+        def derivatives(f):
+            def loss(*x):
+                return f(*x).sin().sum()
+
+            inner = grad(loss, tuple(range(len(arguments))))
+            x = [a.clone().requires_grad_() for a in arguments]
+            value = f(*x)
+            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
+            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
+            return value, first, second
+
+        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
+            size = max(
+                w.abs().max().item() for w in wanted
+            )  # a gradient may be zero but for rounding
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
+
+    def large_maps(n=24, channels=64, size=28):
+        torch.manual_seed(0)
+        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
+        return x, torch.randn(channels).double(), torch.randn(channels).double()
+
+    # cell c3c3b1a3
+    torch.manual_seed(0)
+    for channels, size in ((1, 28), (3, 17)):
+        images = kernels.channels_last(torch.randn(34, channels, size, size).double())
+        filters = torch.randn(64, channels, 3, 3).double()
+        shift, weight, bias = torch.randn(3, 64).double()
+        assert len(kernels._portions(64, images)) > 1
+        agree(
+            lambda *a, x=images: kernels.first_block(conv_block, x, *a, 1e-5)[0],
+            lambda *a, x=images: conv_block(x, *a, 1e-5)[0],
+            [filters, shift, weight, bias],
+        )
+        agree(  # also when the images themselves are asked for a gradient
+            lambda *a: kernels.first_block(conv_block, *a, 1e-5)[0],
+            lambda *a: conv_block(*a, 1e-5)[0],
+            [images[:8], filters, shift, weight, bias],
+        )
+        found = kernels.first_block(conv_block, images, filters, shift, weight, bias, 0.1)
+        for a, b in zip(found, conv_block(images, filters, shift, weight, bias, 0.1), strict=True):
+            torch.testing.assert_close(a, b)
+    # cell e307614f
+    tasks = torch.randn(2, 24, 1, 28, 28).double()
+    each = (torch.randn(2, 8, 1, 3, 3).double(), *torch.randn(3, 2, 8).double())
+    lifted = vmap(lambda *a: kernels.first_block(conv_block, *a, 1e-5))(tasks, *each)
+    for i in range(2):
+        single = conv_block(tasks[i], *(a[i] for a in each), 1e-5)
+        for a, b in zip(lifted, single, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_second_derivatives_in_bfloat16():
+    # cell 002583fd
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 3))
+    theta, x = dict(net.named_parameters()), torch.randn(4, 5, 1, 6, 6)
+
+    def meta_gradient(lift):
+        def one(x):
+            inner = grad(lambda p: call(net, p, x).square().mean())(theta)
+            return call(net, {k: p - 0.5 * inner[k] for k, p in theta.items()}, x).square().mean()
+
+        losses = vmap(one)(x) if lift else torch.stack([one(t) for t in x])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(losses.sum(), list(theta.values()))]
+        )
+
+    exact = meta_gradient(False)
+    with kernels.precise("bfloat16"):
+        loop, lifted = meta_gradient(False), meta_gradient(True)
+
+    def apart(a, b):
+        return ((a - b).norm() / b.norm()).item()
+
+    print(f"from float32: {apart(loop, exact):.1e}, lifted from loop: {apart(lifted, loop):.1e}")
+    assert 1e-4 < apart(loop, exact) < 0.03 and apart(lifted, loop) < 0.01
+    assert apart(meta_gradient(True), exact) < 1e-5  # outside of `precise` nothing has changed
+    with pytest.raises(
+        ValueError, match="precision='half', expected one of float32, tf32, bfloat16"
+    ):
+        kernels.precise("half").__enter__()
