@@ -21,6 +21,7 @@ from .episodes import Classes, Examples
 from .learners import Learner
 from metabook.recipes import (
     REPRODUCTIONS,
+    TEST_TASKS,
     Recipe,
     data_named,
     listed,
@@ -38,8 +39,8 @@ from .training import evaluate
 __all__ = ['app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay', 'TrainWay',
            'TrainQuery', 'Network', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels', 'Every',
            'Start', 'Out', 'settings', 'tell_version', 'options', 'device_of', 'tell', 'list_methods', 'list_data',
-           'get_data', 'check_data', 'train', 'adjusted', 'reproduce_row', 'evaluate_folder', 'check_way', 'classify',
-           'read_query', 'classify_images', 'main']
+           'get_data', 'check_data', 'train', 'asked', 'chosen', 'adjusted', 'reproduce_row', 'evaluate_folder',
+           'check_way', 'classify', 'read_query', 'classify_images', 'main']
 
 # %% ../nbs/A5_command_line.ipynb #0a38eb58
 def settings(
@@ -230,20 +231,27 @@ def train(
     said = {"network": network, "query": query, "way": train_way}
     said |= {"steps": steps, "batch": batch, "lr": lr}
     recipe = adjusted(recipe_for(method, data), said, method_args, net_args)
-    task = {"data": data_named(data), "way": way, "shot": shot or (5 if data == "sinusoids" else 1)}
-    if task["data"] not in [*SOURCES, "sinusoids"]:
-        task |= {"size": size, "channels": channels}
+    task = asked(data, way, shot, size, channels)
     name = f"{method}-{Path(task['data']).name}-{way}way-{task['shot']}shot"
     out = out or Path("runs") / name
     config = run_recipe(method, recipe, task, device_of(device), seed, out, every, start)
     best, seconds = config["validation"], config["training"]["seconds"]
-    best_score = (
-        f"best validation {best['metric']} {best['mean']:.4g} at step {best['step']}, "
-        if best
-        else ""
-    )
     facts = {"folder": str(out), "seconds": seconds, "validation": best}
-    tell(f"{out}: {best_score}{seconds:.0f} s", facts, as_json)
+    tell(f"{out}: {chosen(best)}{seconds:.0f} s", facts, as_json)
+
+
+def asked(data: str, way: int, shot: int | None, size: int, channels: int) -> dict[str, Any]:
+    "The tasks to validate and test on; for a folder also how its images are read."
+    task = {"data": data_named(data), "way": way, "shot": shot or (5 if data == "sinusoids" else 1)}
+    own = task["data"] not in [*SOURCES, "sinusoids"]
+    return task | ({"size": size, "channels": channels} if own else {})
+
+
+def chosen(best: dict[str, Any] | None) -> str:
+    "On what ground the parameters were selected, in words."
+    if best is None:
+        return ""
+    return f"best validation {best['metric']} {best['mean']:.4g} at step {best['step']}, "
 
 
 def adjusted(
@@ -275,7 +283,7 @@ def reproduce_row(
         int | None,
         typer.Option(help="Fewer outer steps: a trial, kept apart from the rows.", min=1),
     ] = None,
-    tasks: Annotated[int, typer.Option(help="How many test tasks.", min=2)] = 600,
+    tasks: Annotated[int, typer.Option(help="How many test tasks.", min=2)] = TEST_TASKS,
     device: Device = "auto",
     runs: Annotated[Path, typer.Option(help="Where trained folders go.")] = Path("runs"),
     results: Annotated[Path, typer.Option(help="Where NAME.json goes.")] = Path("results"),
@@ -297,7 +305,7 @@ def evaluate_folder(
     way: Way = None,
     shot: Shot = None,
     query: Query = None,
-    tasks: Annotated[int, typer.Option(help="How many test tasks.", min=2)] = 600,
+    tasks: Annotated[int, typer.Option(help="How many test tasks.", min=2)] = TEST_TASKS,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: AsJson = False,

@@ -21,7 +21,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['Examples', 'Episode', 'one_hot', 'Tasks', 'Frozen', 'count', 'positive', 'Waves', 'Sinusoids', 'Classes', 'Picks',
-           'choose', 'sides', 'FewShot', 'gather_rows', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
+           'choose', 'sides', 'ClassTasks', 'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -226,6 +226,8 @@ class Sinusoids(Tasks):
 class Classes:
     """Class-organised data in one tensor: the examples of a class stand together.
 
+    What a draw needs to know of them stands on the data's device, so that it need not copy or wait.
+
     Raises `ValueError` where the sizes do not add up to the data, a class is empty, or bytes are no
     images with a `mean` and a `std` for each channel (or one for all).
     """
@@ -248,6 +250,7 @@ class Classes:
             raise ValueError(f"{len(self.names)} names for {len(self.sizes)} classes")
         if self.x.dtype == torch.uint8:
             self.check_images()
+        self.settle()
 
     def check_images(self) -> None:
         "Raise `ValueError` unless the bytes are images that `prepare` can prepare."
@@ -262,6 +265,15 @@ class Classes:
                     f"{name}={getattr(self, name)} for images of {self.x.shape[1]} channels: give one "
                     "number, or one for each channel"
                 )
+
+    def settle(self) -> None:
+        "Bring the numbers that draws need to the data's device, and compute the others from them."
+        for name in ("sizes", "cut"):
+            numbers = getattr(self, name)
+            if numbers is not None and not self.x.is_meta:  # a device that holds no numbers
+                object.__setattr__(self, name, numbers.to(self.x.device))
+        for name in ("starts", "largest", "scaling"):
+            getattr(self, name)
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.x.shape[1:]))
@@ -291,6 +303,17 @@ class Classes:
         "Where each class begins in `x`."
         return self.sizes.cumsum(0) - self.sizes
 
+    @cached_property
+    def largest(self) -> int:
+        "How many examples the largest class has."
+        return max(self.sizes.tolist(), default=0)
+
+    @cached_property
+    def scaling(self) -> list[Tensor]:
+        "`mean` and `std` as `prepare` needs them, each [channels, 1, 1] or [1, 1, 1]."
+        exact = {"dtype": torch.float64, "device": self.x.device}
+        return [torch.tensor(v, **exact)[:, None, None] for v in (self.mean, self.std)]
+
     def of_class(self, i: int) -> Shaped[Tensor, "n *features"]:
         "The examples of class `i`, as they are stored."
         return self.x[self.starts[i] : self.starts[i] + self.sizes[i]]
@@ -311,8 +334,7 @@ class Classes:
 
     def to(self, device: torch.device | str) -> Classes:
         "The data on another device; images stay bytes."
-        cut = None if self.cut is None else self.cut.to(device)
-        return replace(self, x=self.x.to(device), sizes=self.sizes.to(device), cut=cut)
+        return replace(self, x=self.x.to(device))
 
     def prepare(
         self,
@@ -321,8 +343,9 @@ class Classes:
         "What a network sees: bytes become (x / 255 - mean) / std, floats stay as they are."
         if x.dtype != torch.uint8:
             return x
-        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
-        return (x.to(torch.get_default_dtype()) / 255 - mean) / std
+        dtype = torch.get_default_dtype()
+        mean, std = (t.to(x.device, dtype) for t in self.scaling)
+        return (x.to(dtype) / 255 - mean) / std
 
 # %% ../nbs/02_episodes.ipynb #3da5c99b
 class Picks(NamedTuple):
@@ -361,7 +384,7 @@ def sides(
     """
     device = chosen.device
     size = classes.sizes.to(device)[chosen][..., None]
-    position = torch.arange(int(classes.sizes.max()), device=device)
+    position = torch.arange(classes.largest, device=device)
     exists = position < size
     if classes.cut is None:
         return exists, exists
@@ -370,14 +393,46 @@ def sides(
     return exists & support, exists & ~support
 
 
-class FewShot(Tasks):
+class ClassTasks(Tasks):
+    """Classification tasks made of class-organised data.
+
+    A subclass sets `classes` and writes `draw`, which gives `Picks`.
+    """
+
+    kind = "classification"
+    classes: Classes  # the data
+
+    @property
+    def device(self) -> torch.device:
+        return self.classes.x.device
+
+    def describe(self) -> dict[str, Any]:
+        data = self.classes
+        shape = {"shape": list(data.x.shape[1:]), "mean": list(data.mean), "std": list(data.std)}
+        return super().describe() | {"examples": shape}
+
+    def gather(self, indices: Picks) -> Episode:
+        "The images and one-hot labels of drawn episodes."
+        chosen, *drawn = (t.to(self.device) for t in indices)
+        return Episode(self.examples(chosen, *drawn[:2]), self.examples(chosen, *drawn[2:]))
+
+    def examples(
+        self,
+        chosen: Int[Tensor, "tasks way"],  # class indices
+        rows: Int[Tensor, "tasks n"],  # of `Classes.x`
+        labels: Int[Tensor, "tasks n"],  # their labels in the task
+    ) -> Examples:
+        "One side of drawn episodes."
+        x = self.classes.prepare(self.classes.x[rows])
+        return Examples(x, one_hot(labels, chosen.shape[-1]), {"classes": chosen})
+
+
+class FewShot(ClassTasks):
     """N-way K-shot classification: `way` random classes, `shot` support and `query` query examples each.
 
     The classes come in random order, so a label means something else in each task.  Support and
     query never share an example.  Raises `ValueError` where the data cannot give such a task.
     """
-
-    kind = "classification"
 
     def __init__(
         self,
@@ -392,15 +447,6 @@ class FewShot(Tasks):
 
     def __repr__(self) -> str:
         return f"FewShot({summary(self.classes)}, way={self.way}, shot={self.shot}, query={self.query})"
-
-    @property
-    def device(self) -> torch.device:
-        return self.classes.x.device
-
-    def describe(self) -> dict[str, Any]:
-        data = self.classes
-        shape = {"shape": list(data.x.shape[1:]), "mean": list(data.mean), "std": list(data.std)}
-        return super().describe() | {"examples": shape}
 
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
         positive(n=n)
@@ -424,20 +470,6 @@ class FewShot(Tasks):
         rows = self.classes.starts.to(chosen.device)[chosen][..., None] + positions
         labels = torch.arange(chosen.shape[-1], device=chosen.device)[:, None].expand_as(rows)
         return rows.flatten(1), labels.flatten(1)
-
-    def gather(self, indices: Picks) -> Episode:
-        return gather_rows(self.classes, indices)
-
-
-def gather_rows(classes: Classes, indices: Picks) -> Episode:
-    "The images and one-hot labels of drawn classification episodes."
-    chosen, support, support_labels, query, query_labels = (t.to(classes.x.device) for t in indices)
-    info = {"classes": chosen}
-    sets = [
-        Examples(classes.prepare(classes.x[rows]), one_hot(labels, chosen.shape[-1]), info)
-        for rows, labels in ((support, support_labels), (query, query_labels))
-    ]
-    return Episode(*sets)
 
 
 def summary(classes: Classes) -> str:
@@ -510,7 +542,7 @@ class VariedWayShot(FewShot):
 
     def rows_of(self, chosen: Tensor, flat: Tensor) -> tuple[Tensor, Tensor]:
         "From positions counted over all classes of a task [tasks, total] to rows and labels."
-        longest = int(self.classes.sizes.max())
+        longest = self.classes.largest
         labels = flat // longest
         starts = self.classes.starts.to(chosen.device)[chosen]
         return starts.gather(1, labels) + flat % longest, labels

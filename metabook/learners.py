@@ -3,6 +3,7 @@
 # %% ../nbs/05_learners.ipynb #eed018a0
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Kind', 'Learner', 'check_support', 'check_place', 'task_loss', 'task_score', 'check_match']
+__all__ = ['Kind', 'Learner', 'check_support', 'check_place', 'check_inner_loop', 'task_loss', 'task_score', 'check_match']
 
 # %% ../nbs/05_learners.ipynb #b4878f95
 Kind = Literal["classification", "regression"]
@@ -145,6 +146,19 @@ def check_place(
             f"the examples are {x.dtype} on {x.device}, the learner {parameter.dtype} on "
             f"{parameter.device}: move one of them, for example episode.to(device, dtype)"
         )
+
+
+def check_inner_loop(
+    lr: float,  # inner rate
+    steps: int,  # inner steps in training
+    test_steps: int | None = None,  # inner steps in evaluation mode; `None`: as in training
+) -> None:
+    "Raise `ValueError` unless the rate is positive and finite, and no number of steps negative."
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr!r}, expected a positive inner rate")
+    for name, number in {"steps": steps, "test_steps": test_steps}.items():
+        if number is not None and number < 0:
+            raise ValueError(f"{name}={number}, expected at least 0")
 
 # %% ../nbs/05_learners.ipynb #67160fdb
 def task_loss(

@@ -3,14 +3,12 @@
 # %% ../nbs/08_maml.ipynb #77e2fbee
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
 from torch.func import grad
 
 from .checkpoints import register
 from .episodes import Examples
-from .learners import Kind, Learner, task_loss
+from .learners import Kind, Learner, check_inner_loop, task_loss
 from .networks import Parameters, Statistics, call, support_statistics
 
 try:
@@ -49,13 +47,10 @@ class MAML(Learner):
         kind: Kind = "classification",  # of the tasks
     ):
         super().__init__()
+        check_inner_loop(lr, steps, test_steps)
         self.net, self.lr, self.first_order, self.kind = net, lr, first_order, kind
         self.steps = steps
         self.test_steps = steps if test_steps is None else test_steps
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr={lr!r}, expected a positive inner rate")
-        if self.steps < 0 or self.test_steps < 0:
-            raise ValueError(f"steps={steps}, test_steps={test_steps}: expected at least 0")
 
     def adapt(self, support: Examples) -> tuple[Parameters, Statistics]:
         "The inner loop: a few steps from the learned initialisation."

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,7 +21,7 @@ from metabook.episodes import (
     Tasks,
     positive,
 )
-from .learners import Learner, task_loss
+from .learners import Learner, check_inner_loop, task_loss
 from .networks import Parameters, call, recording
 from .training import Report
 from .transfer import Head, linear
@@ -110,14 +109,11 @@ class MetaTransfer(Learner):
         first_order: bool = False,  # take each inner gradient as a constant
     ):
         super().__init__()
+        check_inner_loop(lr, steps, test_steps)
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
         self.way, self.label_equivariant = way, way is None
         self.steps, self.lr, self.first_order = steps, lr, first_order
         self.test_steps = steps if test_steps is None else test_steps
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr={lr!r}, expected a positive inner rate")
-        if self.steps < 0 or self.test_steps < 0:
-            raise ValueError(f"steps={steps}, test_steps={test_steps}: expected at least 0")
         self.scale, self.shift = untouched(self.net)
         if way is not None:
             self.start = first_rows(self.net, way, like=self.shift[0])

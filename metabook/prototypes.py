@@ -19,7 +19,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'cosine_distance', 'ProtoNet']
+__all__ = ['TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance', 'ProtoNet']
 
 # %% ../nbs/13_prototypes.ipynb #4a3e82e9
 def prototypes(
@@ -61,13 +61,21 @@ def euclidean(
     return squared_euclidean(z, c).clamp_min(TINY).sqrt()
 
 
+def unit(t: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The rows at length one; twice differentiable at zero too.
+
+    Needs the exponents of float32 (or bfloat16): float16 rounds `TINY` to zero, and a row of zeros
+    becomes NaN.
+    """
+    return t * t.square().sum(-1, keepdim=True).clamp_min(TINY).rsqrt()
+
+
 def cosine_distance(
     z: Float[Tensor, "n d"],  # points
     c: Float[Tensor, "way d"],  # prototypes
 ) -> Float[Tensor, "n way"]:
     "One minus the cosine of the angle: 0 for the same direction, 2 for the opposite one."
-    u, v = (t * t.square().sum(-1, keepdim=True).clamp_min(TINY).rsqrt() for t in (z, c))
-    return 1 - u @ v.T
+    return 1 - unit(z) @ unit(c).T
 
 # %% ../nbs/13_prototypes.ipynb #a67dfa93
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

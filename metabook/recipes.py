@@ -41,11 +41,11 @@ from .transfer import Batches
 # %% auto #0
 __all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'OTHERWISE', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO',
            'TOGETHER', 'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS',
-           'REPRODUCTIONS', 'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images',
-           'training_tasks', 'unseen_tasks', 'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'before',
-           'train', 'taken_over', 'preprocessing', 'evidence', 'circumstances', 'commit', 'provenance', 'Published',
-           'Reproduction', 'reproduce', 'rows_in', 'Attempt', 'same_run', 'told', 'seconds_of', 'percent', 'reports',
-           'table', 'listed']
+           'REPRODUCTIONS', 'TEST_TASKS', 'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images',
+           'training_tasks', 'unseen_tasks', 'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'train',
+           'taken_over', 'preprocessing', 'evidence', 'circumstances', 'commit', 'provenance', 'Published',
+           'Reproduction', 'reproduce', 'rows_in', 'Attempt', 'same_run', 'told', 'as_printed', 'seconds_of', 'percent',
+           'reports', 'table', 'listed']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ class Recipe:
     batch: int = 4  # tasks of each outer step, or images of a batch
     lr: float = 1e-3  # outer rate, falling to zero along a cosine
     clip: float | None = None  # largest norm of the meta-gradient
+
+    def on_network_of(self, other: Recipe) -> Recipe:
+        "This recipe with the network of another."
+        return replace(self, network=other.network, net=other.net)
 
 
 STRIDED = {"pool": "stride", "stats": "running"}
@@ -281,7 +285,8 @@ def run_recipe(
         raise ValueError(f"--out {out} is a file: name a folder")
     if start is None and recipe.start:
         start = out / "start"
-        run_recipe(recipe.start, before(recipe, task["data"]), task, device, seed, start)
+        first = recipe_for(recipe.start, task["data"]).on_network_of(recipe)
+        run_recipe(recipe.start, first, task, device, seed, start)
     tasks, validate = training_tasks(task, recipe, device), unseen_tasks(task, "val", device)
     torch.manual_seed(seed)
     base = tasks.way if isinstance(tasks, Batches) else None
@@ -294,11 +299,6 @@ def run_recipe(
     else:
         taken_over(learner, tasks, validate, read_config(start), seed, out, notes)
     return read_config(out)
-
-
-def before(recipe: Recipe, data: str) -> Recipe:
-    "The recipe of what `recipe` starts from, with the same network."
-    return replace(recipe_for(recipe.start, data), network=recipe.network, net=recipe.net)
 
 
 def train(
@@ -533,6 +533,9 @@ REPRODUCTIONS = {
 }
 
 # %% ../nbs/A4_recipes.ipynb #c206b6c1
+TEST_TASKS = 600  # of a row; fewer or more make a trial
+
+
 def reproduce(
     name: str,  # of `REPRODUCTIONS`
     budget: str = "cpu",  # or "gpu"
@@ -542,7 +545,7 @@ def reproduce(
     runs: Path = Path("runs"),  # where trained folders go
     results: Path = Path("results"),  # where NAME.json goes
     steps: int | None = None,  # fewer outer steps than the recipe says, to try it out
-    tasks: int = 600,  # test tasks
+    tasks: int = TEST_TASKS,  # how many to test on
     progress: bool = True,  # show a bar while testing
 ) -> dict[str, Any]:  # what NAME.json says
     """Run a row of a table by its recipe, and write what came out into `results/NAME.json`.
@@ -580,19 +583,19 @@ class Attempt:
     device: torch.device
     runs: Path  # where trained folders go
     steps: int | None = None  # fewer outer steps than the recipe says
-    tasks: int = 600  # test tasks
+    tasks: int = TEST_TASKS  # how many to test on
     like: Recipe | None = None  # another recipe whose network it shall have
 
     @property
     def recipe(self) -> Recipe:
         recipe, like = self.row.recipe(self.budget), self.like
         recipe = replace(recipe, steps=min(self.steps or recipe.steps, recipe.steps))
-        return replace(recipe, network=like.network, net=like.net) if like else recipe
+        return recipe.on_network_of(like) if like else recipe
 
     @property
     def trial(self) -> bool:
         "Is it less than the row asks for?"
-        return self.steps is not None or self.tasks != 600
+        return self.steps is not None or self.tasks != TEST_TASKS
 
     @property
     def shot(self) -> int:
@@ -652,26 +655,24 @@ class Attempt:
             gain = paired(scores["single"], before)
             about |= {"before": before.row(), "gain": gain.row()}
         about |= {"budget": self.budget, "seed": self.seed, "command": self.command()}
-        about |= {
-            "parameters": parameter_count(learner),
-            "start": self.start() and evidence(self.start()),
-        }
+        start = self.start()
+        about |= {"parameters": parameter_count(learner), "start": start and evidence(start)}
         return provenance(config, self.device) | about | {"task": task}
 
     def command(self) -> str:
         "What to type to get this row again."
         words = f"metabook reproduce {self.row.name} --budget {self.budget} --seed {self.seed}"
         words += f" --steps {self.steps}" if self.steps else ""
-        return words + (f" --tasks {self.tasks}" if self.tasks != 600 else "")
+        return words + (f" --tasks {self.tasks}" if self.tasks != TEST_TASKS else "")
 
 
 def same_run(folder: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]:
     "The configuration of a trained folder.  Raises `ValueError` unless it ran this recipe to its end."
     config = read_config(folder)
-    training, wanted = config["training"], json.loads(json.dumps(asdict(recipe)))
-    began_at = (config.get("start") or {}).get("weights")
-    stale = start and began_at and began_at != read_config(start)["weights"]
-    if config["recipe"] != wanted or training["steps_taken"] < training["steps"] or stale:
+    training, began = config["training"], config["start"]
+    found = config["recipe"], began and began["weights"]
+    wanted = json.loads(json.dumps(asdict(recipe))), start and read_config(start)["weights"]
+    if found != wanted or training["steps_taken"] < training["steps"]:
         raise ValueError(
             f"{folder} holds a run of another recipe, from another start, or one that was "
             "interrupted: delete it, or name another folder with --runs"
@@ -681,19 +682,21 @@ def same_run(folder: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]
 
 def told(report: dict[str, Any]) -> list[str]:  # lines
     "A report in words: the published number, and ours below it."
-    published = report["published"]
     lines = ["published  none: compared with itself before its training"]
-    if published:
-        spread = "" if published["ci95"] is None else f" ± {published['ci95']}"
-        lines = [
-            f"published  {published['score']}{spread}  {published['source']}; {published['protocol']}"
-        ]
+    if paper := report["published"]:
+        lines = [f"published  {as_printed(paper)}  {paper['source']}; {paper['protocol']}"]
     for row in report["rows"]:
         scores = [f"{q} {percent(row[q])}" for q in ("joint", "single")]
         scores += [f"gain {percent(row['gain'], '+')}"] if "gain" in row else []
         seconds = f"{seconds_of(row):.0f} s of training on {row['device']}"
         lines.append(f"{row['budget']} seed {row['seed']}  {', '.join(scores)}  ({seconds})")
     return lines
+
+
+def as_printed(published: dict[str, Any]) -> str:
+    "A published score, with its interval where one is printed."
+    spread = "" if published["ci95"] is None else f" ± {published['ci95']}"
+    return f"{published['score']}{spread}"
 
 
 def seconds_of(row: dict[str, Any]) -> float:
@@ -732,9 +735,7 @@ def table(
     head = f"{'row':34} {'budget':>6} seed {'published':>13} {'ours':>13} {'gain':>14}"
     lines = [f"{head} seconds   numbers"]
     for report in reports(methods, folder):
-        printed = report["published"]
-        spread = f" ± {printed['ci95']}" if printed and printed["ci95"] else ""
-        paper = f"{printed['score']}{spread}" if printed else "-"
+        paper = as_printed(report["published"]) if report["published"] else "-"
         for row in report["rows"]:
             gain = percent(row["gain"], "+") if "gain" in row else ""
             where = f"{report['name']:34} {row['budget']:>6} {row['seed']:>4}"

@@ -3,27 +3,17 @@
 # %% ../nbs/07_transfer.ipynb #6c8eb1ff
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import grad
 
 from .checkpoints import lookup, register
-from metabook.episodes import (
-    Classes,
-    Episode,
-    Examples,
-    Picks,
-    Tasks,
-    gather_rows,
-    positive,
-    summary,
-)
-from .learners import Learner, task_loss
+from .episodes import Classes, ClassTasks, Examples, Picks, positive, summary
+from .learners import Learner, check_inner_loop, task_loss
 from .networks import Statistics, batch_norms, call, recording
-from .prototypes import TINY, prototypes
+from .prototypes import TINY, prototypes, unit
 
 try:
     from jaxtyping import Float
@@ -31,17 +21,15 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['SCALE', 'HEADS', 'Batches', 'unit', 'linear', 'cosine', 'Head', 'Pretrained', 'base_layer', 'spread', 'FineTune']
+__all__ = ['SCALE', 'HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'base_layer', 'spread', 'FineTune']
 
 # %% ../nbs/07_transfer.ipynb #da852e05
-class Batches(Tasks):
+class Batches(ClassTasks):
     """Batches of labelled images from all classes, as tasks with an empty support set: for pre-training.
 
     The way of such a task is the number of classes, and class `i` is label `i` in all of them.  Every
     image is as likely as any other, so a class counts by its number of images.
     """
-
-    kind = "classification"
 
     def __init__(
         self,
@@ -54,15 +42,6 @@ class Batches(Tasks):
     def __repr__(self) -> str:
         return f"Batches({summary(self.classes)}, size={self.size})"
 
-    @property
-    def device(self) -> torch.device:
-        return self.classes.x.device
-
-    def describe(self) -> dict[str, Any]:
-        data = self.classes
-        shape = {"shape": list(data.x.shape[1:]), "mean": list(data.mean), "std": list(data.std)}
-        return super().describe() | {"examples": shape}
-
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
         positive(n=n)
         device = generator.device if generator else self.device
@@ -73,20 +52,8 @@ class Batches(Tasks):
         nothing = rows[:, :0]
         return Picks(every, nothing, nothing, rows, torch.searchsorted(last, rows))
 
-    def gather(self, indices: Picks) -> Episode:
-        return gather_rows(self.classes, indices)
-
 # %% ../nbs/07_transfer.ipynb #96556ddf
 SCALE = 10.0  # of the cosines: between -1 and 1 a softmax cannot be sure of itself
-
-
-def unit(t: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """The rows at length one; twice differentiable at zero too.
-
-    Needs the exponents of float32 (or bfloat16): float16 rounds `TINY` to zero, and a row of zeros
-    becomes NaN.
-    """
-    return t * t.square().sum(-1, keepdim=True).clamp_min(TINY).rsqrt()
 
 
 def linear(
@@ -234,11 +201,8 @@ class FineTune(Pretrained):
         lr: float = 1.0,  # their rate
     ):
         super().__init__(embed, classes, logits)
+        check_inner_loop(lr, steps)
         self.steps, self.lr = steps, lr
-        if steps < 0:
-            raise ValueError(f"steps={steps}, expected at least 0")
-        if not 0 < lr < math.inf:
-            raise ValueError(f"lr={lr!r}, expected a positive rate")
 
     def learn(
         self,

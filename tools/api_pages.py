@@ -139,11 +139,9 @@ def directive(kind: str, head: str, body: str, depth: int = 4) -> str:
     """A block of Sphinx's Python domain; `depth` colons, more around other blocks."""
     fence = ":" * depth
     body = body.strip()
-    if body.startswith(
-        (":param", ":returns")
-    ):  # fields right after the head would be read as options
-        body = "\n" + body
-    return f"{fence}{{py:{kind}}} {head}\n{body}\n{fence}"
+    fields = body.startswith((":param", ":returns"))
+    gap = "\n" if fields else ""  # right after the head Sphinx would read them as options
+    return f"{fence}{{py:{kind}}} {head}\n{gap}{body}\n{fence}"
 
 
 def arguments(thing: Any) -> inspect.Signature:

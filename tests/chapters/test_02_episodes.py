@@ -9,6 +9,7 @@ from itertools import permutations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metabook.episodes import (
@@ -277,9 +278,49 @@ def test_the_data_decides_where_tensors_are(device):
     assert tasks.sample(2).query.y.device == data.x.device
     assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
     assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
-    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    far = FewShot(numbered.to("meta"), way=2, query=3)
     assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
     assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
+
+
+def test_a_draw_neither_waits_nor_copies(device):
+    # cell 5125b4d3
+    class OnDevice(TorchDispatchMode):
+        "Refuses what waits for the device or copies from the host."
+
+        refused = ("_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fresh")
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name, kwargs = func.name().split(".")[0].removeprefix("aten::"), kwargs or {}
+            assert name not in self.refused, f"{name} in a draw"
+            if name in ("index", "index_put", "index_put_"):
+                assert all(i is None or i.dtype != torch.bool for i in args[1]), (
+                    "a mask as an index"
+                )
+            if name == "_to_copy":
+                assert kwargs.get("device") in (None, args[0].device), "a copy between devices"
+            return func(*args, **kwargs)
+
+    three = torch.arange(3.0, device=device)
+    for waits in (
+        lambda: int(three.sum()),
+        lambda: three.sum().item(),
+        lambda: three[three > 1],
+        lambda: three.nonzero(),
+        lambda: three.masked_select(three > 1),
+        lambda: torch.tensor([1, 2], device=device),
+    ):
+        with pytest.raises(AssertionError), OnDevice():
+            waits()
+    small = Classes(torch.zeros(40, 1, 2, 2, dtype=torch.uint8), torch.full((4,), 10)).to(device)
+    generator = torch.Generator(device)
+    for ready in (
+        FewShot(small, way=3, query=4),
+        FewShot(replace(small, cut=torch.full((4,), 5)), way=3, query=4),
+        Sinusoids(device=device),
+    ):
+        with OnDevice():
+            ready.sample(2, generator)
 
 
 def test_varied_tasks_keep_their_promises(device):
@@ -325,7 +366,7 @@ def test_varied_tasks_keep_their_promises(device):
     assert tasks.sample(2).query.y.device == data.x.device
     assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
     assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
-    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    far = FewShot(numbered.to("meta"), way=2, query=3)
     assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
     assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
     # cell 92ea4528
@@ -394,7 +435,7 @@ def test_classes_of_different_size_give_only_their_own(device):
     assert tasks.sample(2).query.y.device == data.x.device
     assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
     assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
-    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    far = FewShot(numbered.to("meta"), way=2, query=3)
     assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
     assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
     # cell 92ea4528
@@ -485,7 +526,7 @@ def test_wrong_ranges_are_refused(device):
     assert tasks.sample(2).query.y.device == data.x.device
     assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
     assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
-    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    far = FewShot(numbered.to("meta"), way=2, query=3)
     assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
     assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
     # cell 92ea4528
@@ -569,7 +610,7 @@ def test_frozen_varied_tasks_hold_every_shape(device):
     assert tasks.sample(2).query.y.device == data.x.device
     assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
     assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
-    far = FewShot(replace(numbered, x=numbered.x.to("meta")), way=2, query=3)
+    far = FewShot(numbered.to("meta"), way=2, query=3)
     assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
     assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
     # cell 92ea4528

@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from metabook.engine import losses
 from metabook.episodes import Episode, Examples, Sinusoids
-from metabook.learners import Learner, task_loss, task_score
+from metabook.learners import Learner, check_inner_loop, task_loss, task_score
 from metabook.testing import ContractError, check_learner
 from metabook.training import evaluate, fit
 
@@ -158,6 +158,91 @@ def test_examples_that_do_not_fit_are_refused():
         assert part in messages[-1]
     assert len(messages) == len(wrong) + 2
     messages
+
+
+def test_an_inner_loop_that_cannot_work_is_refused():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell b25f01cd
+    learner = RidgeWave(omega=1.0, ridge=1.0)
+    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
+    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
+
+    phi = learner.adapt(support)
+    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
+    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
+    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
+    phi, learner(support, x)
+    # cell 4a44eb4e
+    learner = RidgeWave()
+    learner.log_ridge.requires_grad_(False)
+    assert [group["params"] for group in learner.param_groups()] == [[learner.omega]]
+    # cell 3eddb1b5
+    learner, x = RidgeWave(), torch.randn(4, 1)
+    wrong = {
+        "make one-hot rows": (Examples(x, torch.tensor([0, 1, 1, 0])), x),
+        "its own row in y": (Examples(x, torch.randn(3, 1)), x),
+        "support set is empty": (Examples(x[:0], torch.randn(0, 1)), x),
+        "both need the same": (Examples(x, torch.randn(4, 1)), torch.randn(4, 2)),
+        "are bytes": (Examples(x.byte(), torch.randn(4, 1)), x.byte()),
+        "move one of them": (Examples(x.double(), torch.randn(4, 1).double()), x.double()),
+    }
+    messages = []
+    for part, (support, query) in wrong.items():
+        try:
+            learner(support, query)
+        except ValueError as error:
+            messages.append(str(error))
+        assert part in messages[-1]
+    elsewhere = RidgeWave().to("meta")  # a device that holds nothing
+    for part, refusing, support in (
+        ("support set is empty", learner, Examples(torch.randn(2, 0, 1), torch.randn(2, 0, 1))),
+        ("move one of them", elsewhere, Examples(x, torch.randn(4, 1))),
+    ):
+        try:
+            refusing.check(support, support.x)
+        except ValueError as error:
+            messages.append(str(error))
+        assert part in messages[-1]
+    assert len(messages) == len(wrong) + 2
+    messages
+    # cell d1498452
+    refusals = []
+    for impossible in (
+        ("lr", 0.0),
+        ("lr", math.inf),
+        ("lr", math.nan),
+        ("steps", -1),
+        ("test_steps", -1),
+    ):
+        try:
+            check_inner_loop(**{"lr": 0.1, "steps": 0} | dict([impossible]))
+        except ValueError as error:
+            refusals.append(str(error))
+        assert refusals[-1].startswith("{}={}, expected".format(*impossible))
+    assert len(refusals) == 5
+    check_inner_loop(lr=0.1, steps=0)  # no step at all is possible
+    refusals
 
 
 @pytest.mark.proves("eq-cross-entropy")

@@ -261,9 +261,10 @@ def test_errors_say_what_to_do():
     for rate in (-0.1, 0.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"lr={rate}, expected a positive inner rate"):
             plane((0.0, 0.0), lr=rate)
-    for steps, test_steps in [(-1, 1), (1, -1)]:
-        with pytest.raises(ValueError, match=f"test_steps={test_steps}: expected at least 0"):
-            plane((0.0, 0.0), lr=0.1, steps=steps, test_steps=test_steps)
+    with pytest.raises(ValueError, match=r"^steps=-1, expected at least 0"):
+        plane((0.0, 0.0), lr=0.1, steps=-1, test_steps=1)
+    with pytest.raises(ValueError, match="test_steps=-1, expected at least 0"):
+        plane((0.0, 0.0), lr=0.1, steps=1, test_steps=-1)
     nothing = Examples(torch.zeros(0, 2).double(), torch.zeros(0, 1).double())
     with pytest.raises(ValueError, match="the support set is empty"):
         plane((0.0, 0.0), lr=0.1)(nothing, torch.zeros(1, 2).double())

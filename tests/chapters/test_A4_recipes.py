@@ -176,6 +176,10 @@ def test_what_a_row_starts_from_is_what_it_is_compared_with():
     assert [json.loads(line)["lr"] for line in log if '"lr": ' in line and '"step"' in line][
         -1
     ] < 1e-9
+    config = attempt.start() / "config.json"  # as if its start had been trained again
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"weights": "other"}))
+    with pytest.raises(ValueError, match="from another start"):
+        attempt.train()
     shutil.rmtree(work)
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from metabook.cli import main
+from metabook.recipes import REPRODUCTIONS
 
 TINY = ["--net", "width=4", "--steps", "2", "--batch", "1", "--train-way", "5", "--every", "2"]
 
@@ -33,7 +34,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["evaluate"], ["classify"], ["data"], ["methods"]]
+    "words", [[], ["train"], ["reproduce"], ["evaluate"], ["classify"], ["data"], ["methods"]]
 )
 def test_every_command_explains_itself(words, monkeypatch, capsys):
     assert typed(monkeypatch, *words, "--help") == 0
@@ -150,6 +151,17 @@ def test_maml_tells_apart_as_many_classes_as_it_was_trained_for(monkeypatch, cap
     assert typed(monkeypatch, *words, "--out", tmp_path / "run") == 0
     assert typed(monkeypatch, "evaluate", tmp_path / "run", "--way", 3) == 2
     assert "trained for 5 classes, but --way has 3" in capsys.readouterr().err
+
+
+def test_reproduce_without_a_name_lists_the_rows(monkeypatch, capsys):
+    assert typed(monkeypatch, "reproduce") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(REPRODUCTIONS)
+    beside = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
+    assert beside["protonet-miniimagenet-5way-1shot"] == "49.42  Snell et al. 2017, tables 1 and 2"
+    assert beside["protonet-glyphs-5way-1shot"] == "-"  # nobody published one
+    assert typed(monkeypatch, "reproduce", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == sorted(REPRODUCTIONS)
 
 
 def test_the_version_is_told(monkeypatch, capsys):
