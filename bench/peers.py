@@ -166,7 +166,9 @@ def looped(
         for examples in tasks:
             with autocast(job):
                 loss, leaves = task(*examples)
-            for p, g in zip(parameters, torch.autograd.grad(loss / len(tasks), leaves), strict=True):
+            for p, g in zip(
+                parameters, torch.autograd.grad(loss / len(tasks), leaves), strict=True
+            ):
                 p.grad = g if p.grad is None else p.grad.add_(g)
 
     return step

@@ -123,11 +123,11 @@ class Served:
 
         return timed(self.works[name].step, self.device)
 
-    def round(self, seconds: float, name: str = "") -> float:
-        """Seconds of one step: the median of a round."""
+    def round(self, name: str = "", **how: Any) -> float:
+        """Seconds of one step: the mean of a round."""
         from bench.measure import round_of
 
-        return round_of(self.works[name].step, self.device, seconds)
+        return round_of(self.works[name].step, self.device, **how)
 
     def peak(self) -> int:
         """Bytes at the peak, above those after `make`."""
