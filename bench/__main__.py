@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,8 @@ import torch
 import typer
 from tqdm import tqdm
 
-from bench.cases import data_here, speed_cases
+from bench.cases import speed_cases
+from bench.figures import draw
 from bench.growth import growth
 from bench.report import report, write
 from bench.sampling import sampling
@@ -40,12 +42,11 @@ def contents(
     part: str, device: str, threads: int, rounds: int, only: str
 ) -> Iterator[dict[str, Any]]:
     """What the report holds, as far as it has been measured."""
-    settings = {"rounds": rounds, "only": only, "data": data_here()}
+    settings = {"rounds": rounds, "only": only}
     if part == "growth":
-        base = speed_cases(device, "omniglot")[0]
-        base = type(base)(tasks=8, data="random")
-        for rows, exponents in growth(base, device, threads, rounds, only):
-            yield {"settings": settings, "exponents": exponents, "rows": rows}
+        base = replace(speed_cases(device, "omniglot")[0], data="random")
+        for rows, exponents in growth(base, device, threads, max(1, rounds // 2), only):
+            yield {"settings": settings | asdict(base), "exponents": exponents, "rows": rows}
         return
     measure: Callable[..., Iterator[list]] = {"speed": speed, "sampling": sampling}[part]
     for rows in measure(device, threads, rounds, only):
@@ -63,6 +64,7 @@ def run(part: str, device: str, threads: int, rounds: int, only: str, out: Path)
         content = report(part, device, threads, command, **measured)
         path = write(content, out)
     if content:
+        draw(content, path)
         tqdm.write(f"\n{TABLES[part](content)}\n\n{path}")
 
 

@@ -6,7 +6,6 @@ they may have any size: what a step costs does not depend on what they show.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -63,14 +62,21 @@ def point(axis: str, value: int, times: list[float]) -> dict[str, Any]:
 
 
 def exponent(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The slope of log time over log size by least squares, and the range it was fitted on."""
-    x = np.array([math.log(row["value"]) for row in rows])
-    y = np.array([math.log(row["median"]) for row in rows])
+    """The slope of log time over log size at the three largest points, by least squares.
+
+    Small sizes are left out: there a step costs what it costs to start it.
+    """
+    fitted = rows[-3:]
+    x, y = (np.log([row[key] for row in fitted]) for key in ("value", "median"))
     slope, start = np.polyfit(x, y, 1)
     left = y - (start + slope * x)
-    spread = {"exponent": float(slope), "r2": float(1 - left.var() / y.var())}
-    fitted_on = [rows[0]["value"], rows[-1]["value"]]
-    return {"axis": rows[0]["axis"], **spread, "fitted_on": fitted_on, "points": len(rows)}
+    return {
+        "axis": rows[0]["axis"],
+        "exponent": float(slope),
+        "factor": float(np.exp(start)),  # seconds at size 1, by the line
+        "r2": float(1 - left.var() / y.var()),
+        "fitted_on": [row["value"] for row in (fitted[0], fitted[-1])],
+    }
 
 
 def growth(

@@ -126,7 +126,7 @@ def learn2learn(case: Case, net: nn.Module) -> Task:
         from learn2learn.algorithms import MAML
     except ImportError as error:
         raise ImportError(
-            f"cannot be imported ({error}); version 0.2.0, the newest, does not build on Python 3.11"
+            f"cannot be imported ({error}); version 0.2.0 does not build on Python 3.11"
         ) from error
 
     needs_inner_loop(case, "learn2learn")
