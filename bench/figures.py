@@ -33,9 +33,14 @@ def speed_figure(content: dict[str, Any]) -> Figure:
         colour = BLUE if row["name"] in PEERS else ORANGE
         spread = [[max(0.0, speed - slow)], [max(0.0, fast - speed)]]
         axes.barh(i, speed, color=colour, xerr=spread, ecolor=GREY)
-    axes.set_yticks(range(len(rows)), [f"{row['name']}, {row['precision']}" for row in rows])
+    axes.set_yticks(range(len(rows)), map(label, rows))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def label(row: dict[str, Any]) -> str:
+    """Who it is, and whether its gradient is wrong."""
+    return f"{row['name']}, {row['precision']}" + ", WRONG" * (row["status"] == "wrong")
 
 
 def growth_figure(content: dict[str, Any]) -> Figure:
