@@ -53,8 +53,11 @@ def contents(
         yield {"settings": settings, "rows": rows}
 
 
-def run(part: str, device: str, threads: int, rounds: int, only: str, out: Path) -> None:
-    """Measure one part; the file is written after each case, the table printed at the end."""
+def run(part: str, device: str, threads: int, rounds: int, only: str, out: Path) -> bool:
+    """Measure one part; the file is written after each case, the table printed at the end.
+
+    Says whether there was anything to measure.
+    """
     more = f" --only {only}" if only else ""
     command = (
         f"python -m bench {part} --device {device} --rounds {rounds} --threads {threads}{more}"
@@ -66,6 +69,7 @@ def run(part: str, device: str, threads: int, rounds: int, only: str, out: Path)
     if content:
         draw(content, path)
         tqdm.write(f"\n{TABLES[part](content)}\n\n{path}")
+    return content is not None
 
 
 def main(
@@ -81,8 +85,11 @@ def main(
     if device is Device.cuda and not torch.cuda.is_available():
         raise typer.BadParameter("torch finds no CUDA device here", param_hint="--device")
     parts = [p for p in Part if p is not Part.all] if part is Part.all else [part]
-    for one in parts:
-        run(one.value, device.value, threads, rounds, only, out)
+    found = [run(one.value, device.value, threads, rounds, only, out) for one in parts]
+    if not any(found):
+        names = ", ".join(case.name for case in speed_cases(device.value, "omniglot"))
+        message = f"{only!r} is part of no case; there are {names}, sampling-..., growth-..."
+        raise typer.BadParameter(message, param_hint="--only")
 
 
 if __name__ == "__main__":

@@ -85,8 +85,7 @@ def relative_error(
     wanted: torch.Tensor,  # the reference, in float64
 ) -> float:
     """The length of the difference over the length of the reference; not finite where `found` is not."""
-    found = found.double().cpu()
-    return ((found - wanted).norm() / wanted.norm()).item()
+    return ((found.double().cpu() - wanted).norm() / wanted.norm()).item()
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 from datetime import date
 from pathlib import Path
@@ -73,8 +74,9 @@ def report(
 
 
 def write(content: dict[str, Any], folder: Path) -> Path:
-    """`bench-PART-DEVICE.json` in a folder."""
+    """`bench-PART-DEVICE.json` in a folder; what `--only` chose gets a name of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"bench-{content['benchmark']}-{content['device']}.json"
+    only = "".join(f"-{word}" for word in re.findall(r"\w+", content["settings"]["only"]))
+    path = folder / f"bench-{content['benchmark']}-{content['device']}{only}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path

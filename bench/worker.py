@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -62,8 +63,13 @@ class Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.communicate()
+        try:
+            self.process.stdin.close()  # it ends after the last line, with what it has started
+            self.process.wait(5)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
         self.errors.close()
         self.folder.cleanup()
 
@@ -145,7 +151,10 @@ class Served:
 
         from bench.measure import relative_error
 
-        return relative_error(self.works[name].gradient(), torch.load(path))
+        error = relative_error(self.works[name].gradient(), torch.load(path))
+        if not math.isfinite(error):
+            raise ValueError("the gradient is not finite")
+        return error
 
 
 def serve(threads: int, device: str) -> None:
@@ -155,6 +164,8 @@ def serve(threads: int, device: str) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.cuda.init()
     served = Served(device)
     for line in sys.stdin:
         how = json.loads(line)
