@@ -13,6 +13,13 @@ from time import perf_counter
 import torch
 
 
+def warm_up(device: str) -> None:
+    """Let torch import and start what it puts off until it is used: no contender's first step pays for it."""
+    x = torch.ones(2, 3, device=device)
+    torch.func.vmap(torch.func.grad(lambda row: row.square().sum()))(x)
+    torch.nn.functional.conv2d(x.view(1, 1, 2, 3), x.view(1, 1, 2, 3))
+
+
 def timed(
     step: Callable[[], None],  # what is measured
     device: str,  # "cuda" waits for the GPU before and after

@@ -116,8 +116,9 @@ class Served:
 
     def make(self, maker: str, settings: dict[str, Any], name: str = "") -> None:
         """Import, load and build: `maker` is "module:function" and gives a `Work`."""
-        from bench.measure import Memory
+        from bench.measure import Memory, warm_up
 
+        warm_up(self.device)
         module, _, function = maker.partition(":")
         work = getattr(importlib.import_module(module), function)(settings)
         self.works[name] = work
