@@ -175,6 +175,8 @@ def serve(threads: int, device: str) -> None:
         except Exception as error:
             answer = {"failed": one_line(f"{type(error).__name__}: {error}")}
         print(json.dumps(answer), file=out, flush=True)
+    served.works.clear()  # ends the processes of a DataLoader
+    os._exit(0)  # torch would take a second to say goodbye
 
 
 if __name__ == "__main__":
