@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench.cases import Case, Job, noise
 from bench.figures import draw
-from bench.growth import exponent
+from bench.growth import exponent, growth
 from bench.measure import relative_error
 from bench.peers import PEERS
 from bench.report import report, write
@@ -151,6 +151,13 @@ def test_both_samplers_give_the_same_kind_of_episode():
     assert torch.equal(query_y, ours.query.y[0])
     found = torch.cat([support, query]).flatten(1)
     assert len(found.unique(dim=0)) == len(found) == 9  # no example twice
+
+
+def test_growth_is_measured_point_by_point(monkeypatch):
+    monkeypatch.setattr("bench.growth.AXES", {"tasks": (1, 2, 4), "way": (2, 3)})
+    [(rows, exponents)] = growth(TINY, "cpu", 1, rounds=1, only="growth-tasks")
+    assert [(row["axis"], row["value"]) for row in rows] == [("tasks", n) for n in (1, 2, 4)]
+    assert exponents == [exponent(rows)]
 
 
 def test_the_exponent_is_the_slope_at_the_largest_sizes():
