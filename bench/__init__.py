@@ -1,0 +1,1 @@
+"""The benchmark of the book: its meta-gradients, samplers and growth of cost beside those of its peers."""

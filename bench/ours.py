@@ -1,0 +1,35 @@
+"""The library as a contender, in each of its ways of lifting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from bench.cases import Job
+
+try:
+    from metabook.engine import gradients, precise
+except ImportError:
+    from bench.standin import gradients, precise
+
+LIFTS = ("auto", "loop", "vmap", "graph", "compile")
+
+
+def ours(
+    job: Job,
+    lift: str,  # one of `LIFTS`
+) -> Callable[[], None]:
+    """A meta-gradient of all tasks, left in `.grad` of the network's parameters."""
+    learner, episodes = job.learner.train(), job.episodes
+
+    def step() -> None:
+        learner.zero_grad()
+        with precise(job.precision):
+            gradients(learner, episodes, lift=lift)
+
+    return step
+
+
+OURS: dict[str, Callable[[Job], Callable[[], None]]] = {
+    f"ours-{lift}": partial(ours, lift=lift) for lift in LIFTS
+}

@@ -1,0 +1,201 @@
+"""Meta-gradients side by side: every contender in its own process, rounds interleaved, gradients checked.
+
+What is timed is the meta-gradient of all tasks of one outer step; an optimiser's step, the same for
+all, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from bench.cases import Case, data_here, episodes_of, job_of, speed_cases
+from bench.measure import quartiles
+from bench.ours import LIFTS, OURS
+from bench.peers import PEERS, looped
+from bench.worker import Failed, Work, Worker
+
+ROUND = 0.2  # seconds that a round lasts at least
+# A gradient is right where its relative error is no larger than this, or than three times the error of the
+# plain loop in the same precision: that is what rounding does to this case.  Beyond one half, it is wrong.
+TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 1e-1}
+
+
+class Contender(NamedTuple):
+    """Who computes, and in which precision."""
+
+    name: str  # of `PEERS` or `OURS`
+    precision: str
+
+
+def contenders(case: Case, device: str, main: bool) -> list[Contender]:
+    """Who takes part.
+
+    Everybody does, in every precision, in the main case and on a GPU.  On a CPU, where a round takes
+    seconds, the other cases are in float32; and only small ones are compiled, for that takes longest.
+    """
+    if device == "cuda":
+        precisions = ["float32", "tf32", "bfloat16"]
+    else:
+        precisions = ["float32", "bfloat16"] if main else ["float32"]
+    compiled = device == "cuda" or main
+    lifts = [f"ours-{lift}" for lift in LIFTS if compiled or lift != "compile"]
+    return [Contender(name, p) for p in precisions for name in [*PEERS, *lifts]]
+
+
+def make(settings: dict[str, Any]) -> Work:
+    """What a worker process runs: the step of one contender."""
+    job, name = job_of(settings), settings["contender"]
+    if name in PEERS:
+        step, net = looped(PEERS[name], job), job.plain
+    else:
+        step, net = OURS[name](job), job.conv4
+    return Work(step, lambda: torch.cat([p.grad.flatten() for p in net.parameters()]))
+
+
+def settings_of(case: Case, device: str, contender: Contender) -> dict[str, Any]:
+    """What `make` needs, as JSON values."""
+    who = {"contender": contender.name, "precision": contender.precision}
+    return {"case": asdict(case), "device": device} | who
+
+
+def reference(case: Case, device: str, threads: int, path: Path) -> None:
+    """Leave the meta-gradient of the plain loop in float64 in a file."""
+    with Worker(threads, device) as worker:
+        plain = settings_of(case, device, Contender("autograd", "float64"))
+        worker.ask("make", maker="bench.speed:make", settings=plain)
+        worker.ask("first")
+        worker.ask("save", path=str(path))
+
+
+class Race:
+    """One case: workers for all contenders, and a row for each."""
+
+    def __init__(self, stack: ExitStack, case: Case, device: str, threads: int, who: list):
+        self.case, self.episodes = case, episodes_of(case).hash
+        self.workers = {c: stack.enter_context(Worker(threads, device)) for c in who}
+        self.times: dict[Contender, list[float]] = {c: [] for c in who}
+        self.found: dict[Contender, dict[str, Any]] = {c: {} for c in who}
+        for c, worker in self.workers.items():
+            worker.tell("make", maker="bench.speed:make", settings=settings_of(case, device, c))
+        for c in who:
+            self.attempt(c)
+
+    def attempt(self, c: Contender, action: str | None = None, **how: Any) -> Any:
+        """Ask one contender (or only hear its answer), unless it has failed: then it says nothing more."""
+        if "reason" in self.found[c]:
+            return None
+        try:
+            return self.workers[c].ask(action, **how) if action else self.workers[c].answer()
+        except Failed as failed:
+            self.found[c] = {"reason": str(failed)}
+            return None
+
+    def run(self, rounds: int, bar: tqdm) -> None:
+        """First steps, then rounds: A, B, C, A, B, C, ..."""
+        for c in self.workers:
+            self.note(c, first_step=self.attempt(c, "first"))
+        for _ in range(rounds):
+            for c in self.workers:
+                bar.set_postfix_str(f"{c.name} {c.precision}", refresh=False)
+                self.times[c].append(self.attempt(c, "round", seconds=ROUND))
+            bar.update()
+
+    def check(self, path: Path) -> None:
+        """Peak memory, and the distance of the timed gradients from the reference."""
+        for c in self.workers:
+            memory = self.attempt(c, "peak")
+            self.note(c, peak_memory=memory, error=self.attempt(c, "error", path=str(path)))
+
+    def note(self, c: Contender, **values: Any) -> None:
+        """Keep what a contender answered, unless it has failed."""
+        if "reason" not in self.found[c]:
+            self.found[c] |= values
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row for each contender."""
+        for c, found in self.found.items():
+            row = {"case": self.case.name, **asdict(self.case), "episodes": self.episodes}
+            row |= c._asdict()
+            yield row | scored(found, self.times[c], self.case.tasks)
+
+
+def scored(
+    found: dict[str, Any],  # what a contender answered, or the `reason` why it did not
+    times: list[float],  # seconds of a step, one for each round
+    tasks: int,  # of a step
+) -> dict[str, Any]:
+    """The numbers of a row, or that it failed and why."""
+    if "reason" in found:
+        return {"status": "failed", "reason": found["reason"]}
+    low, median, high = quartiles(times)
+    speed = {"median": median, "quartiles": [low, high], "rounds": len(times)}
+    return {"status": "measured", **speed, "tasks_per_second": tasks / median, **found}
+
+
+def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that have numbers."""
+    return [row for row in rows if row["status"] != "failed"]
+
+
+def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one case with the verdict on their gradients: "right" or "wrong"."""
+    plain = {row["precision"]: row["error"] for row in measured(rows) if row["name"] == "autograd"}
+    for row in measured(rows):
+        rounding = 3 * plain.get(row["precision"], 0.0)
+        row["tolerance"] = min(0.5, max(TOLERANCE[row["precision"]], rounding))
+        row["status"] = "right" if row["error"] <= row["tolerance"] else "wrong"
+    return rows
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one case with how many times faster each is than the fastest peer that is right."""
+    peers = [row for row in rows if row["name"] in PEERS and row["status"] == "right"]
+    best: dict[str, float] = {}
+    for row in peers:
+        best[row["precision"]] = min(row["median"], best.get(row["precision"], row["median"]))
+    for row in measured(rows):
+        for name, precision in (("vs_peer", row["precision"]), ("vs_float32_peer", "float32")):
+            row[name] = best[precision] / row["median"] if precision in best else None
+    return rows
+
+
+def race(
+    case: Case,
+    who: list[Contender],
+    device: str,
+    threads: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Run one case; the rows of its contenders."""
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        path = Path(folder) / "reference.pt"
+        reference(case, device, threads, path)
+        running = Race(stack, case, device, threads, who)
+        with tqdm(total=rounds, desc=case.name, leave=False) as bar:
+            running.run(rounds, bar)
+        running.check(path)
+    return compared(judged(list(running.rows())))
+
+
+def speed(
+    device: str,
+    threads: int,
+    rounds: int,
+    only: str,  # part of a case's name
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, after each case; 20 ways or 5 steps get half as many rounds, both a third."""
+    rows: list[dict[str, Any]] = []
+    cases = speed_cases(device, data_here())
+    for case in tqdm([c for c in cases if only in c.name], desc="speed"):
+        who = contenders(case, device, main=case == cases[0])
+        some = max(1, rounds // (1 + (case.way > 5) + (case.steps > 1)))
+        rows += race(case, who, device, threads, some)
+        yield rows

@@ -1,0 +1,79 @@
+"""The reports as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    """Median and quartiles."""
+    low, high = (1e3 * q for q in row["quartiles"])
+    return f"{1e3 * row['median']:9.1f}  {f'({low:.1f} to {high:.1f})':20}"
+
+
+def times(ratio: float | None) -> str:
+    """How many times faster than a peer; a dash where there is none."""
+    return f"{'-':>7}" if ratio is None else f"{ratio:6.2f}x"
+
+
+def heading(content: dict[str, Any]) -> Iterator[str]:
+    """Where the numbers come from."""
+    known = {name: v for name, v in content["versions"].items() if v}
+    yield f"{content['benchmark']} on {content['device_name']}, {content['date']}, commit {content['commit']}"
+    yield ", ".join(f"{name} {version}" for name, version in known.items())
+
+
+def speed_table(content: dict[str, Any]) -> str:
+    """A block for each case, a line for each contender."""
+    lines = list(heading(content))
+    for case, rows in groupby(content["rows"], lambda row: row["case"]):
+        group = list(rows)
+        of = group[0]
+        lines += ["", f"{case}: {of['tasks']} tasks, {of['query']} queries a class, {of['data']}"]
+        lines += [
+            f"  {'':12} {'':8} {'ms':>9}  {'(quartiles)':20} {'tasks/s':>8} {'peer':>7} {'float32':>7}"
+            f" {'MiB':>7} {'first s':>8} {'error':>8}"
+        ]
+        lines += [speed_line(row) for row in group]
+    return "\n".join(lines)
+
+
+def speed_line(row: dict[str, Any]) -> str:
+    """One contender."""
+    who = f"  {row['name']:12} {row['precision']:8}"
+    if row["status"] == "failed":
+        return f"{who} failed: {row['reason']}"
+    ratios = f"{times(row['vs_peer'])} {times(row['vs_float32_peer'])}"
+    cost = f"{row['peak_memory'] / 2**20:7.0f} {row['first_step']:8.2f} {row['error']:8.1e}"
+    line = f"{who} {milliseconds(row)} {row['tasks_per_second']:8.1f} {ratios} {cost}"
+    return line if row["status"] == "right" else f"{line} WRONG"
+
+
+def sampling_table(content: dict[str, Any]) -> str:
+    """A line for each sampler."""
+    lines = [*heading(content), ""]
+    for row in content["rows"]:
+        who = f"  {row['way']:2}-way {row['shot']}-shot  {row['sampler']:22}"
+        if row["status"] == "failed":
+            lines.append(f"{who} failed: {row['reason']}")
+            continue
+        speed = f"{row['episodes_per_second']:9.0f} episodes/s {row['images_per_second']:10.0f} images/s"
+        lines.append(f"{who} {speed}")
+    return "\n".join(lines)
+
+
+def growth_table(content: dict[str, Any]) -> str:
+    """A line for each axis: its exponent and its points."""
+    lines = [*heading(content), ""]
+    for fit in content["exponents"]:
+        low, high = fit["fitted_on"]
+        points = [row for row in content["rows"] if row["axis"] == fit["axis"]]
+        seen = ", ".join(f"{row['value']}: {1e3 * row['median']:.0f} ms" for row in points)
+        slope = f"exponent {fit['exponent']:.2f} from {low} to {high}, R2 {fit['r2']:.3f}"
+        lines.append(f"  {fit['axis']:6} {slope}   {seen}")
+    return "\n".join(lines)
+
+
+TABLES = {"speed": speed_table, "sampling": sampling_table, "growth": growth_table}

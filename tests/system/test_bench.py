@@ -1,0 +1,169 @@
+"""The benchmark: its contenders compute the same, one that does not is told, and its files hold what they should."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from notebooks import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from bench.cases import Case, Job, noise
+from bench.figures import draw
+from bench.growth import exponent, growth
+from bench.measure import relative_error
+from bench.peers import PEERS
+from bench.report import report, write
+from bench.sampling import Episodes
+from bench.speed import Contender, compared, judged, make, race, settings_of
+from bench.table import TABLES
+from bench.worker import Failed, Worker, one_line
+from metabook.episodes import FewShot
+
+TINY = Case(way=3, query=2, tasks=2, size=16, width=4, data="random")
+SECOND, FIRST, PROTOTYPES = [
+    replace(TINY, method=m, steps=2) for m in ("maml", "first-order", "prototypes")
+]
+FIELDS = {
+    "case",
+    "name",
+    "precision",
+    "status",
+    "median",
+    "quartiles",
+    "rounds",
+    "tasks_per_second",
+}
+FIELDS |= {"peak_memory", "first_step", "error", "tolerance", "vs_peer", "vs_float32_peer"}
+
+
+def gradient(case: Case, name: str, precision: str = "float64") -> torch.Tensor:
+    """The meta-gradient that a contender computes."""
+    work = make(settings_of(case, "cpu", Contender(name, precision)))
+    work.step()
+    work.step()  # the gradient of one step, not of the steps so far
+    return work.gradient()
+
+
+def row(name: str, error: float, precision: str = "float32", median: float = 1.0) -> dict:
+    found = {"status": "measured", "median": median, "error": error}
+    return {"name": name, "precision": precision, **found}
+
+
+@pytest.mark.parametrize("pool", ["max", "stride"])
+def test_the_two_networks_are_one(pool):
+    job = Job(replace(TINY, pool=pool), precision="float64")
+    x = torch.randn(6, 1, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(job.plain(x), job.conv4(x))
+    assert [k for k, _ in job.plain.named_parameters()] == [
+        k for k, _ in job.conv4.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize("name", ["higher", "torchopt", "ours-loop", "ours-vmap"])
+@pytest.mark.parametrize("case", [SECOND, FIRST], ids=lambda case: case.method)
+def test_every_contender_computes_what_the_plain_loop_computes(case, name):
+    if name in PEERS:
+        pytest.importorskip(name)
+    assert relative_error(gradient(case, name), gradient(case, "autograd")) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["ours-loop", "ours-vmap"])
+def test_prototypical_networks_are_those_of_the_plain_loop(name):
+    wanted = gradient(PROTOTYPES, "autograd")
+    assert relative_error(gradient(PROTOTYPES, name), wanted) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["higher", "torchopt"])
+def test_who_has_no_inner_loop_says_so(name):
+    pytest.importorskip(name)
+    with pytest.raises(NotImplementedError, match="plain loop"):
+        gradient(PROTOTYPES, name)
+
+
+def test_a_wrong_gradient_is_told():
+    wanted = gradient(SECOND, "autograd")
+    rows = [
+        row("autograd", relative_error(gradient(SECOND, "autograd", "float32"), wanted)),
+        row("ours-loop", relative_error(gradient(FIRST, "ours-loop", "float32"), wanted)),
+        row("ours-vmap", relative_error(wanted * torch.nan, wanted)),
+    ]
+    assert [r["status"] for r in judged(rows)] == ["right", "wrong", "wrong"]
+
+
+def test_ratios_are_to_the_fastest_peer_that_is_right():
+    rows = [
+        row("autograd", 0.0, median=4.0),
+        row("higher", 1.0, median=1.0),  # fast and wrong
+        row("autograd", 0.0, "bfloat16", median=3.0),
+        row("ours-auto", 0.0, "bfloat16", median=2.0),
+        {"name": "torchopt", "precision": "float32", "status": "failed", "reason": "why"},
+    ]
+    ours = compared(judged(rows))[3]
+    assert (ours["vs_peer"], ours["vs_float32_peer"]) == (1.5, 2.0)
+
+
+def test_a_case_runs_through_processes_into_a_file(tmp_path):
+    who = [Contender(name, "float32") for name in ("autograd", "nobody", "ours-auto")]
+    rows = race(TINY, who, "cpu", 1, rounds=1)
+    plain, nobody, ours = rows
+    assert nobody["status"] == "failed" and "nobody" in nobody["reason"]
+    assert plain["status"] == ours["status"] == "right"
+    assert set(plain) >= FIELDS and set(ours) >= FIELDS
+    assert ours["median"] > 0 and ours["peak_memory"] > 0 and ours["error"] > 0
+    content = report("speed", "cpu", 1, "python -m bench speed", settings={"only": ""}, rows=rows)
+    path = write(content, tmp_path)
+    draw(content, path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "bench-speed-cpu.json",
+        "bench-speed-cpu.svg",
+    }
+    assert json.loads(path.read_text()) == content
+    assert {"command", "versions", "device_name", "threads", "commit", "date"} <= set(content)
+    assert not re.search(r"/(home|root|tmp|work|usr)/", path.read_text())
+    assert "failed: " in TABLES["speed"](content)
+
+
+def test_a_process_that_dies_is_a_failure_with_a_reason():
+    with Worker(1) as worker, pytest.raises(Failed, match="ended with status 3"):
+        worker.ask("make", maker="os:_exit", settings=3)
+
+
+def test_a_reason_is_one_line_without_paths():
+    text = "\nOSError: no /home/someone/cache/x.so here, 3/4 of it\nmore"
+    assert one_line(text) == "OSError: no ... here, 3/4 of it"
+
+
+def test_both_samplers_give_the_same_kind_of_episode():
+    classes = noise(TINY)
+    sizes = (3, 1, 2)
+    ours = FewShot(classes, *sizes).sample(1)
+    support, support_y, query, query_y = Episodes(classes, *sizes)[0]
+    pairs = [(support, ours.support.x), (query, ours.query.x)]
+    pairs += [(support_y, ours.support.y), (query_y, ours.query.y)]
+    assert all(a.shape == b[0].shape and a.dtype == b.dtype for a, b in pairs)
+    assert torch.equal(query_y, ours.query.y[0])
+    found = torch.cat([support, query]).flatten(1)
+    assert len(found.unique(dim=0)) == len(found) == 9  # no example twice
+
+
+def test_growth_is_measured_point_by_point(monkeypatch):
+    monkeypatch.setattr("bench.growth.AXES", {"tasks": (1, 2, 4), "way": (2, 3)})
+    [(rows, exponents)] = growth(TINY, "cpu", 1, rounds=1, only="growth-tasks")
+    assert [(row["axis"], row["value"]) for row in rows] == [("tasks", n) for n in (1, 2, 4)]
+    assert exponents == [exponent(rows)]
+
+
+def test_the_exponent_is_the_slope_at_the_largest_sizes():
+    sizes = [1, 2, 4, 8, 16]
+    times = np.maximum(3.0 * np.square(sizes), 40.0)  # flat at first
+    rows = [{"axis": "way", "value": n, "median": t} for n, t in zip(sizes, times, strict=True)]
+    fit = exponent(rows)
+    assert fit["exponent"] == pytest.approx(2.0) and fit["factor"] == pytest.approx(3.0)
+    assert fit["fitted_on"] == [4, 16] and fit["r2"] == pytest.approx(1.0)
