@@ -13,7 +13,7 @@ from notebooks import ROOT
 
 from metabook.recipes import REPRODUCTIONS, RESULTS, reports
 
-FILES = sorted(RESULTS.glob("*.json"))
+FILES = sorted(f for f in RESULTS.glob("*.json") if not f.stem.startswith("bench-"))
 REPRODUCED = [file for file in FILES if file.stem in REPRODUCTIONS]
 
 
