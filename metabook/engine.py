@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .episodes import Episode, count, positive
+from .kernels import keep_memory
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
 
@@ -202,6 +203,7 @@ def gradients(
     `step` that is to be recomputed.
     """
     learner.check(episodes.support, episodes.query.x)
+    keep_memory()
     with recomputing(learner) if recompute else nullcontext():
         size = _portion(learner, episodes, lift, chunk)
         parts = portions(episodes, size)
