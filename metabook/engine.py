@@ -271,7 +271,8 @@ def _descend(learner: Learner, part: Episode, weights: Tensor | None, lift: Lift
     if weights is not None and looped and in_parts(learner):
         return _one_after_another(learner, part, weights, lift)
     graded = grade(learner, part, lift)
-    graded.losses.backward(_weights(learner, graded.losses) if weights is None else weights)
+    if graded.losses.requires_grad:
+        graded.losses.backward(_weights(learner, graded.losses) if weights is None else weights)
     return graded._replace(losses=graded.losses.detach())
 
 
@@ -287,7 +288,8 @@ def _one_after_another(
         state = tree_unflatten(mine, structure)
         answer, seen = _noting(learner, "predict")(state, part.query.x[i])
         loss = task_loss(learner.kind, answer, part.query.y[i])
-        (w * loss).backward()
+        if loss.requires_grad:
+            (w * loss).backward()
         results = loss.detach(), answer.detach(), {k: s.detach() for k, s in seen.items()}
         done.append(Graded(*tree_map(lambda t: t[None], results)))
         arrived.append([torch.zeros_like(t) if t.grad is None else t.grad for t in mine])

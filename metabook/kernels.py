@@ -200,8 +200,8 @@ def worthwhile_block(
     "Few channels, many maps, full precision, and two modules to which nobody listens?"
     heard = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
     plain = type(conv) is nn.Conv2d and conv.bias is not None and not heard
-    few = x.shape[1] <= 3 and not _lowered.get()
-    return plain and few and worthwhile(x, x[:, :1].numel() * conv.out_channels)
+    small = x.shape[1] > 3 or not worthwhile(x, x[:, :1].numel() * conv.out_channels)
+    return plain and not small and not _lowered.get()
 
 
 def _portions(channels: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:

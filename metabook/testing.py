@@ -19,17 +19,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checkpoints import METHODS, load, methods, save
-from .engine import losses
+from .engine import gradients, losses
 from .episodes import Episode, Examples, Tasks
 from .learners import Learner
 
 # %% auto #0
 __all__ = ['CHECKS', 'Flaw', 'ContractError', 'Case', 'far_apart', 'require_close', 'kind_matches', 'predictions_fit',
-           'require_like', 'param_groups_are_complete', 'nonlinear', 'lifted', 'loop_equals_vmap', 'gradients_arrive',
-           'gradients_are_true', 'is_derivative', 'objective_at', 'support_is_a_set', 'classes_are_names',
-           'queries_stand_alone', 'narrower', 'doubled', 'another_way', 'another_shot', 'misfits',
-           'misfits_are_refused', 'snapshot', 'nothing_is_written', 'state_is_complete', 'adapting_is_deterministic',
-           'works_without_grad', 'survives_saving', 'check_learner', 'surprise', 'unregistered_learners']
+           'require_like', 'param_groups_are_complete', 'nonlinear', 'lifted', 'loop_equals_vmap',
+           'parts_make_the_whole', 'gradients_arrive', 'gradients_are_true', 'is_derivative', 'objective_at',
+           'support_is_a_set', 'classes_are_names', 'queries_stand_alone', 'narrower', 'doubled', 'another_way',
+           'another_shot', 'misfits', 'misfits_are_refused', 'snapshot', 'nothing_is_written', 'state_is_complete',
+           'adapting_is_deterministic', 'works_without_grad', 'survives_saving', 'check_learner', 'surprise',
+           'unregistered_learners']
 
 # %% ../nbs/A7_testing.ipynb #e91e7f24
 class Flaw(Exception):
@@ -165,6 +166,28 @@ def loop_equals_vmap(case: Case) -> None:
         for name in loop:
             advice = "look for what depends on the number of tasks, or is remembered between tasks"
             require_close(vmap[name], loop[name], name, "loop and vmap agree in float64", advice)
+
+
+def parts_make_the_whole(case: Case) -> None:
+    "Meta-gradients in parts, and with inner steps that are computed again, are those of all at once."
+    ways: list[dict[str, Any]] = [{}, {"chunk": 1}, {"chunk": 2, "lift": "loop"}]
+    ways += [{"recompute": True}] if hasattr(case.learner, "step") else []
+    for combine in (None, nonlinear):
+        whole = lifted(case, "loop", combine or case.learner.combine)
+        for how in ways if whole["losses"].requires_grad else []:
+            learner = copy.deepcopy(case.learner).train()
+            learner.combine = combine or learner.combine
+            graded = gradients(learner, case.episodes, **how)
+            gradient = {k: p.grad for k, p in learner.named_parameters() if p.grad is not None}
+            found = {"losses": graded.losses, "meta-gradients": gradient}
+            for name, value in (found | {"buffers": dict(learner.named_buffers())}).items():
+                require_close(
+                    value,
+                    whole[name],
+                    f"{name} with {how or 'the defaults'}",
+                    "the engine may take the tasks in parts, and compute steps again",
+                    "look for what depends on the number of tasks, or is remembered between calls",
+                )
 
 
 def gradients_arrive(case: Case) -> str | None:
@@ -456,6 +479,7 @@ CHECKS: tuple[Callable[[Case], str | None], ...] = (
     predictions_fit,
     param_groups_are_complete,
     loop_equals_vmap,
+    parts_make_the_whole,
     gradients_arrive,
     gradients_are_true,
     support_is_a_set,

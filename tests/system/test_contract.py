@@ -5,13 +5,15 @@ The checks themselves are shown one by one in nbs/A7_testing.ipynb.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from metabook import learners
+from metabook import engine, learners
 from metabook.checkpoints import methods
 from metabook.episodes import Classes, Examples, FewShot, Sinusoids, Tasks
 from metabook.learners import Learner
@@ -54,14 +56,14 @@ def settings() -> Iterator[tuple[str, str, str]]:
             yield name, "regression", "mlp"
 
 
-def build(name: str, kind: str, network: str) -> Learner:
+def build(name: str, kind: str, network: str, **how: int) -> Learner:
     """A method on a small network."""
     method = methods()[name]
     outputs = WAY if kind == "classification" else 1
     head = outputs if method.head else None
     net = NETWORKS[network](head) if kind == "classification" else MLP([1, 12, head or 6])
     given = {"kind": kind} if "kind" in inspect.signature(method).parameters else {}
-    return method(net, **given)
+    return method(net, **given, **how)
 
 
 def flaws(learner: Learner, tasks: Tasks) -> set[str]:
@@ -86,6 +88,48 @@ def test_what_pre_trains_keeps_the_contract_on_batches(method: type[Learner], lo
     batches = Batches(pictures().classes, size=6)
     net = NETWORKS["conv4-stride-running"](None)
     check_learner(method(net, classes=5, logits=logits), batches)
+
+
+def meta_gradients(learner: Learner, tasks: Tasks, lift: engine.Lift) -> list[torch.Tensor]:
+    """Losses and meta-gradient of three tasks."""
+    learner = copy.deepcopy(learner).double().train()
+    episodes = tasks.sample(3, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+    graded = engine.gradients(learner, episodes, lift=lift)
+    return [graded.losses, *(p.grad for p in learner.parameters() if p.grad is not None)]
+
+
+@pytest.fixture
+def compiling(monkeypatch) -> Callable[[str], None]:
+    """Choose what `lift="compile"` compiles with; nothing of other tests is remembered."""
+
+    def choose(backend: str) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(engine._lifted, backend=backend)
+        monkeypatch.setattr(engine, "_compiled", lambda: compiled)
+
+    yield choose
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in settings()}))
+def test_what_a_compiler_sees_is_what_runs(name: str, compiling):
+    """The whole way through the compiler but for the code that it writes, so none is needed here."""
+    compiling("aot_eager")
+    kind = next(kind for n, kind, _ in settings() if n == name)
+    few = {"steps": 1} if "steps" in inspect.signature(methods()[name]).parameters else {}
+    learner = build(name, kind, "mlp", **few)  # a compiler reads every step
+    tasks = pictures() if kind == "classification" else Sinusoids()
+    wanted = meta_gradients(learner, tasks, "loop")
+    torch.testing.assert_close(meta_gradients(learner, tasks, "compile"), wanted)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler on the path")
+def test_compiled_code_computes_the_same(compiling):
+    compiling("inductor")
+    learner, tasks = build("maml", "classification", "conv4-max-running"), pictures()
+    wanted = meta_gradients(learner, tasks, "loop")
+    torch.testing.assert_close(meta_gradients(learner, tasks, "compile"), wanted)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_every_exported_learner_is_registered():
