@@ -1,4 +1,4 @@
-"""The command line: python -m bench speed|sampling|growth|all --device cpu|cuda --rounds N --threads N --out results"""
+"""The command line: python -m bench speed|sampling|growth|accuracy|all --device cpu|cuda --rounds N --threads N --out results"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import typer
 from tqdm import tqdm
 
+from bench.accuracy import accuracy
 from bench.cases import speed_cases
 from bench.figures import draw
 from bench.growth import growth
@@ -28,6 +29,7 @@ class Part(StrEnum):
     speed = "speed"
     sampling = "sampling"
     growth = "growth"
+    accuracy = "accuracy"
     all = "all"
 
 
@@ -48,7 +50,11 @@ def contents(
         for rows, exponents in growth(base, device, threads, max(1, rounds // 2), only):
             yield {"settings": settings | asdict(base), "exponents": exponents, "rows": rows}
         return
-    measure: Callable[..., Iterator[list]] = {"speed": speed, "sampling": sampling}[part]
+    measure: Callable[..., Iterator[list]] = {
+        "speed": speed,
+        "sampling": sampling,
+        "accuracy": accuracy,
+    }[part]
     for rows in measure(device, threads, rounds, only):
         yield {"settings": settings, "rows": rows}
 

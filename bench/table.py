@@ -76,4 +76,23 @@ def growth_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"speed": speed_table, "sampling": sampling_table, "growth": growth_table}
+def accuracy_table(content: dict[str, Any]) -> str:
+    """How long a training took and what it reached."""
+    lines = list(heading(content))
+    for row in content["rows"]:
+        scores = row["score"] if isinstance(row["score"], list) else [row["score"]]
+        lines += [row["command"], f"  {row['seconds']:.0f} s (hoped for: {row['goal_seconds']} s)"]
+        lines += [
+            f"  {s['queries']}: {100 * s['mean']:.2f} ± {100 * s['ci95']:.2f}% of {s['n']} tasks "
+            f"(hoped for: {100 * row['goal']:.1f}%)"
+            for s in scores
+        ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "speed": speed_table,
+    "sampling": sampling_table,
+    "growth": growth_table,
+    "accuracy": accuracy_table,
+}
