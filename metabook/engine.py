@@ -219,9 +219,9 @@ def gradients(
 
 
 def portions(
-    episodes: Episode,  # a batch of tasks
+    episodes: Any,  # a batch of tasks, or what it was drawn as
     size: int,  # how many at once; the last portion may be smaller
-) -> list[Episode]:
+) -> list[Any]:
     "The batch in parts."
     starts = range(0, count(episodes), size)
     return [tree_map(lambda t, i=i: t[i : i + size], episodes) for i in starts]

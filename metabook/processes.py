@@ -102,9 +102,11 @@ def _listening() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = str(error).partition("] ")[2] or str(
+            error
+        )  # gloo begins with a line of its source
         raise Lost(
-            f"another process of this run has ended or cannot be reached ({reason})"
+            f"another process of this run has ended or cannot be reached ({reason.split('. ')[0]})"
         ) from error
 
 

@@ -59,10 +59,12 @@ def test_tensors_travel_as_one():
     assert a.eq(2).all() and b.eq(2).all() and c.tolist() == [0, 2, 4, 6, 8]
 
     def dead(message):
-        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234\nand more")
+        raise RuntimeError(
+            "[/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:1234. And more"
+        )
 
     with pytest.raises(
-        processes.Lost, match=r"another process of this run has ended .*closed by peer"
+        processes.Lost, match=r"reached \(Connection closed by peer \[127.0.0.1\]:1234\)$"
     ):
         processes.as_one([a], dead)
 
