@@ -191,9 +191,8 @@ def kept_aside(
 ) -> Iterator[None]:
     "Within it the file has a second name, `aside`; an error puts it back, a power cut leaves it there."
     before = aside(path)
-    if (
-        path.exists() and not before.exists()
-    ):  # else somebody died here, and that is the one to keep
+    # If it is there already, somebody died here: then that is the one to keep.
+    if path.exists() and not before.exists():
         try:
             os.link(path, before)
         except OSError:  # a file system without second names
