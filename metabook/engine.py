@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .episodes import Episode, count, positive
+from .kernels import keep_memory
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
 from .processes import Shared, summed_
@@ -205,6 +206,7 @@ def gradients(
     do not fit, and for a learner without `step` that is to be recomputed.
     """
     learner.check(episodes.support, episodes.query.x)
+    keep_memory()
     shared = shared or Shared.whole(count(episodes))
     _share_out(learner, shared)
     with recomputing(learner) if recompute else nullcontext():

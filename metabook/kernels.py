@@ -3,10 +3,13 @@
 # %% ../nbs/A8_kernels.ipynb #677428a2
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,8 +24,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['LARGE', 'PORTION', 'PRECISIONS', 'channels_last', 'worthwhile', 'BatchNormKernel', 'batch_norm', 'per_channel',
-           'FirstBlockKernel', 'merge', 'worthwhile_block', 'first_block', 'precise']
+__all__ = ['LARGE', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'worthwhile', 'BatchNormKernel', 'batch_norm',
+           'per_channel', 'FirstBlockKernel', 'merge', 'worthwhile_block', 'first_block', 'precise']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
 def channels_last(
@@ -34,8 +37,19 @@ def channels_last(
     side_by_side = x.permute(0, 2, 3, 1).flatten(2)  # [n, height, width * channels]
     return side_by_side.unflatten(2, (x.shape[3], x.shape[1])).permute(0, 3, 1, 2)
 
+# %% ../nbs/A8_kernels.ipynb #a2a9138b
+@cache
+def keep_memory() -> bool:  # was there somebody to tell?
+    "Tell glibc's allocator to keep up to a gigabyte that was freed: the next step needs it again."
+    said = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD"} & set(os.environ)
+    library = None if said or not sys.platform.startswith("linux") else ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        return False
+    trim, own_mapping = -1, -3  # numbers of the options in malloc.h; 32 MiB is the largest allowed
+    return bool(library.mallopt(trim, 2**30) and library.mallopt(own_mapping, 2**25))
+
 # %% ../nbs/A8_kernels.ipynb #ca30e97f
-LARGE = 2**20  # numbers: with fewer the plain functions are as fast
+LARGE = 2**18  # numbers: with fewer the plain functions are as fast
 
 
 def worthwhile(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -24,6 +27,37 @@ def test_layout_changes_no_number():
         maps = F.conv2d(y, torch.rand(8, channels, 3, 3), padding=1)
         assert maps.is_contiguous(memory_format=torch.channels_last)  # and so are all that follow
     assert kernels.channels_last(x.to("meta")).stride() == x.stride()
+
+
+def test_memory_is_kept():
+    # cell d07b62d3
+    faults = """
+import resource, torch
+from metabook.kernels import keep_memory
+print(keep_memory())
+def step(blocks=6):
+    held = [torch.ones(2**20) for _ in range(blocks)]  # 4 MiB each
+for _ in range(5): step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10): step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def page_faults(**environment):
+        "Was glibc told, and how many page faults do ten steps take after five?"
+        said = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "LD_PRELOAD"))}
+        command = [sys.executable, "-c", faults]
+        out = subprocess.run(
+            command, env=said | environment, capture_output=True, text=True, check=True
+        )
+        told, count = out.stdout.split()
+        return told, int(count)
+
+    told, kept = page_faults()
+    alone = page_faults(MALLOC_TRIM_THRESHOLD_="131072")
+    print(f"told: {told}, {kept} page faults; left alone: {alone[1]}")
+    assert told == "False" or kept < 200
+    assert alone[0] == "False"
 
 
 def test_the_kernel_is_its_definition():
