@@ -427,24 +427,25 @@ class Run:
         SIGTERM ends it as Ctrl-C does.  Who ends early leaves the other processes, so that none waits.
         """
         self.learner.train()
-        done = False
-        with processes.stoppable() as deaf:
-            try:
-                yield
-                done = True
-            except KeyboardInterrupt:
-                self.interrupted = True
-            except processes.Lost as lost:
-                error = processes.Lost(f"{lost}: {self.whereabouts()}")
-                log.error(error)  # at once: `torchrun` may end this process at any moment
-                raise error from lost
-            finally:
-                deaf()
-                if not done:
-                    processes.leave()
-                self.finish()
+        try:
+            with processes.stoppable() as deaf:
+                try:
+                    yield
+                except KeyboardInterrupt:
+                    self.interrupted = True
+                except processes.Lost as lost:
+                    error = processes.Lost(f"{lost}: {self.whereabouts()}")
+                    log.error(error)  # at once: `torchrun` may end this process at any moment
+                    raise error from lost
+                finally:
+                    deaf()
+                    self.finish()
+        except BaseException:
+            processes.leave()
+            raise
         if self.interrupted:
-            log.warning("interrupted: %s", self)
+            log.warning("interrupted%s: %s", self.why(), self)
+            processes.leave()
         processes.wait()
 
     def finish(self) -> None:
@@ -466,10 +467,16 @@ class Run:
             }
             save(self.folder, self.learner, **(self.notes | facts))
 
+    def why(self) -> str:
+        "Why it may have been interrupted, where several processes are ended together."
+        if processes.world() == 1:
+            return ""
+        return f" (or another process of this run has ended; {self.whereabouts()})"
+
     def whereabouts(self) -> str:
         "Where the parameters are that a run leaves which cannot go on."
-        if not self.folder:
-            return "no folder was named to keep what was learned"
+        if not self.folder or not self.outer.taken:
+            return "nothing was kept, for want of " + ("a step" if self.folder else "a folder")
         if not processes.main():
             return f"what process 0 wrote last is in {self.folder}"
         return f"the parameters of step {self.best_step or self.outer.taken} are in {self.folder}"

@@ -27,15 +27,15 @@ def launch(*words: object, prefix: list[str] = TORCHRUN) -> subprocess.Popen:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*prefix, *map(str, words)], env=env, start_new_session=True, **pipes)
+    return subprocess.Popen([*prefix, *map(str, words)], env=env, **pipes)
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Its status and what it printed; one that hangs is killed with all that it started, and fails."""
+    """Its status and what it printed; one that hangs is ended with all that it started, and fails."""
     try:
         out, err = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # `torchrun` ends its processes, if need be after half a minute
         pytest.fail(f"still running after {LIMIT} s: {process.communicate()[1][-2000:]}")
     return process.returncode, out, err
 
@@ -111,7 +111,8 @@ def test_a_run_that_is_asked_to_end_keeps_what_it_learned(tmp_path):
 def test_one_process_that_is_asked_to_end_takes_the_other_with_it(tmp_path):
     job = "endless", tmp_path / "run", 0, int(signal.SIGTERM)
     _, _, errors = ended(launch(WORKER, *job))
-    assert "interrupted: 6 steps" in errors and metabook.load(tmp_path / "run").lr == 0.05
+    assert "interrupted (or another process" in errors and "6 steps in" in errors
+    assert metabook.load(tmp_path / "run").lr == 0.05
 
 
 def test_the_command_line_shares_and_prints_once(tmp_path):
