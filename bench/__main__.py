@@ -1,4 +1,4 @@
-"""The command line: python -m bench speed|sampling|growth|accuracy|all --device cpu|cuda --rounds N --threads N --out results"""
+"""The command line: python -m bench speed|sampling|growth|processes|accuracy|all --device cpu|cuda --rounds N --threads N --out results"""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from bench.accuracy import accuracy
 from bench.cases import speed_cases
 from bench.figures import draw
 from bench.growth import growth
+from bench.processes import several
 from bench.report import report, write
 from bench.sampling import sampling
 from bench.speed import speed
@@ -29,6 +30,7 @@ class Part(StrEnum):
     speed = "speed"
     sampling = "sampling"
     growth = "growth"
+    processes = "processes"
     accuracy = "accuracy"
     all = "all"
 
@@ -50,11 +52,13 @@ def contents(
         for rows, exponents in growth(base, device, threads, max(1, rounds // 2), only):
             yield {"settings": settings | asdict(base), "exponents": exponents, "rows": rows}
         return
-    measure: Callable[..., Iterator[list]] = {
+    ways: dict[str, Callable[..., Iterator[list]]] = {
         "speed": speed,
         "sampling": sampling,
+        "processes": several,
         "accuracy": accuracy,
-    }[part]
+    }
+    measure = ways[part]
     for rows in measure(device, threads, rounds, only):
         yield {"settings": settings, "rows": rows}
 
@@ -64,6 +68,7 @@ def run(part: str, device: str, threads: int, rounds: int, only: str, out: Path)
 
     Says whether there was anything to measure.
     """
+    threads = 1 if part == "processes" else threads  # there the processes are what is counted
     more = f" --only {only}" if only else ""
     command = (
         f"python -m bench {part} --device {device} --rounds {rounds} --threads {threads}{more}"
@@ -94,7 +99,7 @@ def main(
     found = [run(one.value, device.value, threads, rounds, only, out) for one in parts]
     if not any(found):
         names = ", ".join(case.name for case in speed_cases(device.value, "omniglot"))
-        message = f"{only!r} is part of no case; there are {names}, sampling-..., growth-..."
+        message = f"{only!r} is part of no case; there are {names}, sampling-..., growth-..., processes-..."
         raise typer.BadParameter(message, param_hint="--only")
 
 

@@ -53,7 +53,7 @@ def commit() -> str | None:
 
 
 def report(
-    part: str,  # "speed", "sampling" or "growth"
+    part: str,  # "speed", "sampling", "growth" or "processes"
     device: str,
     threads: int,
     command: str,  # that measures it again

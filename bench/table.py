@@ -90,9 +90,30 @@ def accuracy_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def processes_table(content: dict[str, Any]) -> str:
+    """A line for each number of processes."""
+    lines = [*heading(content), ""]
+    for row in content["rows"]:
+        who = f"  {row['processes']:2} processes, {row['tasks']} tasks"
+        if row["status"] == "failed":
+            lines.append(f"{who} failed: {row['reason']}")
+            continue
+        alone, shared, within, exchange = (
+            1e3 * row[k]["median"] for k in ("alone", "shared", "within", "exchange")
+        )
+        speed = f"alone {alone:.0f} ms, shared {shared:.0f} ms, {row['speedup']:.2f}x"
+        cost = f"in exchanges {within:.2f} ms, an exchange alone {exchange:.2f} ms"
+        lines.append(f"{who}  {speed}; {cost}, {row['bytes']} bytes")
+    return "\n".join(lines)
+
+
 TABLES = {
     "speed": speed_table,
     "sampling": sampling_table,
     "growth": growth_table,
+<<<<<<< HEAD
     "accuracy": accuracy_table,
+=======
+    "processes": processes_table,
+>>>>>>> procs
 }

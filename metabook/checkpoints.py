@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import pkgutil
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['VERSION', 'NETWORKS', 'METHODS', 'register', 'noting', 'plain', 'registered', 'methods', 'lookup', 'build',
-           'build_argument', 'staged', 'write_atomically', 'save', 'heading', 'checksum', 'read_config', 'load',
-           'read_weights']
+           'build_argument', 'staged', 'write_atomically', 'aside', 'kept_aside', 'save', 'heading', 'checksum',
+           'read_config', 'load', 'read_weights']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 VERSION = 1  # of the layout of a trained folder
@@ -179,6 +180,32 @@ def write_atomically(
         put()
 
 # %% ../nbs/A3_checkpoints.ipynb #668ad176
+def aside(path: Path) -> Path:
+    "The hidden name of what a file held before it was replaced."
+    return path.with_name(f".{path.name}.before")
+
+
+@contextmanager
+def kept_aside(
+    path: Path,  # a file that is to be replaced
+) -> Iterator[None]:
+    "Within it the file has a second name, `aside`; an error puts it back, a power cut leaves it there."
+    before = aside(path)
+    # If it is there already, somebody died here: then that is the one to keep.
+    if path.exists() and not before.exists():
+        try:
+            os.link(path, before)
+        except OSError:  # a file system without second names
+            shutil.copyfile(path, before)
+    try:
+        yield
+    except BaseException:
+        if before.exists():
+            os.replace(before, path)
+        raise
+    before.unlink(missing_ok=True)
+
+
 def save(
     folder: str | Path,  # made where it is missing
     learner: nn.Module,  # an instance of a registered class
@@ -187,7 +214,7 @@ def save(
     """Write a trained folder: `learner.safetensors` and `config.json`, each whole or not at all.
 
     Both are on the disk before either takes its name, so an error leaves an earlier trained folder as
-    it was.  Raises `TypeError` where the learner's class is not registered (nobody could rebuild it) or
+    it was, and after a power cut `load` finds the earlier or the new one.  Raises `TypeError` where the learner's class is not registered (nobody could rebuild it) or
     `more` is not JSON, and `OSError` where the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
@@ -205,7 +232,9 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     files = {"learner.safetensors": weights, "config.json": text}
     with ExitStack() as stack:
-        for put in [stack.enter_context(staged(folder / k, data)) for k, data in files.items()]:
+        puts = [stack.enter_context(staged(folder / k, data)) for k, data in files.items()]
+        stack.enter_context(kept_aside(folder / "learner.safetensors"))
+        for put in puts:
             put()
     return folder
 
@@ -276,6 +305,8 @@ def read_weights(
 
     try:
         data = path.read_bytes()
+        if checksum(data) != expected and aside(path).exists():  # `save` was cut off
+            data = aside(path).read_bytes()
         if checksum(data) != expected:
             raise ValueError("its checksum is not the one in config.json")
         return from_bytes(data)

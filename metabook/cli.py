@@ -15,6 +15,7 @@ import typer
 from torch import Tensor
 
 import metabook
+from . import processes
 from .checkpoints import NETWORKS, load, methods, read_config
 from .datasets import SOURCES, check, fetch, present, read_image
 from .episodes import Classes, Examples
@@ -108,8 +109,9 @@ def device_of(name: str) -> torch.device:
 
 
 def tell(text: str, facts: Any, as_json: bool) -> None:
-    "Print the result the way it was asked for."
-    typer.echo(json.dumps(facts, indent=1) if as_json else text)
+    "Print the result the way it was asked for; of several processes one does."
+    if processes.main():
+        typer.echo(json.dumps(facts, indent=1) if as_json else text)
 
 # %% ../nbs/A5_command_line.ipynb #ed178d0a
 @app.command("methods")
@@ -224,7 +226,8 @@ def train(
 ) -> None:
     """Meta-train a method and write a trained folder.
 
-    What is not said comes from the method's recipe for that data.
+    What is not said comes from the method's recipe for that data.  Several processes share the tasks
+    of each step: torchrun --nproc-per-node 2 -m metabook train ...
     """
     if start and (network or net_args):
         raise ValueError("--start brings its own network: leave out --network and --net")
@@ -399,6 +402,7 @@ def classify_images(
 def main() -> None:
     "The `metabook` command: errors that a user can mend are told in a line, without a traceback."
     try:
+        processes.join()  # before anything is put on a device
         app(prog_name="metabook")
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("METABOOK_TRACEBACK"):

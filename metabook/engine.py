@@ -19,6 +19,7 @@ from .episodes import Episode, count, positive
 from .kernels import keep_memory
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
+from .processes import Shared, summed_
 
 try:
     from jaxtyping import Float
@@ -195,30 +196,34 @@ def gradients(
     lift: Lift = "auto",  # see `choose_lift`
     chunk: int | None = None,  # how many tasks are held in memory at once; `None`: all
     recompute: bool = False,  # forget each inner step and compute it again on the way back
+    shared: Shared | None = None,  # the batch is this process's share of it; `None`: it is all
 ) -> Graded:  # losses without their graph
     """The gradient of `learner.combine(losses)`, added to the parameters' `.grad`.
 
     The same for every way of lifting and every chunk, up to rounding.  Moves running averages as
-    `losses` does.  Raises `ValueError` where the examples do not fit, and for a learner without
-    `step` that is to be recomputed.
+    `losses` does.  With `shared` gradient, losses and running averages are those of all processes'
+    tasks, and the same in all; answers are those of this one.  Raises `ValueError` where the examples
+    do not fit, and for a learner without `step` that is to be recomputed.
     """
     learner.check(episodes.support, episodes.query.x)
     keep_memory()
+    shared = shared or Shared.whole(count(episodes))
+    _share_out(learner, shared)
     with recomputing(learner) if recompute else nullcontext():
         size = _portion(learner, episodes, lift, chunk)
         parts = portions(episodes, size)
-        weights = _weights_ahead(learner, episodes, parts, lift)
+        weights = _weights_ahead(learner, shared, parts, lift)
         each = [None] if weights is None else weights.split(size)
-        done = [_descend(learner, p, w, lift) for p, w in zip(parts, each, strict=True)]
-    graded = _joined(done)
+        done = [_descend(learner, p, w, lift, shared) for p, w in zip(parts, each, strict=True)]
+    graded = _of_all(learner, _joined(done), shared)
     store_running(learner, {name: s.mean(0) for name, s in graded.statistics.items()})
     return graded
 
 
 def portions(
-    episodes: Episode,  # a batch of tasks
+    episodes: Any,  # a batch of tasks, or what it was drawn as
     size: int,  # how many at once; the last portion may be smaller
-) -> list[Episode]:
+) -> list[Any]:
     "The batch in parts."
     starts = range(0, count(episodes), size)
     return [tree_map(lambda t, i=i: t[i : i + size], episodes) for i in starts]
@@ -245,34 +250,62 @@ def averages(learner: Learner) -> bool:
 
 
 def _weights_ahead(
-    learner: Learner, episodes: Episode, parts: list[Episode], lift: Lift
+    learner: Learner, shared: Shared, parts: list[Episode], lift: Lift
 ) -> Float[Tensor, "tasks"] | None:
     "The weight of each task; `None` where it will follow from losses that are computed anyway."
-    n = count(episodes)
     if averages(learner):
-        return episodes.query.y.new_full((n,), 1 / n)
+        here = sum(map(count, parts))
+        return parts[0].query.y.new_full((here,), 1 / shared.tasks)
     if len(parts) == 1:
         return None
     with torch.no_grad():
-        return _weights(learner, torch.cat([grade(learner, p, lift).losses for p in parts]))
+        return _weights(learner, torch.cat([grade(learner, p, lift).losses for p in parts]), shared)
 
 
-def _weights(learner: Learner, values: Float[Tensor, "tasks"]) -> Float[Tensor, "tasks"]:
-    "How the objective depends on each loss; parameters of `combine` itself get their gradient here."
-    leaf = values.detach().requires_grad_()
+def _weights(
+    learner: Learner, values: Float[Tensor, "tasks"], shared: Shared
+) -> Float[Tensor, "tasks"]:
+    """How the objective depends on each loss; parameters of `combine` itself get their gradient here.
+
+    Every process computes that of all losses, so each of them takes its part of it.
+    """
+    leaf = shared.everyones(values.detach()).detach().requires_grad_()
     with torch.enable_grad():
-        learner.combine(leaf).backward()
-    return leaf.grad
+        (learner.combine(leaf) / shared.processes).backward()
+    return shared.processes * leaf.grad[shared.mine]
 
 
-def _descend(learner: Learner, part: Episode, weights: Tensor | None, lift: Lift) -> Graded:
+def _share_out(learner: Learner, shared: Shared) -> None:
+    "What is in `.grad` already is the same in all processes: their sum shall count it once."
+    if shared.processes > 1:
+        for p in learner.parameters():
+            if p.grad is not None:
+                p.grad /= shared.processes
+
+
+def _of_all(learner: Learner, graded: Graded, shared: Shared) -> Graded:
+    "The sums over processes of gradients, and what is known of all tasks, in one message."
+    if shared.processes == 1:
+        return graded
+    means = {k: s.sum(0, keepdim=True) / shared.tasks for k, s in graded.statistics.items()}
+    losses = shared.placed(graded.losses)
+    grads = [p.grad for p in learner.parameters() if p.grad is not None]
+    summed_([*grads, losses, *means.values()])
+    return graded._replace(losses=losses, statistics=means)
+
+
+def _descend(
+    learner: Learner, part: Episode, weights: Tensor | None, lift: Lift, shared: Shared
+) -> Graded:
     "Add the gradient of some tasks' weighted losses."
     looped = choose_lift(learner, lift, part.query.x) == "loop"
     if weights is not None and looped and in_parts(learner):
         return _one_after_another(learner, part, weights, lift)
     graded = grade(learner, part, lift)
+    if weights is None:
+        weights = _weights(learner, graded.losses, shared)
     if graded.losses.requires_grad:
-        graded.losses.backward(_weights(learner, graded.losses) if weights is None else weights)
+        graded.losses.backward(weights)
     return graded._replace(losses=graded.losses.detach())
 
 

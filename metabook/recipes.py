@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import metabook
+from . import processes
 from metabook.checkpoints import (
     NETWORKS,
     build,
@@ -341,7 +342,9 @@ def taken_over(
     score = evaluate(learner, validate, 200, seed=seed, batch=8)
     chosen = score.row() | {"step": 0, "tasks": repr(validate)}
     facts = {"tasks": tasks.describe(), "training": start["training"], "validation": chosen}
-    save(out, learner, **(notes | facts))
+    if processes.main():
+        save(out, learner, **(notes | facts))
+    processes.wait()
 
 
 def preprocessing(task: dict[str, Any], tasks: Tasks) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils._pytree import tree_map
 
+import metabook
+from . import processes
 from .checkpoints import plain, save
 from metabook.engine import (
     Graded,
@@ -28,6 +31,7 @@ from metabook.engine import (
     capturable,
     gradients,
     log,
+    portions,
     update_where,
 )
 from .episodes import Episode, Frozen, Tasks, count, one_hot, positive
@@ -41,7 +45,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place', 'bar',
-           'Report', 'Outer', 'Run', 'fit', 'begin', 'new_folder', 'Calibration', 'binned', 'calibration']
+           'Report', 'Outer', 'Run', 'fit', 'begin', 'same_everywhere', 'new_folder', 'Calibration', 'binned',
+           'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -130,13 +135,18 @@ def evaluate(
     """Accuracy (or mean squared error) on `n` frozen tasks, with its interval.
 
     Nothing of the learner changes: no parameter, no buffer.  Raises `ValueError` where learner and
-    tasks are of different kinds.
+    tasks are of different kinds.  Processes that `torchrun` started share the batches.
     """
+    processes.join()
+    positive(batch=batch)
     frozen = tasks if isinstance(tasks, Frozen) else tasks.freeze(n, seed)
     place(learner, device)
-    given = answers(learner, frozen, queries, batch=batch, lift=lift, progress=progress)
+    parts = [p for group in frozen.groups for p in portions(group, batch)]
+    mine = replace(frozen, groups=processes.dealt(parts))
+    given = answers(learner, mine, queries, batch=batch, lift=lift, progress=progress)
     with precise(precision):
-        per_task = torch.cat([vmap(partial(task_score, learner.kind))(*pair) for pair in given])
+        scores = [vmap(partial(task_score, learner.kind))(*pair) for pair in given]
+    per_task = processes.collected(scores, [count(p) for p in parts])
     metric = "accuracy" if learner.kind == "classification" else "mse"
     return Score(per_task, metric, frozen.hash, queries)
 
@@ -184,7 +194,7 @@ def place(learner: Learner, device: torch.device | str | None = None) -> torch.d
 
 def bar(items: Any, total: int, show: bool, label: str) -> Any:
     "The items, with rate and time left where somebody wants to see them (on a page nobody waits)."
-    if not show or "METABOOK_FRAMES" in os.environ:
+    if not show or "METABOOK_FRAMES" in os.environ or not processes.main():
         return items
     from tqdm.auto import tqdm
 
@@ -232,6 +242,7 @@ class Outer:
         self.taken, self.latest = 0, None  # steps so far, report of the latest
         self.verdict = Verdict(self.device)
         self.tell: Callable[[Report], None] | None = None  # who wants to know how each step went
+        self.together: int | None = None  # tasks of a step in all processes, where these share them
 
     @property
     def lr(self) -> float:
@@ -263,7 +274,8 @@ class Outer:
 
     def descend(self, episodes: Episode) -> Graded:
         "The meta-gradient of as many tasks at once as memory holds."
-        how = dict(lift=self.lift, recompute=self.recompute)
+        shared = processes.Shared(self.together) if self.together else None
+        how = dict(lift=self.lift, recompute=self.recompute, shared=shared)
         while True:
             try:
                 with precise(self.precision):
@@ -300,20 +312,45 @@ class Outer:
 
         The drawing is part of the graph where its shapes never change and nothing on the host decides.
         """
+        if processes.world() > 1:
+            return self.on_share(tasks, meta_batch, generator)
 
         def drawn() -> Episode:
             return tasks.sample(meta_batch, generator).to(self.device)
 
-        if self.lift not in ("graph", "compile") or (self.lift, self.device.type) == (
-            "compile",
-            "cpu",
-        ):
-            return lambda: self.turn(drawn())
         here = tasks.device.type == generator.device.type == self.device.type
-        if tasks.same_shapes and self.tell is None and here:
+        if self.records and tasks.same_shapes and self.tell is None and here:
             return Replayed(lambda: self.turn(drawn()), self.device, generator)
-        recorded = Replayed(self.turn, self.device)
-        return lambda: recorded(drawn())
+        turn = Replayed(self.turn, self.device) if self.records else self.turn
+        return lambda: turn(drawn())
+
+    @property
+    def records(self) -> bool:
+        "Shall steps be recorded as a graph?"
+        asked = self.lift == "graph" or (self.lift == "compile" and self.device.type != "cpu")
+        return asked and processes.recordable()
+
+    def on_share(
+        self, tasks: Tasks, meta_batch: int, generator: torch.Generator
+    ) -> Callable[[], Report]:
+        "`turn` on this process's share: all draw the same tasks, and each gathers its own."
+        share, self.together = processes.share(meta_batch), meta_batch
+        turn = Replayed(self.turn, self.device) if self.records else self.turn
+
+        def advance() -> Report:
+            indices = tasks.draw(meta_batch, generator)
+            mine = tree_map(lambda t: t[share], indices)
+            report = turn(tasks.gather(mine).to(self.device))
+            return report if self.tell is None else self.heard(report, tasks.gather(indices))
+
+        return advance
+
+    def heard(self, report: Report, episodes: Episode) -> Report:
+        "The report on all tasks, from that on this process's share."
+        answers = report.answers
+        if answers is not None:
+            answers = processes.gathered(answers, self.together)
+        return report._replace(episodes=episodes.to(self.device), answers=answers)
 
 # %% ../nbs/06_training.ipynb #0d218bbd
 @dataclass
@@ -346,7 +383,7 @@ class Run:
         "Add a row to the log, to `log.jsonl` in the run's folder, and to what the bar shows."
         self.seconds = time.perf_counter() - self.began
         self.log.append(row | {"seconds": round(self.seconds, 3)})
-        if self.folder:
+        if self.folder and processes.main():
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.log[-1]) + "\n")
         if hasattr(self.shown, "set_postfix_str"):
@@ -370,6 +407,7 @@ class Run:
             self.best, self.best_step = score, self.outer.taken
             state = self.learner.state_dict()
             self.best_state = {k: v.detach().clone() for k, v in state.items()}
+            self.write()
         row = score.row()
         self.note(step=self.outer.taken, validation=row.pop("mean"), **row)
 
@@ -384,23 +422,42 @@ class Run:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        "Around the training: however it ends, the best parameters (else the latest) are kept."
+        """Around the training: however it ends, the best parameters (else the latest) are kept.
+
+        SIGTERM ends it as Ctrl-C does.  Who ends early leaves the other processes, so that none waits.
+        """
         self.learner.train()
         try:
-            yield
-        except KeyboardInterrupt:
-            self.interrupted = True
-        finally:
-            self.finish()
+            with processes.stoppable() as deaf:
+                try:
+                    yield
+                except KeyboardInterrupt:
+                    self.interrupted = True
+                except processes.Lost as lost:
+                    error = processes.Lost(f"{lost}: {self.whereabouts()}")
+                    log.error(error)  # at once: `torchrun` may end this process at any moment
+                    raise error from lost
+                finally:
+                    deaf()
+                    self.finish()
+        except BaseException:
+            processes.leave()
+            raise
         if self.interrupted:
-            log.warning("interrupted: %s", self)
+            log.warning("interrupted%s: %s", self.why(), self)
+            processes.leave()
+        processes.wait()
 
     def finish(self) -> None:
         "Put the best parameters back, switch to evaluation mode, write the trained folder."
         if self.best_state is not None:
             self.learner.load_state_dict(self.best_state)
         self.learner.eval()
-        if self.folder and self.outer.taken:
+        self.write()
+
+    def write(self) -> None:
+        "Write the trained folder, in process 0."
+        if self.folder and self.outer.taken and processes.main():
             training = self.settings | {"steps_taken": self.outer.taken, "seconds": self.seconds}
             training["chunk"] = self.outer.chunk  # memory may have asked for fewer
             facts = {
@@ -409,6 +466,20 @@ class Run:
                 "validation": self.choice(),
             }
             save(self.folder, self.learner, **(self.notes | facts))
+
+    def why(self) -> str:
+        "Why it may have been interrupted, where several processes are ended together."
+        if processes.world() == 1:
+            return ""
+        return f" (or another process of this run has ended; {self.whereabouts()})"
+
+    def whereabouts(self) -> str:
+        "Where the parameters are that a run leaves which cannot go on."
+        if not self.folder or not self.outer.taken:
+            return "nothing was kept, for want of " + ("a step" if self.folder else "a folder")
+        if not processes.main():
+            return f"what process 0 wrote last is in {self.folder}"
+        return f"the parameters of step {self.best_step or self.outer.taken} are in {self.folder}"
 
     def choice(self) -> dict[str, Any] | None:
         "What chose the parameters, as JSON has it."
@@ -458,9 +529,11 @@ def fit(
 ) -> Run:
     """Meta-train; with `validate` the learner ends with the parameters of the best validation score.
 
-    Ctrl-C ends the run early and keeps what was learned.  Raises `ValueError` for tasks of another
-    kind, `FileExistsError` for a folder in use, `FloatingPointError` where a loss is not finite.
+    Ctrl-C ends the run early and keeps what was learned.  Processes that `torchrun` started share the
+    tasks of each step.  Raises `ValueError` for tasks of another kind, `FileExistsError` for a folder
+    in use, `FloatingPointError` where a loss is not finite, `processes.Lost` where another process ends.
     """
+    processes.join()
     positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
     device = place(learner, device)
     how = dict(chunk=chunk, recompute=recompute, precision=precision)
@@ -476,8 +549,11 @@ def fit(
                 outer.look()
             if due:
                 run.report(outer.latest.losses)
-            if run.validation is not None and (step % every == 0 or step == steps):
-                run.consider(evaluate(learner, run.validation, lift=lift, precision=precision))
+            if step % every == 0 or step == steps:
+                if run.validation is None:
+                    run.write()
+                else:
+                    run.consider(evaluate(learner, run.validation, lift=lift, precision=precision))
     return run
 
 
@@ -497,10 +573,19 @@ def begin(
         check_kind(learner, some)
     settings = settings | {"optimizer": type(outer.optimizer).__name__}
     outer.tell = getattr(tasks, "feedback", None)
-    run = Run(learner, tasks, outer, validate, new_folder(folder, learner), settings, notes)
+    folder = new_folder(folder, learner)
     chosen_on = None if validate is None else repr(validate.tasks)
+    same_everywhere(learner, settings, tasks=repr(tasks), validation_tasks=chosen_on)
+    run = Run(learner, tasks, outer, validate, folder, settings, notes)
     run.note(settings=settings, tasks=repr(tasks), validation_tasks=chosen_on, notes=notes)
     return run
+
+
+def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> None:
+    "Let all processes begin with the parameters of process 0; `ValueError` unless they are to do the same."
+    versions = {"metabook": metabook.__version__, "torch": torch.__version__}
+    processes.agree(**(settings | more | versions))
+    processes.alike_(list(learner.state_dict().values()))
 
 
 def new_folder(folder: str | Path | None, learner: Learner) -> Path | None:
@@ -514,7 +599,8 @@ def new_folder(folder: str | Path | None, learner: Learner) -> Path | None:
     plain("learner", learner)
     if any((folder / name).exists() for name in ("log.jsonl", "config.json")):
         raise FileExistsError(f"{folder} already holds a run: name another folder, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    if processes.main():
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 # %% ../nbs/06_training.ipynb #e47bb025

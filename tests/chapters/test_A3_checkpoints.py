@@ -233,7 +233,7 @@ def test_damage_is_noticed_and_named():
             metabook.load(broken(damage))
 
 
-def test_half_an_update_is_noticed():
+def test_half_an_update_is_undone():
     # cell 7f37a552
     room = tempfile.TemporaryDirectory()  # goes away with this notebook
 
@@ -284,25 +284,40 @@ def test_half_an_update_is_noticed():
     ]:
         with pytest.raises(ValueError, match=message):
             metabook.load(broken(damage))
+
     # cell c5a79e16
-    folder = save(fresh(), MAML(MLP([2, 8, 3])))
-    original, renames = os.replace, []
+    def update(folder, *fail):
+        "Save another learner; the renames of these numbers fail."
+        original, renames = os.replace, []
 
-    def second_fails(source, target):
-        renames.append(target)
-        if len(renames) == 2:
-            raise OSError("power cut")
-        original(source, target)
+        def replace(source, target):
+            renames.append(target)
+            if len(renames) in fail:
+                raise OSError("power cut")
+            original(source, target)
 
-    os.replace = second_fails
-    try:
-        with pytest.raises(OSError, match="power cut"):
-            save(folder, MAML(MLP([2, 8, 3])))
-    finally:
-        os.replace = original
+        os.replace = replace
+        try:
+            with pytest.raises(OSError, match="power cut"):
+                save(folder, MAML(MLP([2, 8, 3]), lr=0.7))
+        finally:
+            os.replace = original
+
+    folder = save(fresh(), MAML(MLP([2, 8, 3]), lr=0.3))
+    update(folder, 2)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
+    assert metabook.load(folder).lr == 0.3
+    update(folder, 2, 3)
+    assert metabook.load(folder).lr == 0.3
+    update(folder, 2, 3)  # and again, before anything was repaired
+    assert metabook.load(folder).lr == 0.3
+    hidden = folder / ".learner.safetensors.before"
+    hidden.rename(folder / "elsewhere")
     with pytest.raises(ValueError, match="only one of the two files was replaced"):
         metabook.load(folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
+    (folder / "elsewhere").rename(hidden)
+    save(folder, MAML(MLP([2, 8, 3]), lr=0.9))
+    assert metabook.load(folder).lr == 0.9 and not hidden.exists()
 
 
 def test_an_error_while_writing_keeps_the_earlier_folder():
@@ -381,25 +396,40 @@ def test_an_error_while_writing_keeps_the_earlier_folder():
     ]:
         with pytest.raises(ValueError, match=message):
             metabook.load(broken(damage))
+
     # cell c5a79e16
-    folder = save(fresh(), MAML(MLP([2, 8, 3])))
-    original, renames = os.replace, []
+    def update(folder, *fail):
+        "Save another learner; the renames of these numbers fail."
+        original, renames = os.replace, []
 
-    def second_fails(source, target):
-        renames.append(target)
-        if len(renames) == 2:
-            raise OSError("power cut")
-        original(source, target)
+        def replace(source, target):
+            renames.append(target)
+            if len(renames) in fail:
+                raise OSError("power cut")
+            original(source, target)
 
-    os.replace = second_fails
-    try:
-        with pytest.raises(OSError, match="power cut"):
-            save(folder, MAML(MLP([2, 8, 3])))
-    finally:
-        os.replace = original
+        os.replace = replace
+        try:
+            with pytest.raises(OSError, match="power cut"):
+                save(folder, MAML(MLP([2, 8, 3]), lr=0.7))
+        finally:
+            os.replace = original
+
+    folder = save(fresh(), MAML(MLP([2, 8, 3]), lr=0.3))
+    update(folder, 2)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
+    assert metabook.load(folder).lr == 0.3
+    update(folder, 2, 3)
+    assert metabook.load(folder).lr == 0.3
+    update(folder, 2, 3)  # and again, before anything was repaired
+    assert metabook.load(folder).lr == 0.3
+    hidden = folder / ".learner.safetensors.before"
+    hidden.rename(folder / "elsewhere")
     with pytest.raises(ValueError, match="only one of the two files was replaced"):
         metabook.load(folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
+    (folder / "elsewhere").rename(hidden)
+    save(folder, MAML(MLP([2, 8, 3]), lr=0.9))
+    assert metabook.load(folder).lr == 0.9 and not hidden.exists()
     # cell 74b3ee62
     learner = MAML(MLP([2, 8, 3]))
     folder = save(fresh(), learner)

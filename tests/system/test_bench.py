@@ -19,6 +19,7 @@ from bench.figures import draw
 from bench.growth import exponent, growth
 from bench.measure import relative_error
 from bench.peers import PEERS
+from bench.processes import counts, launched
 from bench.report import report, write
 from bench.sampling import Episodes
 from bench.speed import Contender, compared, judged, make, race, settings_of
@@ -167,3 +168,17 @@ def test_the_exponent_is_the_slope_at_the_largest_sizes():
     fit = exponent(rows)
     assert fit["exponent"] == pytest.approx(2.0) and fit["factor"] == pytest.approx(3.0)
     assert fit["fitted_on"] == [4, 16] and fit["r2"] == pytest.approx(1.0)
+
+
+def test_several_processes_are_measured_beside_one(monkeypatch):
+    row = launched(2, TINY, "cpu", rounds=1)
+    assert row["status"] == "measured", row["reason"]
+    times = [row[k]["median"] for k in ("alone", "shared", "within", "exchange")]
+    assert min(times) > 0 and row["within"]["median"] < row["shared"]["median"]
+    assert row["speedup"] == pytest.approx(times[0] / times[1])
+    parameters = sum(p.numel() for p in Job(TINY).conv4.parameters())
+    assert row["bytes"] == row["sent"] == 4 * (parameters + TINY.tasks)
+    content = report("processes", "cpu", 1, "python -m bench processes", settings={}, rows=[row])
+    assert "2 processes" in TABLES["processes"](content)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert counts("cpu", 8) == [2, 4] and counts("cpu", 3) == [2] and counts("cpu", 1) == []

@@ -146,11 +146,10 @@ def test_killed_before_the_first_rename_the_earlier_folder_stands(tmp_path: Path
     assert load(tmp_path).lr == 0.1
 
 
-def test_killed_between_the_renames_it_is_noticed(tmp_path: Path) -> None:
+def test_killed_between_the_renames_the_earlier_folder_loads(tmp_path: Path) -> None:
     save(tmp_path, MAML(MLP([2, 3, 3]), lr=0.1))
     assert python(KILLED, tmp_path, 1).returncode == 9
-    with pytest.raises(ValueError, match="checksum"):
-        load(tmp_path)
+    assert load(tmp_path).lr == 0.1
     save(tmp_path, MAML(MLP([2, 3, 3]), lr=0.3))  # and the next one repairs it
     assert load(tmp_path).lr == 0.3
 
