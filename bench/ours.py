@@ -21,7 +21,7 @@ def ours(
 
     def step() -> None:
         learner.zero_grad()
-        with precise(job.precision):
+        with precise("float32" if job.precision == "float64" else job.precision):
             gradients(learner, episodes, lift=lift)
 
     return step

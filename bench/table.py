@@ -111,9 +111,6 @@ TABLES = {
     "speed": speed_table,
     "sampling": sampling_table,
     "growth": growth_table,
-<<<<<<< HEAD
-    "accuracy": accuracy_table,
-=======
     "processes": processes_table,
->>>>>>> procs
+    "accuracy": accuracy_table,
 }

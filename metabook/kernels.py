@@ -124,7 +124,7 @@ class FirstBlockKernel(Function):
 
     @staticmethod
     def forward(plain, x, filters, shift, weight, bias, eps):
-        sign = torch.where(weight < 0, -1.0, 1.0).to(x)
+        sign = _sign(weight)
         signed = filters * sign.view(-1, 1, 1, 1)
         (n, _, height, width), channels = x.shape, len(filters)
         best = x.new_empty(n, height // 2, width // 2, channels).permute(0, 3, 1, 2)
@@ -153,7 +153,7 @@ class FirstBlockKernel(Function):
         if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
             return None, *_pull_back(partial(ctx.plain, eps=ctx.eps), inputs, g), None
         x, filters, shift, weight, _ = inputs
-        sign = torch.where(weight < 0, -1.0, 1.0).to(x)
+        sign = _sign(weight)
         signed, mean = filters * sign.view(-1, 1, 1, 1), (mean - shift) * sign
         inverse = torch.rsqrt(var + ctx.eps)
         g = torch.ops.aten.threshold_backward(g, y, 0)  # through ReLU
@@ -208,6 +208,11 @@ def _portions(channels: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, .
     "Images, and what belongs to them, in portions that make `PORTION` numbers."
     size = max(1, PORTION // (channels * x[0, 0].numel()))
     return list(zip(x.split(size), *(t.split(size) for t in others), strict=True))
+
+
+def _sign(weight: Tensor) -> Tensor:
+    "Which filters to turn, so that normalisation increases with their maps: -1 for these, else 1."
+    return torch.where(weight < 0, -1.0, 1.0).to(weight)
 
 
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:

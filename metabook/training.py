@@ -207,7 +207,7 @@ class Report(NamedTuple):
     episodes: Episode  # the meta-batch
     losses: Tensor  # [tasks], before the update
     answers: Tensor | None  # [tasks, n, out] to the queries; `None`: `loss` does not call `forward`
-    norm: Tensor  # of the meta-gradient, before clipping
+    norm: Tensor | None = None  # of the meta-gradient, before clipping
 
 
 class Outer:

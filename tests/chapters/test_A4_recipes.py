@@ -187,12 +187,12 @@ def test_what_was_interrupted_is_no_row():
     # cell d94b6784
     work, name = Path(tempfile.mkdtemp()), "pretrained-glyphs-5way-1shot"
     where = {"runs": work / "runs", "results": work, "progress": False, "tasks": 20, "steps": 4}
-    stopped = mock.patch.object(Outer, "check", side_effect=[None, None, KeyboardInterrupt])
+    stopped = mock.patch.object(Outer, "look", side_effect=[None, None, KeyboardInterrupt])
     with stopped, pytest.raises(ValueError, match="or one that was interrupted"):
         reproduce(name, seeds=[0], **where)
     assert not list(work.glob("**/pretrained*.json"))
     shutil.rmtree(work)
-    dark = mock.patch.object(Outer, "step", side_effect=RuntimeError("the lights went out"))
+    dark = mock.patch.object(Outer, "turn", side_effect=RuntimeError("the lights went out"))
     with dark, pytest.raises(RuntimeError):
         reproduce(name, seeds=[0], **where)
     with pytest.raises(ValueError, match="stopped before it could save; delete the folder"):
