@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metabook.datasets import Glyphs, Omniglot, present
 from metabook.engine import gradients, over_tasks
-from metabook.episodes import Classes, FewShot
+from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.maml import MAML
-from metabook.networks import Conv4
+from metabook.networks import MLP, Conv4
 
 
 def test_multiplications_are_counted():
@@ -43,7 +43,7 @@ def test_multiplications_are_counted():
         (1, False, 5, 1, "max", 28),
         (3, False, 2, 2, "max", 20),
         (2, True, 3, 1, "max", 28),
-        (2, False, 5, 1, "stride", 28),
+        (2, True, 5, 1, "stride", 28),
     ):
         net = Conv4(out=way, width=16, pool=pool, size=size)
         learner = MAML(net, steps=steps, first_order=first_order)
@@ -60,27 +60,6 @@ def test_multiplications_are_counted():
 
 
 def test_memory_falls_with_the_chunk():
-    # cell b91572b9
-    def layer_products(net):
-        "Multiplications of each layer of a Conv4 for one image."
-        side, found = net.size, []
-        for conv in net.convs:
-            side = (side - 1) // conv.stride[0] + 1  # m = |W| h^2
-            found.append(conv.weight.numel() * side**2)
-            side = side // 2 if net.pool == "max" else side
-        return [*found, net.head.weight.numel()]
-
-    def products(learner, way, shot, query):
-        "Multiplications of one task's meta-gradient, C."
-        first, forward = layer_products(learner.net)[0], sum(layer_products(learner.net))
-        step = 3 * forward - first if learner.first_order else 9 * forward - 4 * first
-        return learner.steps * way * shot * step + way * query * (3 * forward - first)
-
-    def noise(way, each, size=28):
-        "Random images: what a step costs does not depend on what they show."
-        images = torch.rand(way, each, 1, size, size, generator=torch.Generator().manual_seed(0))
-        return Classes.of({str(i): images[i] for i in range(way)})
-
     # cell 08ec552a
     def milliseconds(f, repeat=3):
         "The fastest of a few calls."
@@ -109,8 +88,8 @@ def test_memory_falls_with_the_chunk():
         return max(accumulate(size for _, size in sorted(sizes))) / 2**20
 
     # cell 48b93cc8
-    learner = MAML(Conv4(out=5, width=16, pool="stride"), lr=0.1, steps=3)
-    eight = FewShot(noise(5, 6), 5, 1, 5).sample(8)
+    learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=2, kind="regression")
+    eight = Sinusoids(100, 10).sample(8)
     learner.zero_grad()
     gradients(learner, eight, lift="vmap")
     wanted = [p.grad.clone() for p in learner.parameters()]
