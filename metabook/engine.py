@@ -118,8 +118,13 @@ def losses(
     inside a lift may write.  Raises `ValueError` where the examples do not fit, see `Learner.check`.
     """
     graded = grade(learner, episodes, lift)
-    store_running(learner, {name: s.mean(0) for name, s in graded.statistics.items()})
+    _move_averages(learner, graded.statistics)
     return graded.losses
+
+
+def _move_averages(learner: Learner, statistics: Statistics) -> None:
+    "Towards the mean over tasks."
+    store_running(learner, {name: s.mean(0) for name, s in statistics.items()})
 
 
 def grade(
@@ -216,7 +221,7 @@ def gradients(
         each = [None] if weights is None else weights.split(size)
         done = [_descend(learner, p, w, lift, shared) for p, w in zip(parts, each, strict=True)]
     graded = _of_all(learner, _joined(done), shared)
-    store_running(learner, {name: s.mean(0) for name, s in graded.statistics.items()})
+    _move_averages(learner, graded.statistics)
     return graded
 
 
@@ -338,7 +343,9 @@ def _joined(parts: list[Graded]) -> Graded:
     "What is known of some tasks, and of others: of all."
     if len(parts) == 1:
         return parts[0]
-    return tree_map(lambda *t: torch.cat(t), *parts)
+    losses, answers, _ = zip(*parts, strict=True)
+    statistics = tree_map(lambda *t: torch.cat(t), *(p.statistics for p in parts))
+    return Graded(torch.cat(losses), None if answers[0] is None else torch.cat(answers), statistics)
 
 # %% ../nbs/A2_engine.ipynb #5239f1ea
 class Recomputed(Function):

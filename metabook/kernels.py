@@ -65,32 +65,50 @@ class BatchNormKernel(Function):
 
     @staticmethod
     def forward(plain, x, weight, bias, eps):
-        y, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        return y, mean, scale.square().reciprocal() - eps, scale
+        if x.dtype == torch.bfloat16:
+            y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+            return y, mean, inverse.square().reciprocal() - eps
+        mean, var = _statistics(x.clone())
+        scale = weight * torch.rsqrt(var + eps)
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        y = torch.addcmul((bias - mean * scale).view(shape), x, scale.view(shape))
+        return y, mean, var
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.plain, *tensors, ctx.eps = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, output[1], output[3])
+        ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     def backward(ctx, g, *_):
-        *inputs, mean, scale = ctx.saved_tensors
+        *inputs, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
             return None, *_pull_back(partial(ctx.plain, eps=ctx.eps), inputs, g), None
         x, weight, _ = inputs
-        grads = torch.ops.aten.native_batch_norm_backward(
-            g, x, weight, None, None, mean, scale, True, ctx.eps, [True, True, True]
-        )
-        return None, *grads, None
+        inverse, n = torch.rsqrt(var + ctx.eps), x.numel() // len(weight)
+        if x.dtype == torch.bfloat16:
+            return None, *_built_in_backward(g, x, weight, mean, inverse, ctx.eps), None
+        axes, shape = (0, *range(2, x.ndim)), (1, -1) + (1,) * (x.ndim - 2)
+        g_bias = g.sum(axes)
+        g_weight = ((g * x).sum(axes) - mean * g_bias) * inverse  # sum of g times x-hat
+        slope = -g_weight * inverse / n
+        level = -g_bias / n - mean * slope
+        g_x = torch.addcmul(level.view(shape), x, slope.view(shape)).add_(g)
+        return None, g_x.mul_((weight * inverse).view(shape)), g_weight, g_bias, None
 
     @staticmethod
     def vmap(info, dims, plain, x, weight, bias, eps):
-        lifted = torch.func.vmap(partial(plain, eps=eps), dims[1:4])
-        y, mean, var = lifted(x, weight, bias)
-        return (y, mean, var, torch.rsqrt(var + eps)), (0, 0, 0, 0)
+        return torch.func.vmap(partial(plain, eps=eps), dims[1:4])(x, weight, bias), (0, 0, 0)
+
+
+def _built_in_backward(g: Tensor, x: Tensor, weight: Tensor, *of_batch: Any) -> tuple[Tensor, ...]:
+    "For bfloat16, where the built-in layer's sums are exact enough."
+    mean, inverse, eps = of_batch
+    return torch.ops.aten.native_batch_norm_backward(
+        g, x, weight, None, None, mean, inverse, True, eps, [True, True, True]
+    )
 
 
 def batch_norm(
@@ -102,7 +120,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:  # output, mean, variance
     "What `plain` computes, fast for large maps; no gradient flows through mean and variance then."
     if worthwhile(x, x.numel()):
-        return BatchNormKernel.apply(plain, x, weight, bias, eps)[:3]
+        return BatchNormKernel.apply(plain, x, weight, bias, eps)
     return plain(x, weight, bias, eps)
 
 
@@ -216,8 +234,11 @@ def _sign(weight: Tensor) -> Tensor:
 
 
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
-    "Mean and variance of each channel."
-    return torch.batch_norm_update_stats(maps, None, None, 0.0)
+    "Mean and variance of each channel; the maps are used up."
+    axes, shape = (0, *range(2, maps.ndim)), (1, -1) + (1,) * (maps.ndim - 2)
+    n = maps.numel() // maps.shape[1]
+    mean = maps.sum(axes) / n
+    return mean, maps.sub_(mean.view(shape)).square_().sum(axes) / n
 
 
 def _unpool(above: Tensor, maps: Tensor, position: Tensor) -> Tensor:

@@ -49,14 +49,13 @@ def normalise(
     var: Float[Tensor, "channels"] | None = None,  # `None`: the batch's own
 ) -> tuple[Tensor, Tensor, Tensor]:  # output, mean, variance
     "The formula of batch normalisation, in operations that can be lifted and differentiated at will."
-    x = x.to(weight.dtype)
     axes, shape = (0, *range(2, x.ndim)), (1, -1) + (1,) * (x.ndim - 2)
-    n = x.numel() // len(weight)
-    mean = x.sum(axes) / n if mean is None else mean
-    centred = x + (-mean).view(shape)  # the small one is negated: derivatives need no copy of x
-    var = centred.square().sum(axes) / n if var is None else var
+    n, wide, own = x.numel() // len(weight), weight.dtype, x.dtype  # maps may be bfloat16
+    mean = x.sum(axes, dtype=wide) / n if mean is None else mean
+    centred = x + (-mean).to(own).view(shape)  # the small one is negated: no copy of x needed later
+    var = centred.square().sum(axes, dtype=wide) / n if var is None else var
     scale = weight * torch.rsqrt(var + eps)  # gamma / s
-    return centred * scale.view(shape) + bias.view(shape), mean, var
+    return centred * scale.to(own).view(shape) + bias.to(own).view(shape), mean, var
 
 
 class BatchNorm(nn.Module):
