@@ -25,7 +25,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['LARGE', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'worthwhile', 'BatchNormKernel', 'batch_norm',
-           'per_channel', 'FirstBlockKernel', 'merge', 'worthwhile_block', 'first_block', 'precise']
+           'per_channel', 'FirstBlockKernel', 'merge', 'first_and_plain', 'first_block', 'precise', 'folded_block',
+           'lowered']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
 def channels_last(
@@ -210,16 +211,14 @@ def merge(
     return mean, (share * (variances + (means - mean).square())).sum(0)
 
 # %% ../nbs/A8_kernels.ipynb #bd147dbb
-def worthwhile_block(
+def first_and_plain(
     x: Float[Tensor, "n channels height width"],  # images
-    conv: nn.Conv2d,  # what it would replace
+    conv: nn.Conv2d,  # what would be replaced
     norm: nn.Module,  # the normalisation after it
 ) -> bool:
-    "Few channels, many maps, full precision, and two modules to which nobody listens?"
+    "Few channels, and two modules of which nobody expects to be called?"
     heard = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
-    plain = type(conv) is nn.Conv2d and conv.bias is not None and not heard
-    small = x.shape[1] > 3 or not worthwhile(x, x[:, :1].numel() * conv.out_channels)
-    return plain and not small and not _lowered.get()
+    return x.shape[1] <= 3 and type(conv) is nn.Conv2d and conv.bias is not None and not heard
 
 
 def _portions(channels: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
@@ -265,7 +264,9 @@ def first_block(
     bias: Float[Tensor, "out"],  # b
     eps: float,  # added to the variance
 ) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
-    "What `plain` computes, fast for many images of few channels; mean and variance without gradient."
+    "What `plain` computes, fast for many images of few channels; no gradient flows through mean and variance then."
+    if not worthwhile(x, x[:, :1].numel() * len(filters)):
+        return plain(x, filters, shift, weight, bias, eps)
     return FirstBlockKernel.apply(plain, x, filters, shift, weight, bias, eps)[:3]
 
 # %% ../nbs/A8_kernels.ipynb #2760922f
@@ -322,3 +323,28 @@ class _Casts(TorchFunctionMode):
         if function is F.conv2d:
             return function(channels_last(x), *rest, **(kwargs or {}))
         return function(x, *rest, **(kwargs or {})).float()
+
+# %% ../nbs/A8_kernels.ipynb #02f743d7
+def folded_block(
+    x: Float[Tensor, "n channels height width"],  # images
+    filters: Float[Tensor, "out channels 3 3"],  # of the convolution
+    shift: Float[Tensor, "out"],  # its bias, which changes nothing but the mean
+    weight: Float[Tensor, "out"],  # gamma
+    bias: Float[Tensor, "out"],  # b
+    eps: float,  # added to the variance
+) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
+    "A block whose filters are normalised instead of its maps: for images of few channels."
+    patches = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)  # [9 channels, n height width]
+    centre = patches.sum(1) / patches.shape[1]
+    centred = patches - centre[:, None]
+    covariance = centred @ centred.T / patches.shape[1]
+    flat = filters.flatten(1)
+    mean, var = flat @ centre + shift, ((flat @ covariance) * flat).sum(1)
+    scale = weight * torch.rsqrt(var + eps)
+    maps = F.conv2d(x, filters * scale.view(-1, 1, 1, 1), bias + (shift - mean) * scale, padding=1)
+    return F.relu(F.max_pool2d(maps, 2)), mean, var
+
+
+def lowered() -> bool:
+    'Are we inside of `precise("bfloat16")`?'
+    return _lowered.get()

@@ -285,10 +285,13 @@ class Conv4(nn.Module):
         "Convolution, normalisation, ReLU, and the step that halves a map."
         if self.pool == "stride":
             return F.relu(norm(conv(x)))
-        if not kernels.worthwhile_block(x, conv, norm) or norm.given or norm.differentiates:
+        if norm.given or norm.differentiates or not kernels.first_and_plain(x, conv, norm):
             return F.relu(F.max_pool2d(norm(conv(x)), 2))  # pooling first leaves less for ReLU
         parameters = conv.weight, conv.bias, norm.weight, norm.bias
-        y, mean, var = kernels.first_block(conv_block, x, *parameters, norm.eps)
+        how = (
+            kernels.folded_block if kernels.lowered() else partial(kernels.first_block, conv_block)
+        )
+        y, mean, var = how(x, *parameters, norm.eps)
         norm.note(mean, var)
         return y
 

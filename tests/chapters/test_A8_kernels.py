@@ -316,3 +316,49 @@ def test_second_derivatives_in_bfloat16():
         ValueError, match="precision='half', expected one of float32, tf32, bfloat16"
     ):
         kernels.precise("half").__enter__()
+
+
+@pytest.mark.proves("eq-folded-block")
+def test_the_folded_block_is_the_block():
+    # cell 4fc1d47c
+    def agree(f, g, arguments):
+        "Do two functions of tensors have the same value, gradient and second derivative?"
+
+        def derivatives(f):
+            def loss(*x):
+                return f(*x).sin().sum()
+
+            inner = grad(loss, tuple(range(len(arguments))))
+            x = [a.clone().requires_grad_() for a in arguments]
+            value = f(*x)
+            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
+            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
+            return value, first, second
+
+        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
+            size = max(
+                w.abs().max().item() for w in wanted
+            )  # a gradient may be zero but for rounding
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
+
+    def large_maps(n=24, channels=64, size=28):
+        torch.manual_seed(0)
+        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
+        return x, torch.randn(channels).double(), torch.randn(channels).double()
+
+    # cell 84d9a7a0
+    torch.manual_seed(0)
+    for channels in (1, 3):
+        images = torch.randn(6, channels, 9, 9).double()
+        filters = torch.randn(8, channels, 3, 3).double()
+        shift, weight, bias = torch.randn(3, 8).double()
+        arguments = [images, filters, shift, weight, bias]
+        for found, wanted in zip(
+            kernels.folded_block(*arguments, 0.1), conv_block(*arguments, 0.1), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+        agree(
+            lambda *a: kernels.folded_block(*a, 1e-5)[0],
+            lambda *a: conv_block(*a, 1e-5)[0],
+            arguments,
+        )
