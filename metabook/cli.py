@@ -39,9 +39,9 @@ from .training import evaluate
 # %% auto #0
 __all__ = ['app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay', 'TrainWay',
            'TrainQuery', 'Network', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels', 'Every',
-           'Start', 'Out', 'settings', 'tell_version', 'options', 'device_of', 'tell', 'list_methods', 'list_data',
-           'get_data', 'check_data', 'train', 'asked', 'chosen', 'adjusted', 'reproduce_row', 'evaluate_folder',
-           'check_way', 'classify', 'read_query', 'classify_images', 'main']
+           'EngineArgs', 'Start', 'Out', 'settings', 'tell_version', 'options', 'device_of', 'tell', 'list_methods',
+           'list_data', 'get_data', 'check_data', 'train', 'engine_settings', 'asked', 'chosen', 'adjusted',
+           'reproduce_row', 'evaluate_folder', 'check_way', 'classify', 'read_query', 'classify_images', 'main']
 
 # %% ../nbs/A5_command_line.ipynb #0a38eb58
 def settings(
@@ -192,6 +192,15 @@ Channels = Annotated[int, typer.Option(help="Of a folder's images: 3 colour, 1 g
 Every = Annotated[
     int | None, typer.Option(help="Steps between validations; a tenth of all.", min=1)
 ]
+EngineArgs = Annotated[
+    list[str],
+    typer.Option(
+        "--engine",
+        metavar="NAME=VALUE",
+        help="lift=auto|loop|vmap|graph|compile, chunk=TASKS, recompute=true, "
+        "precision=float32|tf32|bfloat16.",
+    ),
+]
 Start = Annotated[
     Path | None,
     typer.Option(help="Start from the network of this trained folder, not from a fresh one."),
@@ -219,6 +228,7 @@ def train(
     channels: Channels = 3,
     every: Every = None,
     start: Start = None,
+    engine_args: EngineArgs = [],  # noqa: B006
     device: Device = "auto",
     seed: Seed = 0,
     out: Out = None,
@@ -237,10 +247,20 @@ def train(
     task = asked(data, way, shot, size, channels)
     name = f"{method}-{Path(task['data']).name}-{way}way-{task['shot']}shot"
     out = out or Path("runs") / name
-    config = run_recipe(method, recipe, task, device_of(device), seed, out, every, start)
+    how = engine_settings(engine_args)
+    config = run_recipe(method, recipe, task, device_of(device), seed, out, every, start, how)
     best, seconds = config["validation"], config["training"]["seconds"]
     facts = {"folder": str(out), "seconds": seconds, "validation": best}
     tell(f"{out}: {chosen(best)}{seconds:.0f} s", facts, as_json)
+
+
+def engine_settings(pairs: list[str]) -> dict[str, Any]:
+    "How the engine is to work.  Raises `ValueError` for a name that it does not know."
+    known, said = ("lift", "chunk", "recompute", "precision"), settings(pairs, "--engine")
+    for name in said:
+        if name not in known:
+            raise ValueError(f"--engine {name}=...: expected one of {', '.join(known)}")
+    return said
 
 
 def asked(data: str, way: int, shot: int | None, size: int, channels: int) -> dict[str, Any]:

@@ -276,6 +276,7 @@ def run_recipe(
     out: Path,  # the folder to write
     every: int | None = None,  # steps between validations; a tenth of all
     start: Path | None = None,  # a trained folder to start from; `None`: as the recipe says
+    engine: dict[str, Any] | None = None,  # lift, chunk, recompute and precision of `fit`
 ) -> dict[str, Any]:  # what config.json says
     """Train, select on validation tasks, and write what `evaluate` and `classify` need to know.
 
@@ -296,7 +297,7 @@ def run_recipe(
     notes = {"task": task, "recipe": asdict(recipe), "preprocessing": preprocessing(task, validate)}
     notes |= {"made": circumstances(device), "start": start and evidence(start)}
     if recipe.steps:
-        train(learner, tasks, recipe, validate, every, seed, out, notes)
+        train(learner, tasks, recipe, validate, every, seed, out, notes, engine or {})
     else:
         taken_over(learner, tasks, validate, read_config(start), seed, out, notes)
     return read_config(out)
@@ -311,6 +312,7 @@ def train(
     seed: int,
     out: Path,
     notes: dict[str, Any],
+    engine: dict[str, Any],
 ) -> None:
     "`fit` as the recipe says, its rate falling to zero along a cosine."
     fit(
@@ -326,6 +328,7 @@ def train(
         seed=seed,
         folder=out,
         notes=notes,
+        **engine,
     )
 
 

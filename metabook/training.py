@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from metabook.engine import (
     Verdict,
     answer,
     capturable,
+    choose_lift,
     gradients,
     log,
     portions,
@@ -231,6 +232,9 @@ class Outer:
     ):
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip!r}, expected a positive norm, or None for no clipping")
+        choose_lift(learner, lift)  # wrong words are refused here, not at the first step
+        with precise(precision), recomputing(learner) if recompute else nullcontext():
+            pass
         self.learner, self.optimizer, self.device = learner, optimizer, place(learner)
         on_gpu = self.device.type == "cuda"
         self.lift = "graph" if on_gpu and lift == "auto" else lift

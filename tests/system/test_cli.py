@@ -55,6 +55,10 @@ WRONG = {
     "train protonet --way 5000": "way=5000, but the data has",
     "train protonet --data sinusoids": "protonet is for classification",
     "train maml --net widht=8": "unknown argument of conv4 'widht': did you mean 'width'",
+    "train maml --engine speed=9": "--engine speed=...: expected one of lift, chunk, recompute",
+    "train maml --engine lift=fast": "lift='fast', expected one of auto, loop, vmap",
+    "train maml --engine precision=half": "precision='half', expected one of float32, tf32",
+    "train protonet --engine recompute=true": "ProtoNet has no `step` to compute again",
     "train maml --lr 0": "--lr 0.0: expected a positive outer rate",
     "train maml --device tpu": "--device tpu: expected cpu, cuda or auto",
     "evaluate nowhere": "no trained folder",
@@ -76,6 +80,16 @@ def test_a_run_is_not_overwritten(trained, monkeypatch, capsys):
     assert typed(monkeypatch, "train", "protonet", *TINY, "--out", trained) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert (trained / "learner.safetensors").read_bytes() == before
+
+
+def test_the_engine_can_be_told(monkeypatch, capsys, tmp_path):
+    told = ["--engine", "lift=vmap", "--engine", "chunk=1", "--engine", "precision=bfloat16"]
+    line = ["train", "maml", *TINY, "--batch", "2", *told, "--engine", "recompute=true"]
+    line[line.index("--train-way") : line.index("--train-way") + 2] = []  # maml keeps its way
+    assert typed(monkeypatch, *line, "--out", tmp_path / "run") == 0
+    training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
+    assert (training["chunk"], training["recompute"]) == (1, True)
+    assert training["precision"] == "bfloat16"
 
 
 def test_what_a_trained_folder_says(trained):
