@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,7 +19,7 @@ from .episodes import Episode, count, positive
 from .kernels import keep_memory
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
-from .processes import Shared, summed_
+from .processes import Lost, Shared, summed_
 
 try:
     from jaxtyping import Float
@@ -29,7 +29,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 # %% auto #0
 __all__ = ['Lift', 'FITS', 'FEW', 'log', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'Graded', 'losses', 'grade',
            'in_parts', 'overhearing', 'gradients', 'portions', 'averages', 'Recomputed', 'recomputing', 'answer',
-           'Replayed', 'Verdict', 'update_where', 'capturable']
+           'Replayed', 'Verdict', 'update_where', 'restore_where', 'capturable']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap", "graph", "compile"]
@@ -277,7 +277,8 @@ def _weights(
     leaf = shared.everyones(values.detach()).detach().requires_grad_()
     with torch.enable_grad():
         (learner.combine(leaf) / shared.processes).backward()
-    return shared.processes * leaf.grad[shared.mine]
+    grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return shared.processes * grad[shared.mine]
 
 
 def _share_out(learner: Learner, shared: Shared) -> None:
@@ -364,7 +365,9 @@ class Recomputed(Function):
     def backward(ctx, *g):
         again = torch.is_grad_enabled()  # will somebody differentiate this, too?
         given, parameters = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
-        given = [t if again else t.detach().requires_grad_(t.requires_grad) for t in given]
+        given = [
+            t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad) for t in given
+        ]
         with torch.enable_grad():
             results = ctx.f(*given)
         ends = [(r, v) for r, v in zip(results, g, strict=True) if r.requires_grad]
@@ -406,11 +409,14 @@ def recomputing(learner: Learner) -> Iterator[None]:
         parameters = [p for p in learner.parameters() if p.requires_grad]
         return tree_unflatten(Recomputed.apply(flat, len(tensors), *tensors, *parameters), made[0])
 
+    before = dict(vars(learner))
     learner.step = forgotten
     try:
         yield
     finally:
         del learner.step
+        if "step" in before:
+            learner.step = before["step"]
 
 # %% ../nbs/A2_engine.ipynb #93d7ed63
 def answer(
@@ -463,7 +469,7 @@ class Replayed:
         device: torch.device,  # where it works
         *generators: torch.Generator,  # whose numbers it uses
     ):
-        self.f, self.generators = f, generators
+        self.f, self.device, self.generators = f, device, generators
         self.calls: dict[Any, int] = {}
         self.graphs: dict[
             Any, tuple[Any, Any, Any]
@@ -477,25 +483,38 @@ class Replayed:
             return self.f(*args)
         key = tuple((t.shape, t.dtype) for t in tree_leaves(args))
         self.calls[key] = self.calls.get(key, 0) + 1
-        if key not in self.graphs and self.calls[key] > self.warm_up:
-            self.record(key, args)
-        if key in self.graphs:
-            return self.replay(key, args)
-        return self.f(*args) if self.why_not else self.beside(args)
+        with torch.cuda.device(self.device):
+            if key not in self.graphs and self.calls[key] > self.warm_up:
+                self.record(key, args)
+            if key in self.graphs:
+                return self.replay(key, args)
+            return self.f(*args) if self.why_not else self.beside(args)
 
     def record(self, key: Any, args: Any) -> None:
         "Take notes of one call; nothing is computed yet."
         if len(self.graphs) == self.most:
             return self.give_up(f"there are more than {self.most} sets of shapes")
         graph, given = torch.cuda.CUDAGraph(), tree_map(torch.clone, args)
-        for generator in self.generators:
-            graph.register_generator_state(generator)
+        stream = torch.cuda.current_stream()
+        generators = *self.generators, torch.cuda.default_generators[stream.device.index]
+        states = [g.get_state() for g in generators]
         try:
+            for generator in self.generators:
+                graph.register_generator_state(generator)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = self.f(*given)
         except RuntimeError as error:
-            torch.cuda.synchronize()
-            return self.give_up(str(error).splitlines()[0])
+            torch.cuda.set_stream(
+                stream
+            )  # a recording that fails may leave both as they were in it
+            for generator, state in zip(generators, states, strict=True):
+                fresh = torch.Generator(stream.device)
+                fresh.set_state(state)
+                generator.graphsafe_set_state(fresh.graphsafe_get_state())
+            cause = error.__context__ or error
+            if isinstance(cause, Lost):
+                raise cause from None
+            return self.give_up(str(cause).splitlines()[0])
         self.graphs[key] = graph, given, results
 
     def replay(self, key: Any, args: Any) -> Any:
@@ -517,6 +536,7 @@ class Replayed:
     def give_up(self, why: str) -> None:
         "From now on without graphs."
         self.why_not = why
+        self.graphs.clear()
         log.warning('lift="graph" goes on without a graph: %s', why)
 
 # %% ../nbs/A2_engine.ipynb #da0301cc
@@ -569,21 +589,31 @@ def update_where(
     for p in parameters:
         p.grad = torch.where(fine, p.grad, 0)
     kept = parameters + [t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, Tensor)]
-    with torch.no_grad():
-        before = [t.clone() for t in kept]
-        optimizer.step()
-        for t, old in zip(kept, before, strict=True):
-            t.copy_(torch.where(fine, t, old))
+    before = [t.detach().clone() for t in kept]
+    optimizer.step()
+    restore_where(~fine, kept, before)
+
+
+@torch.no_grad()
+def restore_where(
+    wrong: Tensor,  # a bool on the device
+    tensors: Iterable[Tensor],  # as they are now
+    before: Iterable[Tensor],  # as they were
+) -> None:
+    "Give tensors their earlier values where something went wrong."
+    for t, old in zip(tensors, before, strict=True):
+        t.copy_(torch.where(wrong, old, t))
 
 
 def capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     "Prepare an optimiser for a graph: its rates become tensors, and it asks the host nothing."
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
-        for name in ("capturable", "fused"):
-            if name in group:
-                group[name] = True
-                break
+        if "capturable" in group:
+            group["capturable"] = True
+        elif isinstance(optimizer, torch.optim.SGD):
+            group["fused"] = True  # the other ways bring the rate to the host
+    optimizer._warned_capturable_if_run_uncaptured = True  # the warm-up is meant to be
 
 # %% ../nbs/A2_engine.ipynb #71c63d5c
 def _lifted(learner: Learner, episodes: Episode) -> Graded:

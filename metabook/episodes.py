@@ -96,6 +96,9 @@ class Tasks:
     kind: Literal["classification", "regression"]
     device = torch.device("cpu")  # where `gather` puts the tensors
     same_shapes = True  # do all draws of equal size have equal shapes?
+    recordable = (
+        False  # may a GPU replay `sample`: always the same operations, nothing on the host?
+    )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -192,6 +195,7 @@ class Sinusoids(Tasks):
     """
 
     kind = "regression"
+    recordable = True
 
     def __init__(
         self,
@@ -434,6 +438,8 @@ class FewShot(ClassTasks):
     query never share an example.  Raises `ValueError` where the data cannot give such a task.
     """
 
+    recordable = True
+
     def __init__(
         self,
         classes: Classes,  # the data
@@ -507,6 +513,7 @@ class VariedWayShot(FewShot):
     """
 
     same_shapes = False
+    recordable = False
 
     def __init__(
         self,

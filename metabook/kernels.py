@@ -69,7 +69,9 @@ class BatchNormKernel(Function):
         if x.dtype == torch.bfloat16:
             y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
             return y, mean, inverse.square().reciprocal() - eps
-        mean, var = _statistics(x.clone())
+        portions = x.split(max(1, PORTION // x[0].numel()))
+        of_portions = zip(*map(_statistics, portions), strict=True)
+        mean, var = merge(*map(torch.stack, of_portions), [len(p) for p in portions])
         scale = weight * torch.rsqrt(var + eps)
         shape = (1, -1) + (1,) * (x.ndim - 2)
         y = torch.addcmul((bias - mean * scale).view(shape), x, scale.view(shape))
@@ -96,8 +98,9 @@ class BatchNormKernel(Function):
         g_weight = ((g * x).sum(axes) - mean * g_bias) * inverse  # sum of g times x-hat
         slope = -g_weight * inverse / n
         level = -g_bias / n - mean * slope
-        g_x = torch.addcmul(level.view(shape), x, slope.view(shape)).add_(g)
-        return None, g_x.mul_((weight * inverse).view(shape)), g_weight, g_bias, None
+        scale = weight * inverse
+        g_x = torch.addcmul((scale * level).view(shape), x, (scale * slope).view(shape))
+        return None, g_x.addcmul_(g, scale.view(shape)), g_weight, g_bias, None
 
     @staticmethod
     def vmap(info, dims, plain, x, weight, bias, eps):
@@ -233,11 +236,8 @@ def _sign(weight: Tensor) -> Tensor:
 
 
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
-    "Mean and variance of each channel; the maps are used up."
-    axes, shape = (0, *range(2, maps.ndim)), (1, -1) + (1,) * (maps.ndim - 2)
-    n = maps.numel() // maps.shape[1]
-    mean = maps.sum(axes) / n
-    return mean, maps.sub_(mean.view(shape)).square_().sum(axes) / n
+    "Mean and variance of each channel: fast, and exact enough for a portion."
+    return torch.batch_norm_update_stats(maps, None, None, 0.0)
 
 
 def _unpool(above: Tensor, maps: Tensor, position: Tensor) -> Tensor:
@@ -305,7 +305,9 @@ def _allowed(tf32: bool) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        now = torch.backends.cudnn  # everything else stays as the user has set it
+        kept = dict(enabled=now.enabled, benchmark=now.benchmark, deterministic=now.deterministic)
+        with now.flags(**kept, benchmark_limit=now.benchmark_limit, allow_tf32=tf32):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

@@ -201,9 +201,10 @@ class Shared:
     def everyones(self, losses: Tensor) -> Tensor:
         "The losses of all tasks, from those of this process.  Sends a message the first time only."
         if self.losses is None:
-            self.losses = self.placed(losses)
+            everyones = self.placed(losses)
             if self.processes > 1:
-                summed_([self.losses])
+                summed_([everyones])
+            self.losses = everyones  # known once the message has arrived
         return self.losses
 
     def placed(self, rows: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ from metabook.engine import (
     gradients,
     log,
     portions,
+    recomputing,
+    restore_where,
     update_where,
 )
 from .episodes import Episode, Frozen, Tasks, count, one_hot, positive
@@ -239,7 +241,7 @@ class Outer:
         on_gpu = self.device.type == "cuda"
         self.lift = "graph" if on_gpu and lift == "auto" else lift
         self.chunk, self.recompute, self.precision = chunk, recompute, precision
-        if on_gpu:
+        if on_gpu and self.records:
             capturable(optimizer, self.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or (lambda step: 1.0))
         self.largest = math.inf if clip is None else clip
@@ -265,15 +267,20 @@ class Outer:
         "Draw the gradient from these tasks, and take a step.  Raises `FloatingPointError`."
         self.count(self.turn(episodes))
         self.look()
+        if self.tell:
+            self.tell(self.latest)
         return self.latest.losses
 
     def turn(self, episodes: Episode) -> Report:
         "What of a step happens on the device: nothing in it waits for the host."
-        self.optimizer.zero_grad()
+        self.learner.zero_grad()
+        averages = list(self.learner.buffers())
+        before = [b.clone() for b in averages]
         losses, answers, _ = self.descend(episodes)
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.largest)
         self.verdict.judge(losses, norm)
         update_where(self.verdict.fine, self.optimizer)
+        restore_where(~self.verdict.fine, averages, before)
         return Report(episodes, losses, answers, norm)
 
     def descend(self, episodes: Episode) -> Graded:
@@ -285,6 +292,8 @@ class Outer:
                 with precise(self.precision):
                     return gradients(self.learner, episodes, chunk=self.chunk, **how)
             except (torch.OutOfMemoryError, MemoryError) as error:
+                if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise  # a recording gives up; the step that follows it will find its chunk
                 self.halve(count(episodes), error)
 
     def halve(self, tasks: int, error: Exception) -> None:
@@ -292,7 +301,7 @@ class Outer:
         if self.chunk == 1:
             raise error
         self.chunk = max(1, (self.chunk or tasks) // 2)
-        self.optimizer.zero_grad()
+        self.learner.zero_grad()
         log.warning("out of memory: going on with chunk=%d tasks at once", self.chunk)
 
     def count(self, report: Report) -> None:
@@ -301,10 +310,8 @@ class Outer:
         self.taken, self.latest = self.taken + 1, report
 
     def look(self) -> None:
-        "On the host: raise `FloatingPointError` if a step was not finite, and tell who wants to know."
+        "On the host: raise `FloatingPointError` if a step was not finite."
         self.verdict.look()
-        if self.tell:
-            self.tell(self.latest)
 
     def on(
         self,
@@ -323,7 +330,7 @@ class Outer:
             return tasks.sample(meta_batch, generator).to(self.device)
 
         here = tasks.device.type == generator.device.type == self.device.type
-        if self.records and tasks.same_shapes and self.tell is None and here:
+        if self.records and tasks.recordable and self.tell is None and here:
             return Replayed(lambda: self.turn(drawn()), self.device, generator)
         turn = Replayed(self.turn, self.device) if self.records else self.turn
         return lambda: turn(drawn())
@@ -551,6 +558,8 @@ def fit(
             due = step % log_every == 0 or step == steps
             if due or device.type == "cpu":
                 outer.look()
+            if outer.tell:
+                outer.tell(outer.latest)
             if due:
                 run.report(outer.latest.losses)
             if step % every == 0 or step == steps:
