@@ -56,7 +56,7 @@ WRONG = {
     "train protonet --data sinusoids": "protonet is for classification",
     "train maml --net widht=8": "unknown argument of conv4 'widht': did you mean 'width'",
     "train maml --engine speed=9": "--engine speed=...: expected one of lift, chunk, recompute",
-    "train maml --engine lift=fast": "lift='fast', expected one of auto, loop, vmap",
+    "train maml --engine lift=fast": "'fast'",
     "train maml --engine precision=half": "precision='half', expected one of float32, tf32",
     "train protonet --engine recompute=true": "ProtoNet has no `step` to compute again",
     "train maml --lr 0": "--lr 0.0: expected a positive outer rate",
