@@ -62,15 +62,17 @@ def choose_lift(
     """The faster way for this learner and these inputs on its device, as measured.
 
     On a GPU one vectorised call wins.  So it does on a CPU, until images go through convolutions and
-    make more numbers at once than the caches hold.  Graphs and compilers are given the vectorised
+    make more numbers at once than the caches hold, or where there are only a few large tasks.  Graphs and compilers are given the vectorised
     call.  Raises `ValueError` for a word that is none of these.
     """
     if lift not in get_args(Lift):
         raise ValueError(f"lift={lift!r}, expected one of {', '.join(get_args(Lift))}")
     if lift != "auto":
         return "loop" if lift == "loop" else "vmap"
-    on_cpu = all(p.device.type == "cpu" for p in learner.parameters())
-    return "loop" if on_cpu and in_flight(learner, *inputs) > FITS else "vmap"
+    if any(p.device.type != "cpu" for p in learner.parameters()):
+        return "vmap"
+    flying, few = in_flight(learner, *inputs), bool(inputs) and len(inputs[0]) < FEW
+    return "loop" if flying > (FITS / FEW if few else FITS) else "vmap"
 
 
 def fitting(

@@ -95,6 +95,10 @@ def test_the_engine_chooses_by_size_and_device():
     assert in_flight(network, *batch_of(4, 15)) == 4 * 80 * 64 * 14 * 14
     assert choose_lift(network, "auto", *batch_of(4, 15)) == "vmap"
     assert choose_lift(network, "auto", *batch_of(16, 15)) == "loop"
+    assert (
+        choose_lift(network, "auto", *batch_of(3, 15)) == "loop"
+    )  # few and large: nothing to save
+    assert choose_lift(network, "auto", *batch_of(3, 5)) == "vmap"
     assert choose_lift(network, "vmap", *batch_of(16, 15)) == "vmap"
     assert choose_lift(network, "loop") == "loop" and choose_lift(network, "graph") == "vmap"
     assert (
