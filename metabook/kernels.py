@@ -326,7 +326,8 @@ class _Casts(TorchFunctionMode):
             t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args
         )
         if function is F.conv2d:
-            return function(channels_last(x), *rest, **(kwargs or {}))
+            x = channels_last(x) if x.shape[1] <= 3 else x  # a cast forgets the strides of few
+            return function(x, *rest, **(kwargs or {}))
         return function(x, *rest, **(kwargs or {})).float()
 
 # %% ../nbs/A8_kernels.ipynb #02f743d7

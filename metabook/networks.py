@@ -285,7 +285,8 @@ class Conv4(nn.Module):
         "Convolution, normalisation, ReLU, and the step that halves a map."
         if self.pool == "stride":
             return F.relu(norm(conv(x)))
-        if norm.given or norm.differentiates or not kernels.first_and_plain(x, conv, norm):
+        alone = type(norm) is BatchNorm and not (norm.given or norm.differentiates)
+        if not alone or not kernels.first_and_plain(x, conv, norm):
             return F.relu(F.max_pool2d(norm(conv(x)), 2))  # pooling first leaves less for ReLU
         parameters = conv.weight, conv.bias, norm.weight, norm.bias
         how = (

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -167,8 +167,15 @@ def answers(
     check_kind(learner, frozen.tasks)
     if queries not in ("joint", "single"):
         raise ValueError(f'queries={queries!r}, expected "joint" or "single"')
-    device, training = place(learner), learner.training
     batches = bar(frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate")
+    return _answered(learner, batches, lift, queries)
+
+
+def _answered(
+    learner: Learner, batches: Iterable[Episode], lift: Lift, queries: Literal["joint", "single"]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    "In evaluation mode, without gradients; afterwards the learner has the mode that it had."
+    device, training = place(learner), learner.training
     learner.eval()
     try:
         for episodes in batches:
