@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -162,26 +162,22 @@ def answers(
     batch: int = 32,  # tasks at once
     lift: Lift = "auto",  # see `choose_lift`
     progress: bool = False,  # show a bar
-) -> Iterator[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
-    "Predictions and targets for the queries of frozen episodes, batch by batch, as they are made."
+) -> list[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
+    "Predictions and targets for the queries of frozen episodes, batch by batch."
     check_kind(learner, frozen.tasks)
     if queries not in ("joint", "single"):
         raise ValueError(f'queries={queries!r}, expected "joint" or "single"')
     batches = bar(frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate")
-    return _answered(learner, batches, lift, queries)
-
-
-def _answered(
-    learner: Learner, batches: Iterable[Episode], lift: Lift, queries: Literal["joint", "single"]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    "In evaluation mode, without gradients; afterwards the learner has the mode that it had."
     device, training = place(learner), learner.training
+
+    def ask(episodes: Episode) -> tuple[Tensor, Tensor]:
+        given = answer(learner, episodes.to(device), lift, queries)
+        return given.cpu(), episodes.query.y.cpu()
+
     learner.eval()
     try:
-        for episodes in batches:
-            with torch.no_grad():
-                given = answer(learner, episodes.to(device), lift, queries)
-            yield given.cpu(), episodes.query.y.cpu()
+        with torch.no_grad():
+            return [ask(episodes) for episodes in batches]
     finally:
         learner.train(training)
 
