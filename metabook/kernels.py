@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
@@ -24,9 +23,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['LARGE', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'worthwhile', 'BatchNormKernel', 'batch_norm',
-           'per_channel', 'FirstBlockKernel', 'merge', 'first_and_plain', 'first_block', 'precise', 'folded_block',
-           'lowered']
+__all__ = ['LARGE', 'LARGE_LOW', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'worthwhile', 'eager_on_cpu',
+           'BatchNormKernel', 'batch_norm', 'merge', 'first_block', 'patches', 'moments', 'first_and_plain', 'precise']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
 def channels_last(
@@ -50,15 +48,22 @@ def keep_memory() -> bool:  # was there somebody to tell?
     return bool(library.mallopt(trim, 2**30) and library.mallopt(own_mapping, 2**25))
 
 # %% ../nbs/A8_kernels.ipynb #ca30e97f
-LARGE = 2**18  # numbers: with fewer the plain functions are as fast
+LARGE = 2**18  # numbers: with fewer the plain function is as fast
+LARGE_LOW = 2**15  # the same in bfloat16
+PORTION = 2**19  # numbers of a portion, two megabytes in float32: what a core's cache holds
 
 
 def worthwhile(
     x: Tensor,  # what a kernel would read
-    numbers: int,  # how many it would make
 ) -> bool:
     "Is it a job for a kernel: much to do on a CPU, and no compiler that would do better?"
-    return numbers >= LARGE and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    large = LARGE_LOW if x.dtype == torch.bfloat16 else LARGE
+    return x.numel() >= large and eager_on_cpu(x)
+
+
+def eager_on_cpu(x: Tensor) -> bool:
+    "Is there no GPU and no compiler, which have ways of their own?"
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class BatchNormKernel(Function):
@@ -123,7 +128,7 @@ def batch_norm(
     eps: float,  # added to the variance
 ) -> tuple[Tensor, Tensor, Tensor]:  # output, mean, variance
     "What `plain` computes, fast for large maps; no gradient flows through mean and variance then."
-    if worthwhile(x, x.numel()):
+    if worthwhile(x):
         return BatchNormKernel.apply(plain, x, weight, bias, eps)
     return plain(x, weight, bias, eps)
 
@@ -131,76 +136,6 @@ def batch_norm(
 def _pull_back(f: Callable[..., Any], inputs: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:
     "The gradient of the first result of `f`, as a differentiable function of inputs and `g`."
     return torch.func.vjp(lambda *x: f(*x)[0], *inputs)[1](g)
-
-# %% ../nbs/A8_kernels.ipynb #99752e01
-PORTION = 2**19  # numbers of a portion, two megabytes in float32: what a core's cache holds
-
-
-def per_channel(v: Float[Tensor, "channels"]) -> Float[Tensor, "1 channels 1 1"]:
-    "As it must look beside maps."
-    return v.view(1, -1, 1, 1)
-
-
-class FirstBlockKernel(Function):
-    "`plain(x, filters, shift, weight, bias, eps)` for images of few channels: output, mean, variance."
-
-    @staticmethod
-    def forward(plain, x, filters, shift, weight, bias, eps):
-        sign = _sign(weight)
-        signed = filters * sign.view(-1, 1, 1, 1)
-        (n, _, height, width), channels = x.shape, len(filters)
-        best = x.new_empty(n, height // 2, width // 2, channels).permute(0, 3, 1, 2)
-        where, means, variances = torch.empty_like(best, dtype=torch.long), [], []
-        portions = _portions(channels, x, best, where)
-        for images, largest, position in portions:
-            maps = F.conv2d(images, signed, padding=1)
-            torch.ops.aten.max_pool2d_with_indices.out(maps, [2, 2], out=largest, indices=position)
-            for kept, new in zip((means, variances), _statistics(maps), strict=True):
-                kept.append(new)
-        mean, var = merge(torch.stack(means), torch.stack(variances), [len(p[0]) for p in portions])
-        scale = weight.abs() * torch.rsqrt(var + eps)
-        y = torch.addcmul(per_channel(bias - mean * scale), best, per_channel(scale)).relu_()
-        return y, mean * sign + shift, var, best, where
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.plain, *tensors, ctx.eps = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        *inputs, y, mean, var, best, where = ctx.saved_tensors
-        if torch.is_grad_enabled() or ctx.needs_input_grad[1]:
-            return None, *_pull_back(partial(ctx.plain, eps=ctx.eps), inputs, g), None
-        x, filters, shift, weight, _ = inputs
-        sign = _sign(weight)
-        signed, mean = filters * sign.view(-1, 1, 1, 1), (mean - shift) * sign
-        inverse = torch.rsqrt(var + ctx.eps)
-        g = torch.ops.aten.threshold_backward(g, y, 0)  # through ReLU
-        g_bias = g.sum((0, 2, 3))
-        g_weight = ((g * best).sum((0, 2, 3)) - mean * g_bias) * inverse  # sum of g times x-hat
-        scale = weight.abs() * inverse
-        count = x.numel() // x.shape[1]
-        slope = -scale * inverse * g_weight / count
-        level = -scale * g_bias / count - mean * slope
-        g_filters = torch.zeros_like(filters)
-        g = g * per_channel(scale)
-        for images, above, position in _portions(len(filters), x, g, where):
-            maps = F.conv2d(images, signed, padding=1)
-            g_maps = _unpool(above, maps, position)
-            g_maps.addcmul_(maps, per_channel(slope)).add_(per_channel(level))
-            g_filters += _filter_gradient(g_maps, images, signed)
-        g_filters = g_filters * sign.view(-1, 1, 1, 1)
-        return None, None, g_filters, torch.zeros_like(shift), g_weight * sign, g_bias, None
-
-    @staticmethod
-    def vmap(info, dims, plain, *tensors_and_eps):
-        *tensors, eps = tensors_and_eps
-        y, mean, var = torch.func.vmap(partial(plain, eps=eps), dims[1:6])(*tensors)
-        nothing = y.new_empty(0)
-        return (y, mean, var, nothing, nothing.long()), (0, 0, 0, None, None)
 
 
 def merge(
@@ -213,27 +148,6 @@ def merge(
     mean = (share * means).sum(0)
     return mean, (share * (variances + (means - mean).square())).sum(0)
 
-# %% ../nbs/A8_kernels.ipynb #bd147dbb
-def first_and_plain(
-    x: Float[Tensor, "n channels height width"],  # images
-    conv: nn.Conv2d,  # what would be replaced
-    norm: nn.Module,  # the normalisation after it
-) -> bool:
-    "Few channels, and two modules of which nobody expects to be called?"
-    heard = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
-    return x.shape[1] <= 3 and type(conv) is nn.Conv2d and conv.bias is not None and not heard
-
-
-def _portions(channels: int, x: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    "Images, and what belongs to them, in portions that make `PORTION` numbers."
-    size = max(1, PORTION // (channels * x[0, 0].numel()))
-    return list(zip(x.split(size), *(t.split(size) for t in others), strict=True))
-
-
-def _sign(weight: Tensor) -> Tensor:
-    "Which filters to turn, so that normalisation increases with their maps: -1 for these, else 1."
-    return torch.where(weight < 0, -1.0, 1.0).to(weight)
-
 
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     "Mean and variance of each channel of a portion, by sums that keep their digits."
@@ -242,39 +156,55 @@ def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     centred = maps - mean.view((1, -1) + (1,) * (maps.ndim - 2))
     return mean, centred.square_().sum(axes) / n
 
-
-def _unpool(above: Tensor, maps: Tensor, position: Tensor) -> Tensor:
-    "The gradient of the pooled maps, put where the largest values came from."
-    return torch.ops.aten.max_pool2d_with_indices_backward(
-        above, maps, [2, 2], [2, 2], [0, 0], [1, 1], False, position
-    )
-
-
-def _filter_gradient(g: Tensor, x: Tensor, filters: Tensor) -> Tensor:
-    "The gradient of 3x3 filters."
-    one = [1, 1]
-    return torch.ops.aten.convolution_backward(
-        g, x, filters, None, one, one, one, False, [0, 0], 1, [False, True, False]
-    )[1]
-
-
+# %% ../nbs/A8_kernels.ipynb #02f743d7
 def first_block(
-    plain: Callable[..., tuple[Tensor, Tensor, Tensor]],  # the definition
-    x: Float[Tensor, "n channels height width"],  # images
+    x: Float[Tensor, "n channels height width"],  # images of few channels
     filters: Float[Tensor, "out channels 3 3"],  # of the convolution
     shift: Float[Tensor, "out"],  # its bias, which changes nothing but the mean
     weight: Float[Tensor, "out"],  # gamma
     bias: Float[Tensor, "out"],  # b
     eps: float,  # added to the variance
 ) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
-    "What `plain` computes, fast for many images of few channels; no gradient flows through mean and variance then."
-    if not worthwhile(x, x[:, :1].numel() * len(filters)):
-        return plain(x, filters, shift, weight, bias, eps)
-    return FirstBlockKernel.apply(plain, x, filters, shift, weight, bias, eps)[:3]
+    "Convolution, batch normalisation, max-pooling and ReLU, with normalised filters."
+    centre, covariance = moments(patches(x.double()))
+    flat = filters.flatten(1).double()
+    mean = (flat @ centre).to(shift) + shift
+    var = ((flat @ covariance) * flat).sum(1).to(shift)
+    scale = weight * torch.rsqrt(var + eps)
+    maps = F.conv2d(x, filters * scale.view(-1, 1, 1, 1), bias + (shift - mean) * scale, padding=1)
+    return F.relu(F.max_pool2d(maps, 2)), mean, var
+
+
+def patches(
+    x: Float[Tensor, "n channels height width"],  # images
+) -> Float[Tensor, "patch positions"]:  # nine numbers for each channel
+    "What a 3x3 filter sees at each pixel."
+    height, width = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1)).transpose(0, 1)
+    shifted = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return torch.stack(shifted, 1).flatten(0, 1).flatten(1)
+
+
+def moments(
+    v: Float[Tensor, "features n"],  # values
+) -> tuple[Float[Tensor, "features"], Float[Tensor, "features features"]]:
+    "Mean and covariance."
+    mean = v.mean(1)
+    return mean, v @ v.T / v.shape[1] - torch.outer(mean, mean)
+
+
+def first_and_plain(
+    x: Float[Tensor, "n channels height width"],  # images
+    conv: nn.Conv2d,  # what would be replaced
+    norm: nn.Module,  # the normalisation after it
+) -> bool:
+    "Few channels on a CPU, and two modules of which nobody expects to be called?"
+    heard = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
+    plain = type(conv) is nn.Conv2d and conv.bias is not None and not heard
+    return x.shape[1] <= 3 and plain and eager_on_cpu(x)
 
 # %% ../nbs/A8_kernels.ipynb #2760922f
 PRECISIONS = ("float32", "tf32", "bfloat16")
-_lowered: ContextVar[bool] = ContextVar("lowered", default=False)
 
 
 @contextmanager
@@ -292,11 +222,7 @@ def precise(
         _allowed(tf32=precision != "float32"),
         _Casts() if precision == "bfloat16" else nullcontext(),
     ):
-        token = _lowered.set(precision == "bfloat16")
-        try:
-            yield
-        finally:
-            _lowered.reset(token)
+        yield
 
 
 @contextmanager
@@ -329,28 +255,3 @@ class _Casts(TorchFunctionMode):
             x = channels_last(x) if x.shape[1] <= 3 else x  # a cast forgets the strides of few
             return function(x, *rest, **(kwargs or {}))
         return function(x, *rest, **(kwargs or {})).float()
-
-# %% ../nbs/A8_kernels.ipynb #02f743d7
-def folded_block(
-    x: Float[Tensor, "n channels height width"],  # images
-    filters: Float[Tensor, "out channels 3 3"],  # of the convolution
-    shift: Float[Tensor, "out"],  # its bias, which changes nothing but the mean
-    weight: Float[Tensor, "out"],  # gamma
-    bias: Float[Tensor, "out"],  # b
-    eps: float,  # added to the variance
-) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
-    "A block whose filters are normalised instead of its maps: for images of few channels."
-    patches = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)  # [9 channels, n height width]
-    centre = patches.sum(1) / patches.shape[1]
-    centred = patches - centre[:, None]
-    covariance = centred @ centred.T / patches.shape[1]
-    flat = filters.flatten(1)
-    mean, var = flat @ centre + shift, ((flat @ covariance) * flat).sum(1)
-    scale = weight * torch.rsqrt(var + eps)
-    maps = F.conv2d(x, filters * scale.view(-1, 1, 1, 1), bias + (shift - mean) * scale, padding=1)
-    return F.relu(F.max_pool2d(maps, 2)), mean, var
-
-
-def lowered() -> bool:
-    'Are we inside of `precise("bfloat16")`?'
-    return _lowered.get()

@@ -26,7 +26,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['Statistics', 'Parameters', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'support_statistics',
-           'store_running', 'MLP', 'parameter_count', 'Conv4', 'conv_block', 'ResNet12', 'ResidualBlock']
+           'store_running', 'MLP', 'parameter_count', 'Conv4', 'ResNet12', 'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
@@ -289,25 +289,9 @@ class Conv4(nn.Module):
         if not alone or not kernels.first_and_plain(x, conv, norm):
             return F.relu(F.max_pool2d(norm(conv(x)), 2))  # pooling first leaves less for ReLU
         parameters = conv.weight, conv.bias, norm.weight, norm.bias
-        how = (
-            kernels.folded_block if kernels.lowered() else partial(kernels.first_block, conv_block)
-        )
-        y, mean, var = how(x, *parameters, norm.eps)
+        y, mean, var = kernels.first_block(x, *parameters, norm.eps)
         norm.note(mean, var)
         return y
-
-
-def conv_block(
-    x: Float[Tensor, "n channels height width"],  # images
-    filters: Float[Tensor, "out channels 3 3"],  # of the convolution
-    shift: Float[Tensor, "out"],  # its bias
-    weight: Float[Tensor, "out"],  # gamma
-    bias: Float[Tensor, "out"],  # b
-    eps: float,  # added to the variance
-) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
-    "A block with max-pooling that normalises by its own batch: what `kernels.first_block` computes."
-    y, mean, var = normalise(F.conv2d(x, filters, shift, padding=1), weight, bias, eps)
-    return F.relu(F.max_pool2d(y, 2)), mean, var
 
 
 def _check_images(
