@@ -9,8 +9,10 @@ import hashlib
 import importlib
 import inspect
 import json
+import logging
 import os
 import pkgutil
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,11 +23,15 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['VERSION', 'NETWORKS', 'METHODS', 'register', 'noting', 'plain', 'registered', 'methods', 'lookup', 'build',
-           'build_argument', 'staged', 'write_atomically', 'aside', 'kept_aside', 'save', 'heading', 'checksum',
-           'read_config', 'load', 'read_weights']
+__all__ = ['log', 'VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'NAME', 'register', 'noting', 'plain', 'registered', 'methods',
+           'lookup', 'build', 'build_argument', 'staged', 'write_atomically', 'aside', 'kept_aside', 'save',
+           'on_its_own', 'heading', 'checksum', 'read_config', 'check_layout', 'load', 'read_weights', 'pack', 'unpack',
+           'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state', 'restore_random',
+           'differences']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
+log = logging.getLogger("metabook")
+
 VERSION = 1  # of the layout of a trained folder
 NETWORKS: dict[str, type[nn.Module]] = {}  # "conv4" -> Conv4
 METHODS: dict[str, type[nn.Module]] = {}  # "maml" -> MAML
@@ -214,18 +220,14 @@ def save(
     """Write a trained folder: `learner.safetensors` and `config.json`, each whole or not at all.
 
     Both are on the disk before either takes its name, so an error leaves an earlier trained folder as
-    it was, and after a power cut `load` finds the earlier or the new one.  Raises `TypeError` where the learner's class is not registered (nobody could rebuild it) or
-    `more` is not JSON, and `OSError` where the folder cannot be written.
+    it was, and after a power cut `load` finds the earlier or the new one.  Raises `TypeError` where the
+    learner's class is not registered (nobody could rebuild it) or `more` is not JSON, and `OSError`
+    where the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
     folder, method = Path(folder), plain("learner", learner)
-    weights = to_bytes(
-        {
-            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for k, v in learner.state_dict().items()
-        }
-    )
+    weights = to_bytes({k: on_its_own(v) for k, v in learner.state_dict().items()})
     config = heading(weights) | {"method": method}
     config |= {k: v for k, v in more.items() if k not in config}  # `load` needs its own as they are
     text = json.dumps(config, indent=1, allow_nan=False).encode()
@@ -237,6 +239,11 @@ def save(
         for put in puts:
             put()
     return folder
+
+
+def on_its_own(tensor: Tensor) -> Tensor:
+    "A copy as the file format wants it: on the CPU, in order, sharing its memory with nobody."
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def heading(weights: bytes) -> dict[str, Any]:
@@ -261,17 +268,22 @@ def read_config(
         raise ValueError(f"{folder} is no trained folder: it has no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        layout, _ = config["layout"], config["weights"] + config["method"]["name"]
-    except (ValueError, KeyError, TypeError) as error:
+        _ = config["layout"], config["weights"] + config["method"]["name"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not the configuration of a trained folder: {error!r}"
         ) from error
-    if layout != VERSION:
-        raise ValueError(
-            f"{path} has layout {layout}, this metabook reads layout {VERSION}: install the version "
-            f"of metabook that wrote it ({config.get('metabook', 'unknown')}) or a newer one"
-        )
+    check_layout(path, config)
     return config
+
+
+def check_layout(path: Path, config: dict[str, Any]) -> None:
+    "Raise `ValueError` for a file of another layout than this version writes."
+    if config["layout"] != VERSION:
+        raise ValueError(
+            f"{path} has layout {config['layout']}, this metabook reads layout {VERSION}: install the "
+            f"version of metabook that wrote it ({config.get('metabook', 'unknown')}) or a newer one"
+        )
 
 
 def load(
@@ -308,10 +320,176 @@ def read_weights(
         if checksum(data) != expected and aside(path).exists():  # `save` was cut off
             data = aside(path).read_bytes()
         if checksum(data) != expected:
-            raise ValueError("its checksum is not the one in config.json")
+            raise ValueError("its checksum is not the one in the JSON file")
         return from_bytes(data)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"{path} does not hold the parameters that config.json describes: {error}. It is damaged, "
+            f"{path} does not hold the parameters that its JSON file describes: {error}. It is damaged, "
             "or only one of the two files was replaced: copy both again, or train again"
         ) from error
+
+# %% ../nbs/A3_checkpoints.ipynb #45b68181
+def pack(
+    value: Any,  # a structure of dictionaries, lists, tensors and plain values
+    tensors: dict[str, Tensor],  # the tensors are added here
+    name: str = "run",  # of the value
+) -> Any:  # as JSON has it
+    "A structure as JSON, its tensors put aside by name.  Raises `TypeError` for any other value."
+    if isinstance(value, Tensor):
+        name = f"{name}#{len(tensors)}" if name in tensors else name
+        tensors[name] = on_its_own(value)
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"items": [[k, pack(v, tensors, f"{name}.{k}")] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [pack(v, tensors, f"{name}.{i}") for i, v in enumerate(value)]
+    return plain(name, value)
+
+
+def unpack(
+    value: Any,  # from `pack`
+    tensors: dict[str, Tensor],  # those that were put aside
+) -> Any:
+    "The structure again; tuples have become lists."
+    if isinstance(value, list):
+        return [unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    return {k: unpack(v, tensors) for k, v in value["items"]}
+
+# %% ../nbs/A3_checkpoints.ipynb #96fb3809
+CHECKPOINTS = "checkpoints"  # within the folder of a run
+NAME = re.compile(r"step-(\d+)\.json")
+
+
+def write_checkpoint(
+    folder: str | Path,  # of a run
+    step: int,  # how many have been taken
+    state: dict[str, Any],  # all that the next one depends on: see `pack`
+    keep: int = 3,  # how many of the last checkpoints stay
+) -> Path:  # its JSON file
+    """Write `checkpoints/step-....json` and `.safetensors`, each whole or not at all, and drop old ones.
+
+    Raises `TypeError` where the state holds something else than plain values and tensors, and `OSError`
+    where the folder cannot be written; earlier checkpoints are still there then.
+    """
+    from safetensors.torch import save as to_bytes
+
+    tensors: dict[str, Tensor] = {}
+    packed = pack(state, tensors)
+    weights = to_bytes(tensors)
+    body = json.dumps(heading(weights) | {"step": step, "state": packed})
+    path = Path(folder) / CHECKPOINTS / f"step-{step:08d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path.with_suffix(".safetensors"), weights)
+    whole = json.dumps({"checksum": checksum(body.encode()), "checkpoint": body})
+    write_atomically(path, whole.encode())
+    _forget(path.parent, keep)
+    return path
+
+
+def _forget(place: Path, keep: int) -> None:
+    "Drop what is older than the last checkpoints, and what a killed process left half-written."
+    kept = {p.stem for p in _newest_first(place)[:keep]}
+    for path in (*place.glob("step-*"), *place.glob(".step-*.part")):
+        if path.stem not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _newest_first(place: Path) -> list[Path]:
+    "The JSON files of checkpoints."
+    found = {p: NAME.fullmatch(p.name) for p in place.glob("step-*.json")}
+    return sorted((p for p, m in found.items() if m), key=lambda p: -int(found[p][1]))
+
+
+def read_checkpoint(
+    path: str | Path,  # its JSON file
+) -> dict[str, Any]:  # the state that was given to `write_checkpoint`
+    "Raises `ValueError`, saying what does not fit, unless both files are as they were written."
+    path = Path(path)
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        body = whole["checkpoint"]
+        if checksum(body.encode()) != whole["checksum"]:
+            raise ValueError("it has been altered since it was written")
+        content = json.loads(body)
+        check_layout(path, content)
+        tensors = read_weights(path.with_suffix(".safetensors"), content["weights"])
+        return unpack(content["state"], tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+        raise ValueError(f"the checkpoint {path} cannot be used: {reason}") from error
+
+
+def newest_checkpoint(
+    folder: str | Path,  # of a run
+) -> dict[str, Any] | None:  # its state; `None` where there is no checkpoint
+    """The newest state that can be read; of each one that cannot, a warning says why.
+
+    Raises `ValueError` where there are checkpoints, but none of them can be read.
+    """
+    paths = _newest_first(Path(folder) / CHECKPOINTS)
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            log.warning("%s; looking for the one before", error)
+    if paths:
+        raise ValueError(
+            f"{folder} has {len(paths)} checkpoints, and none of them can be read (the warnings say "
+            "why): put them back from a copy, or start again in another folder"
+        )
+    return None
+
+# %% ../nbs/A3_checkpoints.ipynb #c5bc4eb2
+@contextmanager
+def occupied(
+    folder: Path | None,  # of a run; `None`: there is nothing to guard
+) -> Iterator[None]:
+    "Within it the folder is this process's.  Raises `FileExistsError` where it is another's."
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        folder = None
+    if folder is None:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"another process is training into {folder} now: stop it, or name another folder"
+            ) from error
+        yield
+
+# %% ../nbs/A3_checkpoints.ipynb #eda73721
+def random_state() -> dict[str, Any]:
+    "That of torch's global generators: of the CPU, and of each GPU if one is in use."
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random(state: dict[str, Any]) -> None:
+    "Put back what `random_state` gave."
+    torch.set_rng_state(state["cpu"])
+    for i, of_gpu in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(of_gpu, i)
+
+
+def differences(
+    was: Any,  # a description: dictionaries and lists of plain values
+    now: Any,  # another
+    name: str = "",  # of what is described
+) -> list[str]:
+    "Where two descriptions differ, and how, in words."
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return [] if was == now else [f"{name} was {was!r} and is {now!r}"]
+    if was.get("name") != now.get("name"):  # of two kinds of things nothing else compares
+        return [f"{name} was {was.get('name')!r} and is {now.get('name')!r}"]
+    found = [
+        differences(was.get(k), now.get(k), f"{name}.{k}" if name else k) for k in {**was, **now}
+    ]
+    return [d for some in found for d in some]

@@ -3,7 +3,6 @@
 # %% ../nbs/A2_engine.ipynb #bd26b6c4
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from .checkpoints import log
 from .episodes import Episode, count, positive
 from .kernels import keep_memory
 from .learners import Learner, task_loss
@@ -27,9 +27,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'FITS', 'FEW', 'log', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'Graded', 'losses', 'grade',
-           'in_parts', 'overhearing', 'gradients', 'portions', 'averages', 'Recomputed', 'recomputing', 'answer',
-           'Replayed', 'Verdict', 'update_where', 'restore_where', 'capturable']
+__all__ = ['Lift', 'FITS', 'FEW', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'Graded', 'losses', 'grade', 'in_parts',
+           'overhearing', 'gradients', 'portions', 'averages', 'Recomputed', 'recomputing', 'answer', 'Replayed',
+           'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap", "graph", "compile"]
@@ -452,9 +452,6 @@ def _singly(learner: Learner, state: Any, x: Tensor) -> Tensor:
     return torch.func.vmap(lambda one: learner.predict(state, one[None])[0])(x)
 
 # %% ../nbs/A2_engine.ipynb #e9e5742d
-log = logging.getLogger("metabook")
-
-
 class Replayed:
     """A function of tensors, recorded as a CUDA graph for each set of shapes and then replayed.
 
@@ -542,6 +539,14 @@ class Replayed:
         log.warning('lift="graph" goes on without a graph: %s', why)
 
 # %% ../nbs/A2_engine.ipynb #da0301cc
+class Wrong(NamedTuple):
+    "The first step of a run that was not finite."
+
+    step: int  # from 1
+    task: int | None  # whose loss it was; `None`: the norm of the gradient
+    value: float  # what it was instead
+
+
 class Verdict:
     "Were the steps finite?  Kept on the device: the first step that was not, and where in it."
 
@@ -570,16 +575,18 @@ class Verdict:
         for kept, new in zip((self.first, self.place, self.value), found, strict=True):
             kept.copy_(torch.where(news, new, kept))
 
-    def look(self) -> None:
-        "On the host: raise `FloatingPointError` if a step was not fine, naming it and the task."
+    def wrong(self) -> Wrong | None:
+        "On the host: the first step that was not fine."
         if not self.first:
-            return
-        norm = "every loss is finite, but the norm of their gradient"
-        where = norm if self.place == self.tasks else f"the loss of task {int(self.place)}"
-        raise FloatingPointError(
-            f"step {int(self.first)}: {where} is {self.value.item()}: look for NaN in the data, lower "
-            "the inner rate or the outer lr, or set clip"
-        )
+            return None
+        task = None if self.place == self.tasks else int(self.place)
+        return Wrong(int(self.first), task, self.value.item())
+
+    def forget(self) -> None:
+        "Take the latest step out of the count, and what was wrong in it."
+        self.steps -= 1
+        for kept in (self.first, self.place, self.value):
+            kept.zero_()
 
 
 def update_where(

@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checkpoints import log
+
 Item = TypeVar("Item")
 
 # %% auto #0
 __all__ = ['Item', 'TIMEOUT', 'LAUNCHED', 'join', 'launched', 'leave', 'world', 'rank', 'main', 'recordable', 'share', 'Lost',
-           'as_one', 'summed_', 'alike_', 'wait', 'placed', 'gathered', 'agree', 'Shared', 'dealt', 'collected',
-           'stoppable']
+           'as_one', 'summed_', 'alike_', 'wait', 'placed', 'gathered', 'told', 'agree', 'Shared', 'dealt', 'collected',
+           'Request', 'stoppable']
 
 # %% ../nbs/A9_processes.ipynb #9ab90cb4
 TIMEOUT = timedelta(minutes=10)  # silence after which another process counts as lost
@@ -163,6 +165,16 @@ def gathered(
     return whole
 
 
+def told(value: Any) -> Any:
+    "What process 0 has, in all processes."
+    if world() == 1:
+        return value
+    message = [value]
+    with _listening():
+        dist.broadcast_object_list(message, src=0, device=torch.device("cpu"))
+    return message[0]
+
+
 def agree(**facts: Any) -> None:
     "Raise `ValueError`, naming what differs, unless all processes were told the same (JSON values)."
     if world() == 1:
@@ -234,24 +246,36 @@ def collected(
     return whole
 
 # %% ../nbs/A9_processes.ipynb #f29b657c
+class Request:
+    "Has somebody asked this process to stop, and may they interrupt what it is doing?"
+
+    made, heard = False, True
+
+    def __call__(self, *_: Any) -> None:
+        "A signal: the first one is noted, the second one interrupts."
+        if not self.heard:
+            return
+        if self.made:
+            raise KeyboardInterrupt
+        self.made = True
+        log.warning("asked to stop: after this step (ask again to stop at once)")
+
+
 @contextmanager
-def stoppable() -> Iterator[Callable[[], None]]:  # call it to be left in peace from then on
-    "Within it SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does; outside the main thread nothing changes."
+def stoppable() -> Iterator[Request]:
+    """Within it Ctrl-C and SIGTERM are requests, to be looked at between two steps.
+
+    Made a second time they raise `KeyboardInterrupt`.  Outside the main thread nothing changes.
+    """
+    request = Request()
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield request
         return
     before = {s: signal.getsignal(s) or signal.SIG_DFL for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    def deaf() -> None:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-
-    signal.signal(signal.SIGTERM, stop)
+    for number in before:
+        signal.signal(number, request)
     try:
-        yield deaf
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

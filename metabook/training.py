@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,21 +17,34 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import metabook
 from . import processes
-from .checkpoints import plain, save
+from metabook.checkpoints import (
+    differences,
+    log,
+    newest_checkpoint,
+    occupied,
+    plain,
+    random_state,
+    restore_random,
+    save,
+    write_atomically,
+    write_checkpoint,
+)
 from metabook.engine import (
     Graded,
     Lift,
     Replayed,
     Verdict,
+    Wrong,
     answer,
     capturable,
     choose_lift,
     gradients,
-    log,
+    losses,
+    over_tasks,
     portions,
     recomputing,
     restore_where,
@@ -42,14 +55,14 @@ from .kernels import precise
 from .learners import Learner, task_score
 
 try:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 except ImportError:  # the shapes in signatures are checked by the tests, not at run time
     pass
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place', 'bar',
-           'Report', 'Outer', 'Run', 'fit', 'begin', 'same_everywhere', 'new_folder', 'Calibration', 'binned',
-           'calibration']
+           'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'begin', 'identity', 'circumstances', 'changes',
+           'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -198,13 +211,13 @@ def place(learner: Learner, device: torch.device | str | None = None) -> torch.d
     return next((p.device for p in learner.parameters()), torch.device("cpu"))
 
 
-def bar(items: Any, total: int, show: bool, label: str) -> Any:
+def bar(items: Any, total: int, show: bool, label: str, done: int = 0) -> Any:
     "The items, with rate and time left where somebody wants to see them (on a page nobody waits)."
     if not show or "METABOOK_FRAMES" in os.environ or not processes.main():
         return items
     from tqdm.auto import tqdm
 
-    return tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True)
+    return tqdm(items, total=total, initial=done, desc=label, leave=False, dynamic_ncols=True)
 
 # %% ../nbs/06_training.ipynb #2393c556
 class Report(NamedTuple):
@@ -214,6 +227,41 @@ class Report(NamedTuple):
     losses: Tensor  # [tasks], before the update
     answers: Tensor | None  # [tasks, n, out] to the queries; `None`: `loss` does not call `forward`
     norm: Tensor | None = None  # of the meta-gradient, before clipping
+
+
+def diagnosis(
+    learner: Learner,  # as it was when the loss was no number
+    one: Episode,  # that task, with a leading axis of 1
+) -> str:
+    "Why a task has no finite loss or gradient, and what to do about it, in words."
+    for side, examples in zip(("support", "query"), one, strict=True):
+        for name, values in (("x", examples.x), ("y", examples.y)):
+            if bad := int((~values.isfinite()).sum()):
+                return (
+                    f"the data are to blame, {bad} of {values.numel()} numbers of {side}.{name} are not "
+                    'finite: clean them, or leave such tasks out with nonfinite="skip"'
+                )
+    if not all(bool(p.isfinite().all()) for p in learner.parameters()):
+        return "the parameters were not finite before any adapting: start from others"
+    with torch.no_grad():
+        state = over_tasks(learner.adapt, one.support, lift="loop")
+    made, given = _largest(state), _largest([*learner.parameters(), one.support.x, one.support.y])
+    if not made < 1e4 * max(given, 1):
+        return (
+            f"the inner loop explodes: from data and parameters of at most {given:.1g} it makes {made:.1g}:"
+            " lower the inner rate, or take fewer inner steps"
+        )
+    return (
+        "data and adapted state are finite: the loss overflows, or its derivative does not exist there: "
+        "lower the outer lr, or set clip"
+    )
+
+
+def _largest(values: Any) -> float:
+    "The largest absolute value in a structure; NaN where there is one."
+    leaves = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+    sizes = [t.abs().max() for t in leaves if t.numel()]
+    return torch.stack([s.double().cpu() for s in sizes]).max().item() if sizes else 0.0
 
 
 class Outer:
@@ -234,7 +282,10 @@ class Outer:
         chunk: int | None = None,  # tasks in memory at once; halved where they do not fit
         recompute: bool = False,  # compute inner steps again rather than remember them
         precision: str = "tf32",  # of products, see `metabook.kernels.precise`
+        nonfinite: Literal["stop", "skip"] = "stop",  # what becomes of a task that has no number
     ):
+        if nonfinite not in ("stop", "skip"):
+            raise ValueError(f'nonfinite={nonfinite!r}, expected "stop" or "skip"')
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip!r}, expected a positive norm, or None for no clipping")
         choose_lift(learner, lift)  # wrong words are refused here, not at the first step
@@ -244,6 +295,7 @@ class Outer:
         on_gpu = self.device.type == "cuda"
         self.lift = "graph" if on_gpu and lift == "auto" else lift
         self.chunk, self.recompute, self.precision = chunk, recompute, precision
+        self.nonfinite, self.skipped = nonfinite, 0  # how many tasks were left out
         if on_gpu and self.records:
             capturable(optimizer, self.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or (lambda step: 1.0))
@@ -268,7 +320,7 @@ class Outer:
         episodes: Episode,  # a meta-batch
     ) -> Float[Tensor, "tasks"]:  # the losses, as they were before the update
         "Draw the gradient from these tasks, and take a step.  Raises `FloatingPointError`."
-        self.count(self.turn(episodes))
+        self.count(self.turn_or_skip(episodes))
         self.look()
         if self.tell:
             self.tell(self.latest)
@@ -313,8 +365,92 @@ class Outer:
         self.taken, self.latest = self.taken + 1, report
 
     def look(self) -> None:
-        "On the host: raise `FloatingPointError` if a step was not finite."
-        self.verdict.look()
+        "On the host: raise `FloatingPointError`, saying why as far as one can tell, if a step was not finite."
+        wrong = self.verdict.wrong()
+        if wrong is None:
+            return
+        where = "every loss is finite, but the norm of their gradient"
+        if wrong.task is not None:
+            where = f"the loss of task {wrong.task}"
+        raise FloatingPointError(f"step {wrong.step}: {where} is {wrong.value}: {self.why(wrong)}")
+
+    def why(self, wrong: Wrong) -> str:
+        "What made a step go wrong, if it was the latest and its task is here."
+        here = processes.Shared(self.together).mine if self.together else slice(0, None)
+        if wrong.step == self.taken and self.latest is not None:
+            episodes, task = self.latest.episodes, wrong.task
+            if task is None:
+                task = next((i for i, fine in enumerate(self.sound(episodes)) if not fine), None)
+            else:
+                task = task - here.start if task >= here.start else None
+            if task is not None and task < count(episodes):
+                return diagnosis(self.learner, portions(episodes, 1)[task])
+        return "look for NaN in the data, lower the inner rate or the outer lr, or set clip"
+
+    def turn_or_skip(self, episodes: Episode) -> Report:
+        "`turn`; where that is not finite and tasks may be skipped, again without those to blame."
+        report = self.turn(episodes)
+        if self.nonfinite == "stop" or self.verdict.fine:
+            return report
+        sound = self.sound(episodes)
+        if not sound.any():  # then it is not the data
+            return report
+        self.forgive(~sound)
+        return self.turn(tree_map(lambda t: t[sound], episodes))
+
+    def forgive(self, skipped: Bool[Tensor, "tasks"]) -> None:
+        "The latest turn does not count: some tasks are left out."
+        self.verdict.forget()
+        self.skipped += int(skipped.sum())
+        if self.skipped == int(skipped.sum()):
+            log.warning("a task without a finite gradient is skipped; the log counts how many")
+
+    def sound(self, episodes: Episode) -> Bool[Tensor, "tasks"]:
+        "Which tasks have a finite loss and a finite gradient, each looked at alone; changes nothing."
+        averages = list(self.learner.buffers())
+        before = [b.clone() for b in averages]
+        found = [self.sound_alone(one) for one in portions(episodes, 1)]
+        with torch.no_grad():
+            for now, earlier in zip(averages, before, strict=True):
+                now.copy_(earlier)
+        self.learner.zero_grad()
+        return torch.tensor(found, device=self.device)
+
+    def sound_alone(self, one: Episode) -> bool:
+        "Are the loss of this task and its gradient finite?"
+        self.learner.zero_grad()
+        with precise(self.precision):
+            loss = losses(self.learner, one, "loop" if self.lift == "loop" else "vmap").sum()
+        if loss.requires_grad:
+            loss.backward()
+        grads = (p.grad for p in self.learner.parameters() if p.grad is not None)
+        return bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in grads)
+
+    def sampled_rates(self, steps: int) -> list[tuple[int, float]]:
+        "The schedule at a few steps: nothing else of a function can be written down."
+        at = sorted({0, 1, 10, 100, 1000, 10_000, 100_000} & set(range(steps)))
+        return [(step, float(self.schedule.lr_lambdas[0](step))) for step in at]
+
+    def state(self) -> dict[str, Any]:
+        "All that the next step depends on, but for tasks and random numbers."
+        far = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
+        state = {"learner": self.learner.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state | {
+            "schedule": far,
+            "taken": self.taken,
+            "chunk": self.chunk,
+            "skipped": self.skipped,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        "Go on where `state` was taken."
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.device.type == "cuda" and self.records:
+            capturable(self.optimizer, self.device)
+        self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": []})
+        self.taken, self.chunk, self.skipped = (state[k] for k in ("taken", "chunk", "skipped"))
+        self.verdict.steps.fill_(self.taken)
 
     def on(
         self,
@@ -335,26 +471,36 @@ class Outer:
         here = tasks.device.type == generator.device.type == self.device.type
         if self.records and tasks.recordable and self.tell is None and here:
             return Replayed(lambda: self.turn(drawn()), self.device, generator)
-        turn = Replayed(self.turn, self.device) if self.records else self.turn
+        turn = Replayed(self.turn, self.device) if self.records else self.turn_or_skip
         return lambda: turn(drawn())
 
     @property
     def records(self) -> bool:
         "Shall steps be recorded as a graph?"
         asked = self.lift == "graph" or (self.lift == "compile" and self.device.type != "cpu")
-        return asked and processes.recordable()
+        return asked and self.nonfinite == "stop" and processes.recordable()
 
     def on_share(
         self, tasks: Tasks, meta_batch: int, generator: torch.Generator
     ) -> Callable[[], Report]:
         "`turn` on this process's share: all draw the same tasks, and each gathers its own."
-        share, self.together = processes.share(meta_batch), meta_batch
+        self.together = meta_batch
         turn = Replayed(self.turn, self.device) if self.records else self.turn
 
+        def take(indices: Any) -> Report:
+            mine = tree_map(lambda t: t[processes.share(self.together)], indices)
+            return turn(tasks.gather(mine).to(self.device))
+
         def advance() -> Report:
-            indices = tasks.draw(meta_batch, generator)
-            mine = tree_map(lambda t: t[share], indices)
-            report = turn(tasks.gather(mine).to(self.device))
+            indices, self.together = tasks.draw(meta_batch, generator), meta_batch
+            report = take(indices)
+            if self.nonfinite == "skip" and not self.verdict.fine:
+                sound = processes.gathered(self.sound(report.episodes).float(), meta_batch) > 0
+                if sound.sum() >= processes.world():  # else there is nothing to share
+                    self.forgive(~sound)
+                    indices = tree_map(lambda t: t[sound.to(t.device)], indices)
+                    self.together = count(indices)
+                    report = take(indices)
             return report if self.tell is None else self.heard(report, tasks.gather(indices))
 
         return advance
@@ -379,6 +525,9 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)  # arguments of `fit`
     notes: dict[str, Any] = field(default_factory=dict)  # what else the trained folder says
     log: list[dict[str, Any]] = field(default_factory=list)
+    generator: torch.Generator | None = None  # of the training tasks
+    keep: int = 3  # checkpoints
+    identity: dict[str, Any] = field(default_factory=dict)  # what may not differ when it goes on
     interrupted: bool = False  # somebody pressed Ctrl-C
     best: Score | None = None  # on the validation tasks; it was chosen, so it flatters
     best_step: int | None = None
@@ -386,19 +535,26 @@ class Run:
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0  # so far
     shown: Any = None  # the bar
+    saved: int | None = None  # the step of the last checkpoint
+    asked: processes.Request = field(default_factory=processes.Request)  # to stop
 
     def steps(self, progress: bool) -> Iterator[int]:
-        "Count the steps, with a bar if one is wanted."
-        total = self.settings["steps"]
-        self.shown = bar(range(1, total + 1), total, progress, "fit")
-        yield from self.shown
+        "Count the steps, with a bar if one is wanted, until somebody asks to stop."
+        total, taken = self.settings["steps"], self.outer.taken
+        self.shown = bar(range(taken + 1, total + 1), total, progress, "fit", taken)
+        for step in self.shown:
+            yield step
+            if self.asked.made:
+                self.interrupted = True
+                self.checkpoint()
+                return
 
     def note(self, **row: Any) -> None:
         "Add a row to the log, to `log.jsonl` in the run's folder, and to what the bar shows."
         self.seconds = time.perf_counter() - self.began
         self.log.append(row | {"seconds": round(self.seconds, 3)})
         if self.folder and processes.main():
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            with self.writing("log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(self.log[-1]) + "\n")
         if hasattr(self.shown, "set_postfix_str"):
             self.shown.set_postfix_str(self.status())
@@ -407,12 +563,14 @@ class Run:
         "Note how the training goes."
         step, elapsed = self.outer.taken, time.perf_counter() - self.began
         rate = step * len(values) / elapsed
+        skipped = {"skipped": self.outer.skipped} if self.outer.nonfinite == "skip" else {}
         self.note(
             step=step,
             loss=values.mean().item(),
             lr=self.outer.lr,
             gradient_norm=self.outer.norm,
             tasks_per_second=round(rate, 1),
+            **skipped,
         )
 
     def consider(self, score: Score) -> None:
@@ -438,27 +596,34 @@ class Run:
     def kept(self) -> Iterator[None]:
         """Around the training: however it ends, the best parameters (else the latest) are kept.
 
-        SIGTERM ends it as Ctrl-C does.  Who ends early leaves the other processes, so that none waits.
+        Who ends early leaves the other processes, so that none waits.
         """
         self.learner.train()
         try:
-            with processes.stoppable() as deaf:
+            with (
+                occupied(self.folder if processes.main() else None),
+                processes.stoppable() as asked,
+            ):
+                self.asked = asked
                 try:
                     yield
                 except KeyboardInterrupt:
                     self.interrupted = True
-                except processes.Lost as lost:
-                    error = processes.Lost(f"{lost}: {self.whereabouts()}")
-                    log.error(error)  # at once: `torchrun` may end this process at any moment
-                    raise error from lost
                 finally:
-                    deaf()
+                    asked.heard = False
                     self.finish()
-        except BaseException:
+        except BaseException as error:
             processes.leave()
-            raise
+            if self.asked.made and isinstance(error, processes.Lost):
+                self.interrupted = True  # all were asked, and another was quicker
+            elif isinstance(error, FloatingPointError | processes.Lost):
+                told = type(error)(f"{error}; {self.way_on()}")
+                log.error(told)  # at once: `torchrun` may end this process at any moment
+                raise told from error
+            else:
+                raise
         if self.interrupted:
-            log.warning("interrupted%s: %s", self.why(), self)
+            log.warning("interrupted: %s; %s", self, self.way_on())
             processes.leave()
         processes.wait()
 
@@ -479,21 +644,103 @@ class Run:
                 "training": training,
                 "validation": self.choice(),
             }
-            save(self.folder, self.learner, **(self.notes | facts))
+            with self.writing("the trained folder"):
+                save(self.folder, self.learner, **(self.notes | facts))
 
-    def why(self) -> str:
-        "Why it may have been interrupted, where several processes are ended together."
-        if processes.world() == 1:
-            return ""
-        return f" (or another process of this run has ended; {self.whereabouts()})"
+    def checkpoint(self) -> None:
+        "Write all that the next step depends on, in process 0."
+        if not self.folder or not self.keep or self.saved == self.outer.taken:
+            return
+        self.outer.look()  # what is saved is sound
+        if processes.main():
+            with self.writing("a checkpoint"):
+                write_checkpoint(self.folder, self.outer.taken, self.state(), self.keep)
+        self.saved = self.outer.taken
 
-    def whereabouts(self) -> str:
-        "Where the parameters are that a run leaves which cannot go on."
+    def state(self) -> dict[str, Any]:
+        "What `restore` needs, and what a run that goes on is compared with."
+        best = self.best and {
+            "step": self.best_step,
+            "parameters": self.best_state,
+            "score": vars(self.best),
+        }
+        remembered = self.tasks.state_dict() if changes(self.tasks) else {}
+        return {
+            "identity": self.identity,
+            "circumstances": circumstances(self.outer),
+            "outer": self.outer.state(),
+            "random": random_state() | {"tasks": self.generator.get_state()},
+            "tasks": remembered,
+            "best": best,
+            "log": len(self.log),
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        "Go on where a checkpoint was written.  Raises `ValueError` where that was another run."
+        self.compare(state)
+        self.outer.restore(state["outer"])
+        self.generator.set_state(state["random"]["tasks"])
+        restore_random(state["random"])
+        if changes(self.tasks):
+            self.tasks.load_state_dict(state["tasks"])
+        if best := state["best"]:
+            self.best, self.best_step = Score(**best["score"]), best["step"]
+            device = self.outer.device
+            self.best_state = {k: v.to(device) for k, v in best["parameters"].items()}
+        self.log = read_log(self.folder, state["log"])
+        self.saved, self.seconds = self.outer.taken, state["seconds"]
+        self.began = time.perf_counter() - self.seconds
+        if processes.main():
+            log.warning("%s: going on after step %d", self.folder, self.outer.taken)
+            lines = "".join(json.dumps(row) + "\n" for row in self.log)
+            with self.writing("log.jsonl"):
+                write_atomically(self.folder / "log.jsonl", lines.encode())
+
+    def compare(self, state: dict[str, Any]) -> None:
+        "Raise `ValueError` where another run was checkpointed; say what may change the rounding."
+        chunk, was = self.outer.chunk, state["outer"]["chunk"]
+        self.outer.chunk = was if chunk is None else chunk
+        now = json.loads(json.dumps({"run": self.identity, "how": circumstances(self.outer)}))
+        if found := differences(state["identity"], now["run"]):
+            raise ValueError(
+                f"{self.folder} holds another run: {'; '.join(found)}. Ask for the same again, or "
+                "name another folder"
+            )
+        taken, steps = state["outer"]["taken"], self.settings["steps"]
+        if taken > steps:
+            raise ValueError(
+                f"steps={steps}, but the run in {self.folder} has taken {taken} already: ask for more, "
+                "or name another folder"
+            )
+        if found := differences(state["circumstances"], now["how"]):
+            log.warning("the run goes on, but not to the bit: %s", "; ".join(found))
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        "Around writing into the folder: an error says what is lost and what is not."
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{what} could not be written into {self.folder} ({error.strerror or error}) after "
+                f"step {self.outer.taken}; make room there, or make it writable. {self.way_on()}",
+            ) from error
+
+    def way_on(self) -> str:
+        "Where the parameters are that a run leaves which cannot go on, and how it could."
         if not self.folder or not self.outer.taken:
             return "nothing was kept, for want of " + ("a step" if self.folder else "a folder")
+        kept = f"the parameters of step {self.best_step or self.outer.taken} are in {self.folder}"
         if not processes.main():
-            return f"what process 0 wrote last is in {self.folder}"
-        return f"the parameters of step {self.best_step or self.outer.taken} are in {self.folder}"
+            kept = f"what process 0 wrote last is in {self.folder}"
+        if self.saved is None:
+            return f"{kept}, and there is no checkpoint yet"
+        return (
+            f"{kept}; to go on from the checkpoint of step {self.saved}, do the same again with "
+            "resume=True (--resume)"
+        )
 
     def choice(self) -> dict[str, Any] | None:
         "What chose the parameters, as JSON has it."
@@ -531,31 +778,41 @@ def fit(
     every: int = 500,  # steps between validations
     device: torch.device | str | None = None,  # where; `None`: where the learner is
     seed: int = 0,  # of the training episodes
-    folder: str | Path | None = None,  # a trained folder to write; `None` writes nothing
+    folder: str | Path | None = None,  # of the run; `None` writes nothing
+    resume: bool = False,  # go on with the run in the folder, if there is one
+    keep: int = 3,  # how many of the last checkpoints stay; 0: none is written
     lift: Lift = "auto",  # see `choose_lift`; on a GPU "auto" is "graph"
     chunk: int
     | None = None,  # tasks in memory at once; `None`: all, and fewer where they do not fit
     recompute: bool = False,  # compute inner steps again rather than remember them
     precision: str = "tf32",  # of products, see `metabook.kernels.precise`
+    nonfinite: Literal["stop", "skip"] = "stop",  # leave tasks without a finite gradient out?
+    deterministic: bool = False,  # only operations that give the same result each time
     log_every: int = 50,  # steps between rows of the log; on a GPU the host looks up only then
     progress: bool = True,  # show a bar with rate, time left, loss and validation score
     notes: dict[str, Any] | None = None,  # what else config.json shall say (JSON values)
 ) -> Run:
     """Meta-train; with `validate` the learner ends with the parameters of the best validation score.
 
-    Ctrl-C ends the run early and keeps what was learned.  Processes that `torchrun` started share the
-    tasks of each step.  Raises `ValueError` for tasks of another kind, `FileExistsError` for a folder
-    in use, `FloatingPointError` where a loss is not finite, `processes.Lost` where another process ends.
+    With a folder, the run can go on after whatever ended it: see `resume` and the appendix on
+    checkpoints.  Ctrl-C ends it early and keeps what was learned.  Processes that `torchrun` started
+    share the tasks of each step.  Raises `ValueError` for tasks of another kind and for a folder of
+    another run, `FileExistsError` for a folder in use, `FloatingPointError` where a loss or a gradient
+    is not finite, `OSError` where the folder cannot be written, `processes.Lost` where another process ends.
     """
     processes.join()
     positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
     device = place(learner, device)
-    how = dict(chunk=chunk, recompute=recompute, precision=precision)
+    how = dict(chunk=chunk, recompute=recompute, precision=precision, nonfinite=nonfinite)
     outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, lift, **how)
     settings = dict(steps=steps, meta_batch=meta_batch, lr=lr, clip=clip, every=every, seed=seed)
-    run = begin(learner, tasks, outer, validate, folder, settings | how, notes or {})
-    advance = outer.on(tasks, meta_batch, torch.Generator(device).manual_seed(seed + TRAINING))
-    with run.kept():
+    settings |= how | {"log_every": log_every}
+    generator = torch.Generator(device).manual_seed(seed + TRAINING)
+    more = dict(settings=settings, notes=notes or {}, generator=generator, keep=keep)
+    run = Run(learner, tasks, outer, **more)
+    begin(run, validate, folder, resume)
+    advance = outer.on(tasks, meta_batch, generator)
+    with repeatable(deterministic), run.kept():
         for step in run.steps(progress):
             outer.count(advance())
             due = step % log_every == 0 or step == steps
@@ -570,31 +827,70 @@ def fit(
                     run.write()
                 else:
                     run.consider(evaluate(learner, run.validation, lift=lift, precision=precision))
+                run.checkpoint()
     return run
 
 
 def begin(
-    learner: Learner,
-    tasks: Tasks,
-    outer: Outer,
+    run: Run,
     validate: Tasks | Frozen | None,
     folder: str | Path | None,
-    settings: dict[str, Any],
-    notes: dict[str, Any],
-) -> Run:
-    "A run before its first step; what can be refused is refused here, not after an hour."
+    resume: bool,
+) -> None:
+    "What comes before the first step; what can be refused is refused here, not after an hour."
     if validate is not None and not isinstance(validate, Frozen):
         validate = validate.freeze(VALIDATION_TASKS, VALIDATION)
-    for some in [tasks] if validate is None else [tasks, validate.tasks]:
-        check_kind(learner, some)
-    settings = settings | {"optimizer": type(outer.optimizer).__name__}
-    outer.tell = getattr(tasks, "feedback", None)
-    folder = new_folder(folder, learner)
+    for some in [run.tasks] if validate is None else [run.tasks, validate.tasks]:
+        check_kind(run.learner, some)
+    run.validation, run.outer.tell = validate, getattr(run.tasks, "feedback", None)
+    run.settings |= {"optimizer": type(run.outer.optimizer).__name__}
+    run.folder = run_folder(folder, run, resume)
     chosen_on = None if validate is None else repr(validate.tasks)
-    same_everywhere(learner, settings, tasks=repr(tasks), validation_tasks=chosen_on)
-    run = Run(learner, tasks, outer, validate, folder, settings, notes)
-    run.note(settings=settings, tasks=repr(tasks), validation_tasks=chosen_on, notes=notes)
-    return run
+    same_everywhere(run.learner, run.settings, tasks=repr(run.tasks), validation_tasks=chosen_on)
+    if run.folder:
+        run.identity = identity(run)
+    found = newest_checkpoint(run.folder) if run.folder and resume and processes.main() else None
+    if found := processes.told(found):
+        return run.restore(found)
+    if run.folder and processes.main():
+        (run.folder / "log.jsonl").unlink(missing_ok=True)  # of a run without a checkpoint
+    run.note(
+        settings=run.settings, tasks=repr(run.tasks), validation_tasks=chosen_on, notes=run.notes
+    )
+
+
+def identity(run: Run) -> dict[str, Any]:
+    "What a run is: where any of that differs, another run would go on."
+    free = ("steps", "chunk")  # a run may become longer; chunks only change the rounding
+    settings = {k: v for k, v in run.settings.items() if k not in free}
+    rates = {str(step): rate for step, rate in run.outer.sampled_rates(run.settings["steps"])}
+    defaults = run.outer.optimizer.defaults
+    return {
+        "learner": plain("learner", run.learner),
+        "settings": settings | {"schedule": rates},
+        "optimizer": {k: v for k, v in defaults.items() if isinstance(v, int | float | str)},
+        "tasks": repr(run.tasks),
+        "validation_tasks": run.validation and f"{run.validation.tasks!r}, {run.validation.hash}",
+    }
+
+
+def circumstances(outer: Outer) -> dict[str, Any]:
+    "What changes only the rounding."
+    device = outer.device
+    return {
+        "metabook": metabook.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": processes.world(),
+        "lift": outer.lift,
+        "chunk": outer.chunk,
+    }
+
+
+def changes(tasks: Tasks) -> bool:
+    "Do these tasks depend on what happened in the run?"
+    return hasattr(tasks, "feedback")
 
 
 def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> None:
@@ -604,20 +900,55 @@ def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> 
     processes.alike_(list(learner.state_dict().values()))
 
 
-def new_folder(folder: str | Path | None, learner: Learner) -> Path | None:
-    """An empty or new folder for a run.
+def run_folder(folder: str | Path | None, run: Run, resume: bool) -> Path | None:
+    """The folder of a run: a new or empty one, or with `resume` any.
 
-    Raises `FileExistsError` rather than mix two runs, and `TypeError` where the learner could not be saved.
+    Raises `FileExistsError` rather than mix two runs, `ValueError` where there is nothing to go on with,
+    and `TypeError` where the learner or the tasks could not be saved.
     """
     if folder is None:
+        if resume:
+            raise ValueError("resume=True, but there is no folder to go on with: name one")
         return None
     folder = Path(folder)
-    plain("learner", learner)
-    if any((folder / name).exists() for name in ("log.jsonl", "config.json")):
-        raise FileExistsError(f"{folder} already holds a run: name another folder, or delete it")
+    plain("learner", run.learner)
+    if run.keep and changes(run.tasks) and not hasattr(run.tasks, "state_dict"):
+        raise TypeError(
+            f"{run.tasks!r} learn from feedback, so a checkpoint must hold what they remember: give "
+            "them state_dict and load_state_dict, as torch's modules have, or pass keep=0"
+        )
+    if not resume and any((folder / name).exists() for name in ("log.jsonl", "config.json")):
+        raise FileExistsError(
+            f"{folder} already holds a run: pass resume=True (--resume) to go on with it, name another "
+            "folder, or delete it"
+        )
     if processes.main():
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def read_log(folder: Path, rows: int) -> list[dict[str, Any]]:
+    "The first rows of a run's log; a warning where there are fewer."
+    found = []
+    with suppress(OSError, ValueError):  # a line that was cut off is the last one
+        for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[:rows]:
+            found.append(json.loads(line))
+    if len(found) < rows:
+        log.warning("%s has lost %d rows of its log", folder, rows - len(found))
+    return found
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    "Within it torch refuses operations that may give another result each time they are run."
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 # %% ../nbs/06_training.ipynb #e47bb025
 @dataclass(frozen=True)

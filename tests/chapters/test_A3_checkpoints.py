@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
+import signal
+import subprocess
+import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 import metabook
-from metabook.checkpoints import build, methods, plain, register, save, write_atomically
+from metabook.checkpoints import (
+    build,
+    differences,
+    methods,
+    newest_checkpoint,
+    occupied,
+    pack,
+    plain,
+    random_state,
+    register,
+    restore_random,
+    save,
+    unpack,
+    write_atomically,
+    write_checkpoint,
+)
 from metabook.episodes import Classes, FewShot
 from metabook.learners import Learner
 from metabook.maml import MAML
@@ -443,3 +464,418 @@ def test_an_error_while_writing_keeps_the_earlier_folder():
         os.fsync = original
     assert torch.equal(predictions(metabook.load(folder)), predictions(learner))
     assert len(list(folder.iterdir())) == 2
+
+
+def test_what_is_packed_comes_out_again():
+    # cell e6e99f56
+    state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
+    tensors = {}
+    packed = json.loads(json.dumps(pack(state, tensors)))
+    again = unpack(packed, tensors)
+    assert list(again) == ["a", "a.0", "items", 3] and again["a"][1] == [1.5, None]
+    assert torch.equal(again["a"][0], torch.ones(2)) and torch.equal(again["a.0"], torch.zeros(3))
+    with pytest.raises(TypeError, match=r"run.a=<object .* cannot be written as JSON"):
+        pack({"a": object()}, {})
+
+
+def test_the_last_checkpoints_are_kept():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell bd42338f
+    def broken(damage):
+        "A trained folder after something happened to it."
+        folder = save(
+            fresh(), MAML(MLP([2, 8, 3])), layout=7
+        )  # a name that is taken changes nothing
+        damage(folder)
+        return folder
+
+    def edit(folder, change):
+        "Change the configuration of a trained folder and leave its parameters alone."
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    # cell 6d0d32a8
+    folder = fresh()
+    assert newest_checkpoint(folder) is None
+    for step in (5, 10, 200_000_000):
+        write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert [n for n in names if n.endswith("json")] == ["step-00000010.json", "step-200000000.json"]
+    assert len(names) == 4
+    assert newest_checkpoint(folder)["x"].tolist() == [2e8, 2e8]
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell bd42338f
+    def broken(damage):
+        "A trained folder after something happened to it."
+        folder = save(
+            fresh(), MAML(MLP([2, 8, 3])), layout=7
+        )  # a name that is taken changes nothing
+        damage(folder)
+        return folder
+
+    def edit(folder, change):
+        "Change the configuration of a trained folder and leave its parameters alone."
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    # cell e6e99f56
+    state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
+    tensors = {}
+    packed = json.loads(json.dumps(pack(state, tensors)))
+    again = unpack(packed, tensors)
+    assert list(again) == ["a", "a.0", "items", 3] and again["a"][1] == [1.5, None]
+    assert torch.equal(again["a"][0], torch.ones(2)) and torch.equal(again["a.0"], torch.zeros(3))
+    with pytest.raises(TypeError, match=r"run.a=<object .* cannot be written as JSON"):
+        pack({"a": object()}, {})
+
+    # cell 43ac94ca
+    def heard(f):
+        "What `f` does, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
+    # cell 6d0d32a8
+    folder = fresh()
+    assert newest_checkpoint(folder) is None
+    for step in (5, 10, 200_000_000):
+        write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert [n for n in names if n.endswith("json")] == ["step-00000010.json", "step-200000000.json"]
+    assert len(names) == 4
+    assert newest_checkpoint(folder)["x"].tolist() == [2e8, 2e8]
+
+    # cell 458d04f8
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-3])
+
+    def alter(path):
+        data = bytearray(path.read_bytes())
+        data[-40] ^= 1
+        path.write_bytes(data)
+
+    def other_number(path):
+        path.write_text(path.read_text().replace("0.25", "0.75"))
+
+    for which, damage, reason in [
+        (".json", cut, "Unterminated|Expecting"),
+        (".json", other_number, "altered since"),
+        (".json", lambda p: p.write_text("[" * 100_000), "Recursion"),
+        (".json", lambda p: p.write_text("[]"), "list indices"),
+        (".safetensors", cut, "checksum"),
+        (".safetensors", alter, "checksum"),
+        (".safetensors", lambda p: p.unlink(), "No such file"),
+    ]:
+        folder = fresh()
+        write_checkpoint(folder, 1, {"x": torch.ones(9)})
+        newest = write_checkpoint(folder, 2, {"x": torch.zeros(9), "rate": 0.25})
+        damage(newest.with_suffix(which))
+        state, said = heard(lambda f=folder: newest_checkpoint(f))
+        assert state["x"].sum() == 9 and len(said) == 1, (which, said)
+        assert "step-00000002" in said[0] and re.search(reason, said[0]), said
+        cut(folder / "checkpoints" / "step-00000001.json")
+        with pytest.raises(ValueError, match="has 2 checkpoints, and none of them can be read"):
+            heard(lambda f=folder: newest_checkpoint(f))
+
+
+def test_one_process_at_a_time():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell bd42338f
+    def broken(damage):
+        "A trained folder after something happened to it."
+        folder = save(
+            fresh(), MAML(MLP([2, 8, 3])), layout=7
+        )  # a name that is taken changes nothing
+        damage(folder)
+        return folder
+
+    def edit(folder, change):
+        "Change the configuration of a trained folder and leave its parameters alone."
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    # cell e6e99f56
+    state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
+    tensors = {}
+    packed = json.loads(json.dumps(pack(state, tensors)))
+    again = unpack(packed, tensors)
+    assert list(again) == ["a", "a.0", "items", 3] and again["a"][1] == [1.5, None]
+    assert torch.equal(again["a"][0], torch.ones(2)) and torch.equal(again["a.0"], torch.zeros(3))
+    with pytest.raises(TypeError, match=r"run.a=<object .* cannot be written as JSON"):
+        pack({"a": object()}, {})
+
+    # cell 43ac94ca
+    def heard(f):
+        "What `f` does, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
+    # cell 6d0d32a8
+    folder = fresh()
+    assert newest_checkpoint(folder) is None
+    for step in (5, 10, 200_000_000):
+        write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert [n for n in names if n.endswith("json")] == ["step-00000010.json", "step-200000000.json"]
+    assert len(names) == 4
+    assert newest_checkpoint(folder)["x"].tolist() == [2e8, 2e8]
+
+    # cell 458d04f8
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-3])
+
+    def alter(path):
+        data = bytearray(path.read_bytes())
+        data[-40] ^= 1
+        path.write_bytes(data)
+
+    def other_number(path):
+        path.write_text(path.read_text().replace("0.25", "0.75"))
+
+    for which, damage, reason in [
+        (".json", cut, "Unterminated|Expecting"),
+        (".json", other_number, "altered since"),
+        (".json", lambda p: p.write_text("[" * 100_000), "Recursion"),
+        (".json", lambda p: p.write_text("[]"), "list indices"),
+        (".safetensors", cut, "checksum"),
+        (".safetensors", alter, "checksum"),
+        (".safetensors", lambda p: p.unlink(), "No such file"),
+    ]:
+        folder = fresh()
+        write_checkpoint(folder, 1, {"x": torch.ones(9)})
+        newest = write_checkpoint(folder, 2, {"x": torch.zeros(9), "rate": 0.25})
+        damage(newest.with_suffix(which))
+        state, said = heard(lambda f=folder: newest_checkpoint(f))
+        assert state["x"].sum() == 9 and len(said) == 1, (which, said)
+        assert "step-00000002" in said[0] and re.search(reason, said[0]), said
+        cut(folder / "checkpoints" / "step-00000001.json")
+        with pytest.raises(ValueError, match="has 2 checkpoints, and none of them can be read"):
+            heard(lambda f=folder: newest_checkpoint(f))
+    # cell 3e81edb8
+    folder = fresh()
+    refused = pytest.raises(FileExistsError, match="another process is training into")
+    with occupied(folder), refused, occupied(folder):
+        pass
+    with occupied(folder), occupied(None):
+        pass
+
+
+def test_the_dice_fall_as_they_would_have():
+    # cell 7614b6d9
+    before = random_state()
+    first = torch.rand(3)
+    restore_random(before)
+    assert torch.equal(first, torch.rand(3))
+
+
+def test_what_differs_is_named():
+    # cell ddcb3616
+    maml = {"name": "maml", "args": {"lr": 0.4, "net": {"name": "mlp", "args": {"sizes": [1, 8]}}}}
+    wide = {"name": "maml", "args": {"lr": 0.4, "net": {"name": "mlp", "args": {"sizes": [1, 9]}}}}
+    assert differences(maml, maml) == []
+    assert differences({"learner": maml}, {"learner": wide}) == [
+        "learner.args.net.args.sizes was [1, 8] and is [1, 9]"
+    ]
+    other = {"name": "protonet", "args": {}}
+    assert differences({"learner": maml}, {"learner": other}) == [
+        "learner was 'maml' and is 'protonet'"
+    ]
+    assert differences({"seed": 0}, {}) == ["seed was 0 and is None"]
+
+
+def test_a_killed_run_goes_on_to_the_bit():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell bd42338f
+    def broken(damage):
+        "A trained folder after something happened to it."
+        folder = save(
+            fresh(), MAML(MLP([2, 8, 3])), layout=7
+        )  # a name that is taken changes nothing
+        damage(folder)
+        return folder
+
+    def edit(folder, change):
+        "Change the configuration of a trained folder and leave its parameters alone."
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    # cell e6e99f56
+    state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
+    tensors = {}
+    packed = json.loads(json.dumps(pack(state, tensors)))
+    again = unpack(packed, tensors)
+    assert list(again) == ["a", "a.0", "items", 3] and again["a"][1] == [1.5, None]
+    assert torch.equal(again["a"][0], torch.ones(2)) and torch.equal(again["a.0"], torch.zeros(3))
+    with pytest.raises(TypeError, match=r"run.a=<object .* cannot be written as JSON"):
+        pack({"a": object()}, {})
+
+    # cell 43ac94ca
+    def heard(f):
+        "What `f` does, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
+    # cell 6d0d32a8
+    folder = fresh()
+    assert newest_checkpoint(folder) is None
+    for step in (5, 10, 200_000_000):
+        write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert [n for n in names if n.endswith("json")] == ["step-00000010.json", "step-200000000.json"]
+    assert len(names) == 4
+    assert newest_checkpoint(folder)["x"].tolist() == [2e8, 2e8]
+
+    # cell 458d04f8
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-3])
+
+    def alter(path):
+        data = bytearray(path.read_bytes())
+        data[-40] ^= 1
+        path.write_bytes(data)
+
+    def other_number(path):
+        path.write_text(path.read_text().replace("0.25", "0.75"))
+
+    for which, damage, reason in [
+        (".json", cut, "Unterminated|Expecting"),
+        (".json", other_number, "altered since"),
+        (".json", lambda p: p.write_text("[" * 100_000), "Recursion"),
+        (".json", lambda p: p.write_text("[]"), "list indices"),
+        (".safetensors", cut, "checksum"),
+        (".safetensors", alter, "checksum"),
+        (".safetensors", lambda p: p.unlink(), "No such file"),
+    ]:
+        folder = fresh()
+        write_checkpoint(folder, 1, {"x": torch.ones(9)})
+        newest = write_checkpoint(folder, 2, {"x": torch.zeros(9), "rate": 0.25})
+        damage(newest.with_suffix(which))
+        state, said = heard(lambda f=folder: newest_checkpoint(f))
+        assert state["x"].sum() == 9 and len(said) == 1, (which, said)
+        assert "step-00000002" in said[0] and re.search(reason, said[0]), said
+        cut(folder / "checkpoints" / "step-00000001.json")
+        with pytest.raises(ValueError, match="has 2 checkpoints, and none of them can be read"):
+            heard(lambda f=folder: newest_checkpoint(f))
+    # cell 3e81edb8
+    folder = fresh()
+    refused = pytest.raises(FileExistsError, match="another process is training into")
+    with occupied(folder), refused, occupied(folder):
+        pass
+    with occupied(folder), occupied(None):
+        pass
+    # cell 520d4a14
+    JOB = """
+    import os, signal, sys, torch, metabook.checkpoints
+    from metabook.episodes import Sinusoids
+    from metabook.maml import MAML
+    from metabook.networks import MLP
+    from metabook.training import fit
+
+    folder, what, when = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    torch.set_num_threads(1)
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+    def rate(taken):  # a schedule under which the process dies at a step
+        if what == "at step" and taken == when:
+            die()
+        return 1 / (1 + taken / 10)
+
+    renames, rename = [], os.replace
+
+    def replace(source, target):  # and a disk under which it dies at a rename
+        renames.append(target)
+        if what == "before rename" and len(renames) == when:
+            die()
+        rename(source, target)
+        if what == "after rename" and len(renames) == when:
+            die()
+
+    os.replace = replace
+    torch.manual_seed(0)
+    learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression")
+    fit(
+        learner, Sinusoids(5, 10), steps=30, meta_batch=4, schedule=rate, every=5, log_every=2,
+        validate=Sinusoids(5, 15).freeze(20), folder=folder, resume=True, progress=False,
+    )
+"""
+
+    def job(folder, what="never", when=0):
+        "Train in a process of its own; is it still alive at the end?"
+        command = [sys.executable, "-c", textwrap.dedent(JOB), str(folder), what, str(when)]
+        status = subprocess.run(command, capture_output=True, text=True)
+        assert status.returncode in (0, -signal.SIGKILL), status.stderr
+        return status.returncode == 0
+
+    def left(folder):
+        "What a run left behind: parameters, the newest checkpoint, and the log without its clock."
+        clocks = ("seconds", "tasks_per_second")
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        rows = [{k: v for k, v in row.items() if k not in clocks} for row in rows]
+        state = newest_checkpoint(folder)
+        tensors = {}
+        pack({k: v for k, v in state.items() if k != "seconds"}, tensors)
+        return metabook.load(folder).state_dict() | tensors, rows
+
+    # cell f06b3eac
+    wanted = fresh() / "run"
+    assert job(wanted)
+    tensors, rows = left(wanted)
+    assert len(tensors) > 20 and len(rows) == 1 + 15 + 6
+
+    for what, times in {"at step": (3, 17), "before rename": (4, 9), "after rename": (7,)}.items():
+        folder = fresh() / "run"
+        for when in times:  # killed, started again, killed again, ...
+            assert not job(folder, what, when)
+        assert job(folder)
+        again, rows_again = left(folder)
+        assert rows_again == rows, what
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(value, again[name]) for name, value in tensors.items()), what

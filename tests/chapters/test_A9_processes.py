@@ -112,18 +112,15 @@ def test_shares_of_a_gradient_sum_to_it():
     torch.testing.assert_close(summed, wanted, rtol=1e-10, atol=1e-14)
 
 
-def test_a_polite_request_to_end_is_ctrl_c():
+def test_a_polite_request_to_end_is_heard_between_two_steps():
     # cell b1686937
     before = getsignal(SIGTERM), getsignal(SIGINT)
-    with pytest.raises(KeyboardInterrupt), processes.stoppable():
+    with processes.stoppable() as request:
+        assert not request.made
         raise_signal(SIGTERM)
-    calm = True
-    try:
-        with processes.stoppable() as deaf:
-            deaf()
-            raise_signal(SIGTERM)  # who is writing a folder is not disturbed
+        assert request.made
+        with pytest.raises(KeyboardInterrupt):  # somebody is impatient
             raise_signal(SIGINT)
-    except KeyboardInterrupt:
-        calm = False
-    assert calm
+        request.heard = False
+        raise_signal(SIGTERM)  # who is writing a folder is not disturbed
     assert before == (getsignal(SIGTERM), getsignal(SIGINT))
