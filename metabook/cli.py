@@ -39,9 +39,10 @@ from .training import evaluate
 # %% auto #0
 __all__ = ['app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay', 'TrainWay',
            'TrainQuery', 'Network', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels', 'Every',
-           'EngineArgs', 'Start', 'Out', 'settings', 'tell_version', 'options', 'device_of', 'tell', 'list_methods',
-           'list_data', 'get_data', 'check_data', 'train', 'engine_settings', 'asked', 'chosen', 'adjusted',
-           'reproduce_row', 'evaluate_folder', 'check_way', 'classify', 'read_query', 'classify_images', 'main']
+           'EngineArgs', 'Start', 'Resume', 'Out', 'settings', 'tell_version', 'options', 'device_of', 'tell',
+           'list_methods', 'list_data', 'get_data', 'check_data', 'train', 'engine_settings', 'asked', 'chosen',
+           'adjusted', 'reproduce_row', 'evaluate_folder', 'check_way', 'classify', 'read_query', 'classify_images',
+           'main']
 
 # %% ../nbs/A5_command_line.ipynb #0a38eb58
 def settings(
@@ -198,12 +199,16 @@ EngineArgs = Annotated[
         "--engine",
         metavar="NAME=VALUE",
         help="lift=auto|loop|vmap|graph|compile, chunk=TASKS, recompute=true, "
-        "precision=float32|tf32|bfloat16.",
+        "precision=float32|tf32|bfloat16, nonfinite=stop|skip, deterministic=true.",
     ),
 ]
 Start = Annotated[
     Path | None,
     typer.Option(help="Start from the network of this trained folder, not from a fresh one."),
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with the run in that folder; start where there is none."),
 ]
 Out = Annotated[
     Path | None, typer.Option(help="The folder to write; runs/METHOD-DATA-... if not said.")
@@ -232,6 +237,7 @@ def train(
     device: Device = "auto",
     seed: Seed = 0,
     out: Out = None,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Meta-train a method and write a trained folder.
@@ -248,7 +254,8 @@ def train(
     name = f"{method}-{Path(task['data']).name}-{way}way-{task['shot']}shot"
     out = out or Path("runs") / name
     how = engine_settings(engine_args)
-    config = run_recipe(method, recipe, task, device_of(device), seed, out, every, start, how)
+    where = device_of(device), seed, out
+    config = run_recipe(method, recipe, task, *where, every, start, how, resume)
     best, seconds = config["validation"], config["training"]["seconds"]
     facts = {"folder": str(out), "seconds": seconds, "validation": best}
     tell(f"{out}: {chosen(best)}{seconds:.0f} s", facts, as_json)
@@ -256,7 +263,8 @@ def train(
 
 def engine_settings(pairs: list[str]) -> dict[str, Any]:
     "How the engine is to work.  Raises `ValueError` for a name that it does not know."
-    known, said = ("lift", "chunk", "recompute", "precision"), settings(pairs, "--engine")
+    known = ("lift", "chunk", "recompute", "precision", "nonfinite", "deterministic")
+    said = settings(pairs, "--engine")
     for name in said:
         if name not in known:
             raise ValueError(f"--engine {name}=...: expected one of {', '.join(known)}")

@@ -193,7 +193,7 @@ def class_accuracy(
 class HardTasks(Tasks):
     """Training tasks; every `every`-th meta-batch is made of classes on which the learner just failed.
 
-    `fit` tells it how each step went.  The class with the lowest accuracy of a task has failed, unless
+    `fit` tells it how each step went, and keeps what it remembers in its checkpoints.  The class with the lowest accuracy of a task has failed, unless
     all its answers are right.  What failed since the last hard meta-batch, that one included, is drawn
     for the next one, with random classes where fewer than `way` failed; examples are drawn anew.  What
     it heard stays with it when `fit` ends: make a new one for each run.
@@ -243,6 +243,14 @@ class HardTasks(Tasks):
         worst = classes.gather(-1, lowest.indices[:, None])[:, 0]
         self.failed[worst[lowest.values < 1].cpu()] = True
         self.heard += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        "What it remembers: a run that goes on needs it."
+        return {"heard": self.heard, "failed": self.failed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Remember what `state_dict` told."
+        self.heard, self.failed = state["heard"], state["failed"]
 
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
         if not self.hard:

@@ -276,7 +276,8 @@ def run_recipe(
     out: Path,  # the folder to write
     every: int | None = None,  # steps between validations; a tenth of all
     start: Path | None = None,  # a trained folder to start from; `None`: as the recipe says
-    engine: dict[str, Any] | None = None,  # lift, chunk, recompute and precision of `fit`
+    engine: dict[str, Any] | None = None,  # lift, chunk and their like of `fit`
+    resume: bool = False,  # go on with the run in the folder, if there is one
 ) -> dict[str, Any]:  # what config.json says
     """Train, select on validation tasks, and write what `evaluate` and `classify` need to know.
 
@@ -288,7 +289,7 @@ def run_recipe(
     if start is None and recipe.start:
         start = out / "start"
         first = recipe_for(recipe.start, task["data"]).on_network_of(recipe)
-        run_recipe(recipe.start, first, task, device, seed, start)
+        run_recipe(recipe.start, first, task, device, seed, start, resume=resume)
     tasks, validate = training_tasks(task, recipe, device), unseen_tasks(task, "val", device)
     torch.manual_seed(seed)
     base = tasks.way if isinstance(tasks, Batches) else None
@@ -297,7 +298,8 @@ def run_recipe(
     notes = {"task": task, "recipe": asdict(recipe), "preprocessing": preprocessing(task, validate)}
     notes |= {"made": circumstances(device), "start": start and evidence(start)}
     if recipe.steps:
-        train(learner, tasks, recipe, validate, every, seed, out, notes, engine or {})
+        how = (engine or {}) | {"resume": resume}
+        train(learner, tasks, recipe, validate, every, seed, out, notes, how)
     else:
         taken_over(learner, tasks, validate, read_config(start), seed, out, notes)
     return read_config(out)
@@ -625,18 +627,20 @@ class Attempt:
         return first.folder
 
     def train(self) -> dict[str, Any]:
-        "Configuration of the trained folder: made, or found where this recipe ran to its end before."
+        "Configuration of the trained folder: made, gone on with, or found where it was finished."
         start = self.start()
-        if not (self.folder / "config.json").exists():
-            if (self.folder / "log.jsonl").exists():
-                raise ValueError(
-                    f"{self.folder}: the training was stopped before it could save; delete the "
-                    "folder, or name another one with --runs"
-                )
+        if not self.finished():
             task = {"data": self.row.data, "way": 5, "shot": self.shot}
             what = self.row.method, self.recipe, task, self.device, self.seed
-            run_recipe(*what, self.folder, start=start)
+            run_recipe(*what, self.folder, start=start, resume=True)
         return same_run(self.folder, self.recipe, start)
+
+    def finished(self) -> bool:
+        "Did a training run to its end here?"
+        if not (self.folder / "config.json").exists():
+            return False
+        training = read_config(self.folder)["training"]
+        return training["steps_taken"] >= training["steps"]
 
     def untrained(self, tasks: Tasks) -> Learner:
         "The learner before its training across tasks, with the network it starts from."

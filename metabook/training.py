@@ -61,7 +61,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place', 'bar',
-           'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'begin', 'identity', 'circumstances', 'changes',
+           'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'prepare', 'begin', 'identity', 'surroundings', 'changes',
            'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
@@ -573,6 +573,13 @@ class Run:
             **skipped,
         )
 
+    def validate(self, lift: Lift, precision: str) -> None:
+        "Score the present parameters and keep the best; without validation tasks keep the latest."
+        if self.validation is None:
+            return self.write()
+        how = dict(lift=lift, precision=precision)
+        self.consider(evaluate(self.learner, self.validation, **how))
+
     def consider(self, score: Score) -> None:
         "Keep the present parameters if this validation score is the best so far."
         if score.beats(self.best):
@@ -600,10 +607,7 @@ class Run:
         """
         self.learner.train()
         try:
-            with (
-                occupied(self.folder if processes.main() else None),
-                processes.stoppable() as asked,
-            ):
+            with processes.stoppable() as asked:
                 self.asked = asked
                 try:
                     yield
@@ -667,7 +671,7 @@ class Run:
         remembered = self.tasks.state_dict() if changes(self.tasks) else {}
         return {
             "identity": self.identity,
-            "circumstances": circumstances(self.outer),
+            "surroundings": surroundings(self.outer),
             "outer": self.outer.state(),
             "random": random_state() | {"tasks": self.generator.get_state()},
             "tasks": remembered,
@@ -701,7 +705,7 @@ class Run:
         "Raise `ValueError` where another run was checkpointed; say what may change the rounding."
         chunk, was = self.outer.chunk, state["outer"]["chunk"]
         self.outer.chunk = was if chunk is None else chunk
-        now = json.loads(json.dumps({"run": self.identity, "how": circumstances(self.outer)}))
+        now = json.loads(json.dumps({"run": self.identity, "how": surroundings(self.outer)}))
         if found := differences(state["identity"], now["run"]):
             raise ValueError(
                 f"{self.folder} holds another run: {'; '.join(found)}. Ask for the same again, or "
@@ -713,7 +717,7 @@ class Run:
                 f"steps={steps}, but the run in {self.folder} has taken {taken} already: ask for more, "
                 "or name another folder"
             )
-        if found := differences(state["circumstances"], now["how"]):
+        if found := differences(state["surroundings"], now["how"]):
             log.warning("the run goes on, but not to the bit: %s", "; ".join(found))
 
     @contextmanager
@@ -810,34 +814,33 @@ def fit(
     generator = torch.Generator(device).manual_seed(seed + TRAINING)
     more = dict(settings=settings, notes=notes or {}, generator=generator, keep=keep)
     run = Run(learner, tasks, outer, **more)
-    begin(run, validate, folder, resume)
-    advance = outer.on(tasks, meta_batch, generator)
-    with repeatable(deterministic), run.kept():
-        for step in run.steps(progress):
-            outer.count(advance())
-            due = step % log_every == 0 or step == steps
-            if due or device.type == "cpu":
-                outer.look()
-            if outer.tell:
-                outer.tell(outer.latest)
-            if due:
-                run.report(outer.latest.losses)
-            if step % every == 0 or step == steps:
-                if run.validation is None:
-                    run.write()
-                else:
-                    run.consider(evaluate(learner, run.validation, lift=lift, precision=precision))
-                run.checkpoint()
+    prepare(run, validate, folder, resume)
+    with occupied(run.folder if processes.main() else None), repeatable(deterministic):
+        begin(run, resume)
+        advance = outer.on(tasks, meta_batch, generator)
+        with run.kept():
+            for step in run.steps(progress):
+                outer.count(advance())
+                due = step % log_every == 0 or step == steps
+                if due or device.type == "cpu":
+                    outer.look()
+                if outer.tell:
+                    outer.tell(outer.latest)
+                if due:
+                    run.report(outer.latest.losses)
+                if step % every == 0 or step == steps:
+                    run.validate(lift, precision)
+                    run.checkpoint()
     return run
 
 
-def begin(
+def prepare(
     run: Run,
     validate: Tasks | Frozen | None,
     folder: str | Path | None,
     resume: bool,
 ) -> None:
-    "What comes before the first step; what can be refused is refused here, not after an hour."
+    "What can be refused is refused here, not after an hour."
     if validate is not None and not isinstance(validate, Frozen):
         validate = validate.freeze(VALIDATION_TASKS, VALIDATION)
     for some in [run.tasks] if validate is None else [run.tasks, validate.tasks]:
@@ -845,8 +848,14 @@ def begin(
     run.validation, run.outer.tell = validate, getattr(run.tasks, "feedback", None)
     run.settings |= {"optimizer": type(run.outer.optimizer).__name__}
     run.folder = run_folder(folder, run, resume)
-    chosen_on = None if validate is None else repr(validate.tasks)
-    same_everywhere(run.learner, run.settings, tasks=repr(run.tasks), validation_tasks=chosen_on)
+
+
+def begin(run: Run, resume: bool) -> None:
+    "From the start, or from the newest checkpoint."
+    names = {"tasks": repr(run.tasks), "validation_tasks": None}
+    if run.validation:
+        names["validation_tasks"] = repr(run.validation.tasks)
+    same_everywhere(run.learner, run.settings, **names)
     if run.folder:
         run.identity = identity(run)
     found = newest_checkpoint(run.folder) if run.folder and resume and processes.main() else None
@@ -854,9 +863,7 @@ def begin(
         return run.restore(found)
     if run.folder and processes.main():
         (run.folder / "log.jsonl").unlink(missing_ok=True)  # of a run without a checkpoint
-    run.note(
-        settings=run.settings, tasks=repr(run.tasks), validation_tasks=chosen_on, notes=run.notes
-    )
+    run.note(settings=run.settings, **names, notes=run.notes)
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -874,7 +881,7 @@ def identity(run: Run) -> dict[str, Any]:
     }
 
 
-def circumstances(outer: Outer) -> dict[str, Any]:
+def surroundings(outer: Outer) -> dict[str, Any]:
     "What changes only the rounding."
     device = outer.device
     return {
