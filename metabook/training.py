@@ -282,7 +282,7 @@ class Outer:
         chunk: int | None = None,  # tasks in memory at once; halved where they do not fit
         recompute: bool = False,  # compute inner steps again rather than remember them
         precision: str = "tf32",  # of products, see `metabook.kernels.precise`
-        nonfinite: Literal["stop", "skip"] = "stop",  # what becomes of a task that has no number
+        nonfinite: str = "stop",  # or "skip" tasks without a finite gradient
     ):
         if nonfinite not in ("stop", "skip"):
             raise ValueError(f'nonfinite={nonfinite!r}, expected "stop" or "skip"')
@@ -790,7 +790,7 @@ def fit(
     | None = None,  # tasks in memory at once; `None`: all, and fewer where they do not fit
     recompute: bool = False,  # compute inner steps again rather than remember them
     precision: str = "tf32",  # of products, see `metabook.kernels.precise`
-    nonfinite: Literal["stop", "skip"] = "stop",  # leave tasks without a finite gradient out?
+    nonfinite: str = "stop",  # or "skip": leave tasks without a finite gradient out
     deterministic: bool = False,  # only operations that give the same result each time
     log_every: int = 50,  # steps between rows of the log; on a GPU the host looks up only then
     progress: bool = True,  # show a bar with rate, time left, loss and validation score
