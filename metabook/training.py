@@ -706,7 +706,10 @@ class Run:
         chunk, was = self.outer.chunk, state["outer"]["chunk"]
         self.outer.chunk = was if chunk is None else chunk
         now = json.loads(json.dumps({"run": self.identity, "how": surroundings(self.outer)}))
-        if found := differences(state["identity"], now["run"]):
+        rates = [run.pop("rates") for run in (state["identity"], now["run"])]
+        common = set(rates[0]) & set(rates[1])  # a longer run has more of them
+        known = [{"rates": {k: v for k, v in r.items() if k in common}} for r in rates]
+        if found := differences(state["identity"] | known[0], now["run"] | known[1]):
             raise ValueError(
                 f"{self.folder} holds another run: {'; '.join(found)}. Ask for the same again, or "
                 "name another folder"
@@ -874,7 +877,8 @@ def identity(run: Run) -> dict[str, Any]:
     defaults = run.outer.optimizer.defaults
     return {
         "learner": plain("learner", run.learner),
-        "settings": settings | {"schedule": rates},
+        "settings": settings,
+        "rates": rates,
         "optimizer": {k: v for k, v in defaults.items() if isinstance(v, int | float | str)},
         "tasks": repr(run.tasks),
         "validation_tasks": run.validation and f"{run.validation.tasks!r}, {run.validation.hash}",

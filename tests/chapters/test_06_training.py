@@ -1234,7 +1234,7 @@ def test_another_run_does_not_go_on():
     for how, message in [
         (dict(lr=0.5), "settings.lr was 0.001 and is 0.5"),
         (dict(seed=1), "settings.seed was 0 and is 1"),
-        (dict(schedule=falling), "settings.schedule.1 was 1.0 and is 0.5"),
+        (dict(schedule=falling), "rates.1 was 1.0 and is 0.5"),
         (dict(optimizer=torch.optim.SGD), "settings.optimizer was 'Adam' and is 'SGD'"),
         (dict(steps=3), "steps=3, but the run in .* has taken 4 already: ask for more"),
         (dict(folder=None), "resume=True, but there is no folder"),
@@ -1382,7 +1382,7 @@ def test_an_interrupted_run_keeps_what_it_learned():
     for how, message in [
         (dict(lr=0.5), "settings.lr was 0.001 and is 0.5"),
         (dict(seed=1), "settings.seed was 0 and is 1"),
-        (dict(schedule=falling), "settings.schedule.1 was 1.0 and is 0.5"),
+        (dict(schedule=falling), "rates.1 was 1.0 and is 0.5"),
         (dict(optimizer=torch.optim.SGD), "settings.optimizer was 'Adam' and is 'SGD'"),
         (dict(steps=3), "steps=3, but the run in .* has taken 4 already: ask for more"),
         (dict(folder=None), "resume=True, but there is no folder"),
@@ -1570,7 +1570,7 @@ def test_a_full_disk_costs_only_what_came_after():
     for how, message in [
         (dict(lr=0.5), "settings.lr was 0.001 and is 0.5"),
         (dict(seed=1), "settings.seed was 0 and is 1"),
-        (dict(schedule=falling), "settings.schedule.1 was 1.0 and is 0.5"),
+        (dict(schedule=falling), "rates.1 was 1.0 and is 0.5"),
         (dict(optimizer=torch.optim.SGD), "settings.optimizer was 'Adam' and is 'SGD'"),
         (dict(steps=3), "steps=3, but the run in .* has taken 4 already: ask for more"),
         (dict(folder=None), "resume=True, but there is no folder"),

@@ -155,7 +155,23 @@ def endless(folder: Path, victim: int = -1, number: int = signal.SIGKILL) -> Non
     assert run.interrupted
 
 
+def survive(folder: Path, victim: int = -1, step: int = 0) -> None:
+    """A short run that goes on where it was left; one process is killed when so many steps are taken."""
+
+    def rate(taken: int) -> float:
+        if taken == step and processes.rank() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 1 / (1 + taken)
+
+    how = {"every": 4, "log_every": 3, "meta_batch": META_BATCH, "progress": False}
+    tasks = HardTasks(FewShot(points(), 3, 1, 2), every=2)
+    torch.manual_seed(0)
+    learner = MAML(MLP([2, 8, 3]), lr=0.05)
+    how |= {"validate": tasks.tasks, "folder": folder, "resume": True, "schedule": rate}
+    fit(learner, tasks, steps=14, **how)
+
+
 if __name__ == "__main__":
     job, place, *rest = sys.argv[1:]
     torch.set_num_threads(1)
-    {"agree": agree, "endless": endless}[job](Path(place), *map(int, rest))
+    {"agree": agree, "endless": endless, "survive": survive}[job](Path(place), *map(int, rest))
