@@ -89,6 +89,75 @@ def test_train_evaluate_classify():
     shutil.rmtree(work)
 
 
+def test_a_training_goes_on():
+    # cell f2c41e78
+    run = CliRunner()
+
+    def typed(*words):
+        "Run a command as if it were typed, and return what it prints."
+        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    # cell 00719a23
+    assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
+    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
+    # cell fa411053
+    work = Path(tempfile.mkdtemp())
+    small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
+    typed("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
+    rows = json.loads(typed("evaluate", work / "run", "--tasks", 20, "--json"))
+    assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
+    assert rows[0]["episodes"] == rows[1]["episodes"]
+    assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
+
+    for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
+        (work / "support" / name).mkdir(parents=True)
+        for j in range(2):
+            glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
+            Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
+    answer = json.loads(
+        typed(
+            "classify",
+            work / "run",
+            "--support",
+            work / "support",
+            work / "support/beta/0.png",
+            "--json",
+        )
+    )
+    (chances,) = answer.values()
+    assert (
+        set(chances["all"]) == {"alpha", "beta", "gamma"}
+        and abs(sum(chances["all"].values()) - 1) < 1e-5
+    )
+    shutil.rmtree(work)
+    # cell 0a234393
+    work = Path(tempfile.mkdtemp())
+    words = [
+        "train",
+        "maml",
+        "--data",
+        "sinusoids",
+        "--steps",
+        20,
+        "--every",
+        5,
+        "--out",
+        work / "run",
+    ]
+    typed(*words)
+    newest = work / "run" / "checkpoints" / "step-00000020.json"
+    newest.unlink()  # as if the process had been killed after step 15
+    before = (work / "run" / "learner.safetensors").read_bytes()
+    typed(*words, "--resume")
+    assert newest.exists() and (work / "run" / "learner.safetensors").read_bytes() == before
+    with pytest.raises(FileExistsError, match="--resume"):
+        typed(*words)
+    shutil.rmtree(work)
+
+
 def test_sinusoids_from_the_command_line():
     # cell f2c41e78
     run = CliRunner()
@@ -132,6 +201,29 @@ def test_sinusoids_from_the_command_line():
         set(chances["all"]) == {"alpha", "beta", "gamma"}
         and abs(sum(chances["all"].values()) - 1) < 1e-5
     )
+    shutil.rmtree(work)
+    # cell 0a234393
+    work = Path(tempfile.mkdtemp())
+    words = [
+        "train",
+        "maml",
+        "--data",
+        "sinusoids",
+        "--steps",
+        20,
+        "--every",
+        5,
+        "--out",
+        work / "run",
+    ]
+    typed(*words)
+    newest = work / "run" / "checkpoints" / "step-00000020.json"
+    newest.unlink()  # as if the process had been killed after step 15
+    before = (work / "run" / "learner.safetensors").read_bytes()
+    typed(*words, "--resume")
+    assert newest.exists() and (work / "run" / "learner.safetensors").read_bytes() == before
+    with pytest.raises(FileExistsError, match="--resume"):
+        typed(*words)
     shutil.rmtree(work)
     # cell a1c1dc36
     work = Path(tempfile.mkdtemp())
