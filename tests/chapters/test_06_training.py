@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import tempfile
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -1000,6 +1000,15 @@ def test_a_bad_run_is_refused_before_it_begins():
 
 def test_the_log_and_the_folder():
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -1040,6 +1049,15 @@ def test_the_log_and_the_folder():
 
 def test_a_run_goes_on_where_it_was_left():
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -1092,12 +1110,11 @@ def test_a_run_goes_on_where_it_was_left():
     folder = Path(room.name) / "run"
     wave_run(steps=6, folder=folder, schedule=falling, every=3)
     (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    logging.disable()
-    run = wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    again = wave_run(
-        steps=9, folder=folder, schedule=falling, every=3, resume=True
-    )  # nothing to do
-    logging.disable(logging.NOTSET)
+    with quiet():
+        run = wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
+        again = wave_run(
+            steps=9, folder=folder, schedule=falling, every=3, resume=True
+        )  # nothing to do
     for other in (run, again):
         assert without_clocks(other) == without_clocks(whole)
         assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
@@ -1160,6 +1177,15 @@ def test_another_run_does_not_go_on():
         return learner, outer, outer.step(two_tasks())
 
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -1212,12 +1238,11 @@ def test_another_run_does_not_go_on():
     folder = Path(room.name) / "run"
     wave_run(steps=6, folder=folder, schedule=falling, every=3)
     (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    logging.disable()
-    run = wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    again = wave_run(
-        steps=9, folder=folder, schedule=falling, every=3, resume=True
-    )  # nothing to do
-    logging.disable(logging.NOTSET)
+    with quiet():
+        run = wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
+        again = wave_run(
+            steps=9, folder=folder, schedule=falling, every=3, resume=True
+        )  # nothing to do
     for other in (run, again):
         assert without_clocks(other) == without_clocks(whole)
         assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
@@ -1308,6 +1333,15 @@ def test_an_interrupted_run_keeps_what_it_learned():
         return learner, outer, outer.step(two_tasks())
 
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -1360,12 +1394,11 @@ def test_an_interrupted_run_keeps_what_it_learned():
     folder = Path(room.name) / "run"
     wave_run(steps=6, folder=folder, schedule=falling, every=3)
     (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    logging.disable()
-    run = wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    again = wave_run(
-        steps=9, folder=folder, schedule=falling, every=3, resume=True
-    )  # nothing to do
-    logging.disable(logging.NOTSET)
+    with quiet():
+        run = wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
+        again = wave_run(
+            steps=9, folder=folder, schedule=falling, every=3, resume=True
+        )  # nothing to do
     for other in (run, again):
         assert without_clocks(other) == without_clocks(whole)
         assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
@@ -1496,6 +1529,15 @@ def test_a_full_disk_costs_only_what_came_after():
         return learner, outer, outer.step(two_tasks())
 
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -1548,12 +1590,11 @@ def test_a_full_disk_costs_only_what_came_after():
     folder = Path(room.name) / "run"
     wave_run(steps=6, folder=folder, schedule=falling, every=3)
     (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    logging.disable()
-    run = wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    again = wave_run(
-        steps=9, folder=folder, schedule=falling, every=3, resume=True
-    )  # nothing to do
-    logging.disable(logging.NOTSET)
+    with quiet():
+        run = wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
+        again = wave_run(
+            steps=9, folder=folder, schedule=falling, every=3, resume=True
+        )  # nothing to do
     for other in (run, again):
         assert without_clocks(other) == without_clocks(whole)
         assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
@@ -1656,9 +1697,8 @@ def test_a_full_disk_costs_only_what_came_after():
         full and told.value.errno == errno.ENOSPC and "could not be written into" in str(told.value)
     )
     assert not list(folder.rglob("*.part")) and metabook.load(folder).lr == 0.01
-    logging.disable()
-    run = wave_run(steps=8, folder=folder, resume=True)
-    logging.disable(logging.NOTSET)
+    with quiet():
+        run = wave_run(steps=8, folder=folder, resume=True)
     assert without_clocks(run) == without_clocks(
         wave_run(steps=8, folder=Path(room.name) / "whole")
     )
@@ -1972,6 +2012,15 @@ def test_training_never_meets_the_test_tasks():
         return learner, outer, outer.step(two_tasks())
 
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -2121,6 +2170,15 @@ def test_adaptation_lowers_the_loss_that_it_descends():
         return learner, outer, outer.step(two_tasks())
 
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -2261,6 +2319,15 @@ def test_a_loss_that_is_no_number_stops_the_run():
         return learner, outer, outer.step(two_tasks())
 
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -2440,6 +2507,15 @@ def test_a_bad_task_is_skipped_and_counted():
         return learner, outer, outer.step(two_tasks())
 
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -2565,17 +2641,16 @@ def test_a_bad_task_is_skipped_and_counted():
             keep = torch.arange(len(indices)) != 1 if self.batches >= 3 else slice(None)
             return super().gather(indices[keep])
 
-    logging.disable()
-    for lift in ("loop", "vmap"):
-        skipping, without = Shrink(), Shrink()
-        how = dict(steps=6, meta_batch=4, log_every=6, lift=lift, progress=False)
-        run = fit(skipping, Poisoned(), nonfinite="skip", **how)
-        fit(without, WithoutIt(), **how)
-        torch.testing.assert_close(skipping.theta, without.theta)
-        assert run.outer.skipped == 4 and run.log[-1]["skipped"] == 4
-    with pytest.raises(FloatingPointError, match="step 1"):
-        fit(Root(), Sightings(), steps=3, meta_batch=4, nonfinite="skip", progress=False)
-    logging.disable(logging.NOTSET)
+    with quiet():
+        for lift in ("loop", "vmap"):
+            skipping, without = Shrink(), Shrink()
+            how = dict(steps=6, meta_batch=4, log_every=6, lift=lift, progress=False)
+            run = fit(skipping, Poisoned(), nonfinite="skip", **how)
+            fit(without, WithoutIt(), **how)
+            torch.testing.assert_close(skipping.theta, without.theta)
+            assert run.outer.skipped == 4 and run.log[-1]["skipped"] == 4
+        with pytest.raises(FloatingPointError, match="step 1"):
+            fit(Root(), Sightings(), steps=3, meta_batch=4, nonfinite="skip", progress=False)
     with pytest.raises(ValueError, match='nonfinite=\'ignore\', expected "stop" or "skip"'):
         Outer(Shrink(), torch.optim.SGD(Shrink().param_groups()), nonfinite="ignore")
 
@@ -2644,6 +2719,15 @@ def test_equal_runs_are_equal(device):
         return learner, outer, outer.step(two_tasks())
 
     # cell fea88dcf
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
     def wave_run(steps=4, folder=None, **how):
         "A very short run of MAML on sinusoids."
         torch.manual_seed(0)
@@ -2769,17 +2853,16 @@ def test_equal_runs_are_equal(device):
             keep = torch.arange(len(indices)) != 1 if self.batches >= 3 else slice(None)
             return super().gather(indices[keep])
 
-    logging.disable()
-    for lift in ("loop", "vmap"):
-        skipping, without = Shrink(), Shrink()
-        how = dict(steps=6, meta_batch=4, log_every=6, lift=lift, progress=False)
-        run = fit(skipping, Poisoned(), nonfinite="skip", **how)
-        fit(without, WithoutIt(), **how)
-        torch.testing.assert_close(skipping.theta, without.theta)
-        assert run.outer.skipped == 4 and run.log[-1]["skipped"] == 4
-    with pytest.raises(FloatingPointError, match="step 1"):
-        fit(Root(), Sightings(), steps=3, meta_batch=4, nonfinite="skip", progress=False)
-    logging.disable(logging.NOTSET)
+    with quiet():
+        for lift in ("loop", "vmap"):
+            skipping, without = Shrink(), Shrink()
+            how = dict(steps=6, meta_batch=4, log_every=6, lift=lift, progress=False)
+            run = fit(skipping, Poisoned(), nonfinite="skip", **how)
+            fit(without, WithoutIt(), **how)
+            torch.testing.assert_close(skipping.theta, without.theta)
+            assert run.outer.skipped == 4 and run.log[-1]["skipped"] == 4
+        with pytest.raises(FloatingPointError, match="step 1"):
+            fit(Root(), Sightings(), steps=3, meta_batch=4, nonfinite="skip", progress=False)
     with pytest.raises(ValueError, match='nonfinite=\'ignore\', expected "stop" or "skip"'):
         Outer(Shrink(), torch.optim.SGD(Shrink().param_groups()), nonfinite="ignore")
 
