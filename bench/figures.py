@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.peers import PEERS
+from bench.soak import MIB
 from bench.speed import measured
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"  # told apart by every eye
@@ -72,7 +73,30 @@ def grown(axes: Axes, fit: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     axes.set_title(f"exponent {fit['exponent']:.2f}", fontsize="medium")
 
 
-FIGURES = {"speed": speed_figure, "growth": growth_figure}
+def soak_figure(content: dict[str, Any]) -> Figure:
+    """Memory and open files against time; orange: the slope after the process has settled."""
+    rows, found = content["rows"], content["verdict"]
+    minutes = [row["seconds"] / 60 for row in rows]
+    figure = Figure((7, 3.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    memory = [row["resident"] / MIB for row in rows]
+    above.plot(minutes, memory, ".", color=BLUE)
+    if found:
+        late = [
+            (t, m) for t, m in zip(minutes, memory, strict=True) if 60 * t >= found["settled_after"]
+        ]
+        t, m = (sum(column) / len(late) for column in zip(*late, strict=True))
+        ends = [late[0][0], late[-1][0]]
+        above.plot(ends, [m + found["mib_per_hour"] * (end - t) / 60 for end in ends], color=ORANGE)
+    above.set(ylabel="resident MiB", ylim=(0, None))
+    below.plot(minutes, [row["files"] for row in rows], ".", color=GREY)
+    below.set(xlabel="minutes", ylabel="open files", ylim=(0, None))
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+FIGURES = {"speed": speed_figure, "growth": growth_figure, "soak": soak_figure}
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
