@@ -130,7 +130,8 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     end = rows[-1]["seconds"]
     settle = min(SETTLE, end / 10)
     late = [row for row in rows if row["seconds"] >= settle]
-    tenths = [[r["resident"] for r in rows if int(10 * r["seconds"] / end) == i] for i in (1, 9)]
+    tenth = [min(int(10 * row["seconds"] / end), 9) for row in rows]
+    tenths = [[r["resident"] for r, t in zip(rows, tenth, strict=True) if t == i] for i in (1, 9)]
     if len(late) < 10 or not all(tenths):
         return None
     files = [row["files"] for row in late]
