@@ -47,11 +47,33 @@ def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
             yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
 
 
-def dotted(node: ast.expr) -> str:
-    """The name that is called: "open", "torch.load"; of what is no name the last part, ".extract"."""
+def aliases(tree: ast.Module) -> dict[str, str]:
+    """What the names that a file imports stand for, at any depth: "np" is "numpy"."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.asname or a.name.partition(".")[0]: a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The packages that a file imports."""
+    return {name.partition(".")[0] for name in aliases(tree).values()}
+
+
+def dotted(node: ast.expr, known: dict[str, str]) -> str:
+    """The full name of what is called: "open", "numpy.load"; of what has none the end, ".extract"."""
     if isinstance(node, ast.Attribute):
-        return f"{dotted(node.value)}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else ""
+        return f"{dotted(node.value, known)}.{node.attr}"
+    return known.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+
+def calls(tree: ast.AST, known: dict[str, str]) -> list[tuple[str, ast.Call]]:
+    """What is called, and how."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [(dotted(call.func, known).removeprefix("builtins."), call) for call in found]
 
 
 def literal(call: ast.Call, name: str) -> object:
@@ -60,27 +82,12 @@ def literal(call: ast.Call, name: str) -> object:
     return given.value if isinstance(given, ast.Constant) else None
 
 
-def imported(tree: ast.Module) -> set[str]:
-    """The packages that a file imports, at any depth."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module)
-    return {name.partition(".")[0] for name in names}
-
-
-def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
-    return [(dotted(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-
-
 def functions(*folders: str) -> Iterator[tuple[str, str, str, ast.Call]]:
     """Every call in a function: its file, the function, what is called, the call."""
     for path, tree in sources(*folders):
         for f in ast.walk(tree):
             if isinstance(f, ast.FunctionDef):
-                for name, call in calls(f):
+                for name, call in calls(f, aliases(tree)):
                     yield path, f.name, name, call
 
 
@@ -90,7 +97,7 @@ def unsafe(name: str, call: ast.Call) -> str | None:
         return name
     if name == "torch.load":
         return None if literal(call, "weights_only") is True else name
-    if name in ("np.load", "numpy.load"):
+    if name == "numpy.load":
         return None if literal(call, "allow_pickle") is False else name
     if name.startswith(("torch.jit.load", "torch.hub.", "torch.package.", "yaml.")):
         return name
@@ -99,7 +106,7 @@ def unsafe(name: str, call: ast.Call) -> str | None:
 
 def executed(tree: ast.Module) -> set[str]:
     """Where a file may execute what it has read."""
-    found = {unsafe(*call) for call in calls(tree)} - {None}
+    found = {unsafe(*call) for call in calls(tree, aliases(tree))} - {None}
     return found | (imported(tree) & (UNPICKLERS | INTERPRETERS))
 
 
@@ -126,8 +133,12 @@ UNSAFE = [
     "torch.load(path, weights_only=False)",
     "torch.load(path, weights_only=asked)",
     "torch.hub.load(name)",
-    "np.load(path)",
-    "numpy.load(path, allow_pickle=True)",
+    "import numpy as np\nnp.load(path)",
+    "import numpy\nnumpy.load(path, allow_pickle=True)",
+    "from numpy import load as array_of\narray_of(path)",
+    "from torch import load\nload(path)",
+    "def f():\n    from os import system\n    system(text)",
+    "import builtins\nbuiltins.exec(text)",
     "yaml.load(text)",
 ]
 SAFE = [
@@ -135,7 +146,7 @@ SAFE = [
     "torch.compile(f)",
     "re.compile(text)",
     "torch.load(path, weights_only=True)",
-    "np.load(path, allow_pickle=False)",
+    "import numpy as np\nnp.load(path, allow_pickle=False)",
     "subprocess.run([program, text])",
     "json.loads(text)",
 ]
@@ -153,7 +164,7 @@ def test_what_is_only_read_is_not(source):
 
 def test_the_library_does_not_write_pickles_either():
     for path, tree in sources("metabook"):
-        assert not {"torch.load", "torch.save"} & {name for name, _ in calls(tree)}, path
+        assert not {"torch.load", "torch.save"} & {n for n, _ in calls(tree, aliases(tree))}, path
 
 
 # --- downloads and archives
