@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,7 +45,13 @@ def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
     """Every Python file below these folders: its path, and its syntax tree."""
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+            yield path.relative_to(ROOT).as_posix(), parsed(path)
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def aliases(tree: ast.Module) -> dict[str, str]:
@@ -52,7 +59,8 @@ def aliases(tree: ast.Module) -> dict[str, str]:
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {a.asname or a.name.partition(".")[0]: a.name for a in node.names}
+            whole = [a.name if a.asname else a.name.partition(".")[0] for a in node.names]
+            found |= {a.asname or top: top for a, top in zip(node.names, whole, strict=True)}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
     return found
