@@ -124,4 +124,5 @@ TABLES = {
     "growth": growth_table,
     "processes": processes_table,
     "accuracy": accuracy_table,
+    "soak": soak_table,
 }
