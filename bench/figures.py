@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -76,21 +77,19 @@ def grown(axes: Axes, fit: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 def soak_figure(content: dict[str, Any]) -> Figure:
     """Memory and open files against time; orange: the slope after the process has settled."""
     rows, found = content["rows"], content["verdict"]
-    minutes = [row["seconds"] / 60 for row in rows]
+    minutes = np.array([row["seconds"] for row in rows]) / 60
+    memory = np.array([row["resident"] for row in rows]) / MIB
+    files = [row["files"] for row in rows]
     figure = Figure((7, 3.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    memory = [row["resident"] / MIB for row in rows]
     above.plot(minutes, memory, ".", color=BLUE)
     if found:
-        late = [
-            (t, m) for t, m in zip(minutes, memory, strict=True) if 60 * t >= found["settled_after"]
-        ]
-        t, m = (sum(column) / len(late) for column in zip(*late, strict=True))
-        ends = [late[0][0], late[-1][0]]
-        above.plot(ends, [m + found["mib_per_hour"] * (end - t) / 60 for end in ends], color=ORANGE)
-    above.set(ylabel="resident MiB", ylim=(0, None))
-    below.plot(minutes, [row["files"] for row in rows], ".", color=GREY)
-    below.set(xlabel="minutes", ylabel="open files", ylim=(0, None))
+        late = 60 * minutes >= found["settled_after"]
+        rise = found["mib_per_hour"] / 60 * (minutes - minutes[late].mean())
+        above.plot(minutes[late], (memory[late].mean() + rise)[late], color=ORANGE)
+    above.set(ylabel="resident MiB", ylim=(0, 1.1 * memory.max()))
+    below.plot(minutes, files, ".", color=GREY)
+    below.set(xlabel="minutes", ylabel="open files", ylim=(0, 1.2 * max(files)))
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
