@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -249,6 +250,13 @@ def test_a_folder_can_only_name_what_is_registered(folder, name):
 def test_a_folder_can_only_give_arguments_that_the_constructor_takes(folder, args):
     rewrite(folder, lambda c: c["method"].update(args=args))
     with pytest.raises(ValueError, match=r"cannot be (loaded|built)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("sizes", [[2, 10**30], [2, math.inf], [2, 3.5], [2, -1], [2], "ab", None])
+def test_sizes_that_no_network_has_are_refused(folder, sizes):
+    rewrite(folder, lambda c: c["method"]["args"]["embed"].update(args={"sizes": sizes}))
+    with pytest.raises(ValueError, match="'mlp' cannot be built"):
         load(folder)
 
 
