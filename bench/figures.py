@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.peers import PEERS
+from bench.soak import MIB
 from bench.speed import measured
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#777777"  # told apart by every eye
@@ -72,7 +74,28 @@ def grown(axes: Axes, fit: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     axes.set_title(f"exponent {fit['exponent']:.2f}", fontsize="medium")
 
 
-FIGURES = {"speed": speed_figure, "growth": growth_figure}
+def soak_figure(content: dict[str, Any]) -> Figure:
+    """Memory and open files against time; orange: the slope after the process has settled."""
+    rows, found = content["rows"], content["verdict"]
+    minutes = np.array([row["seconds"] for row in rows]) / 60
+    memory = np.array([row["resident"] for row in rows]) / MIB
+    files = [row["files"] for row in rows]
+    figure = Figure((7, 3.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    above.plot(minutes, memory, ".", color=BLUE)
+    if found:
+        late = 60 * minutes >= found["settled_after"]
+        rise = found["mib_per_hour"] / 60 * (minutes - minutes[late].mean())
+        above.plot(minutes[late], (memory[late].mean() + rise)[late], color=ORANGE)
+    above.set(ylabel="resident MiB", ylim=(0, 1.1 * memory.max()))
+    below.plot(minutes, files, ".", color=GREY)
+    below.set(xlabel="minutes", ylabel="open files", ylim=(0, 1.2 * max(files)))
+    for axes in (above, below):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+FIGURES = {"speed": speed_figure, "growth": growth_figure, "soak": soak_figure}
 
 
 def draw(content: dict[str, Any], path: Path) -> None:

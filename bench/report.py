@@ -15,6 +15,7 @@ import torch
 
 import metabook
 from bench.worker import ROOT
+from metabook.checkpoints import write_atomically
 
 LIBRARIES = ("torch", "higher", "torchopt", "learn2learn")
 
@@ -53,7 +54,7 @@ def commit() -> str | None:
 
 
 def report(
-    part: str,  # "speed", "sampling", "growth" or "processes"
+    part: str,  # "speed", "sampling", "growth", "processes" or "soak"
     device: str,
     threads: int,
     command: str,  # that measures it again
@@ -78,5 +79,5 @@ def write(content: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     only = "".join(f"-{word}" for word in re.findall(r"\w+", content["settings"]["only"]))
     path = folder / f"bench-{content['benchmark']}-{content['device']}{only}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return path

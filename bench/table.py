@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
+from bench.soak import MIB, conclusion
+
 
 def milliseconds(row: dict[str, Any]) -> str:
     """Median and quartiles."""
@@ -107,10 +109,20 @@ def processes_table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def soak_table(content: dict[str, Any]) -> str:
+    """The last note, and the conclusion."""
+    last = content["rows"][-1]
+    size = f"{last['resident'] / MIB:.0f} MiB, {last['files']} files, {last['threads']} threads"
+    done = f"  {last['seconds'] / 60:.1f} minutes, {last['steps']} outer steps: {size}"
+    where = f"{last['disk'] / MIB:.1f} MiB on disk"
+    return "\n".join([*heading(content), "", f"{done}, {where}", conclusion(content["verdict"])])
+
+
 TABLES = {
     "speed": speed_table,
     "sampling": sampling_table,
     "growth": growth_table,
     "processes": processes_table,
     "accuracy": accuracy_table,
+    "soak": soak_table,
 }

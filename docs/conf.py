@@ -112,3 +112,13 @@ def number_chapters(self, env) -> list[str]:
 
 
 TocTreeCollector.assign_section_numbers = number_chapters
+
+
+def without_handlers(app, page, template, context, doctree) -> None:
+    """Leave out the theme's buttons whose script stands in the tag: printing is in every browser's menu."""
+    for group in context.get("header_buttons", []):
+        group["buttons"] = [b for b in group["buttons"] if b["type"] != "javascript"]
+
+
+def setup(app) -> None:
+    app.connect("html-page-context", without_handlers, priority=900)  # after the theme

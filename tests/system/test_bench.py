@@ -22,6 +22,7 @@ from bench.peers import PEERS
 from bench.processes import counts, launched
 from bench.report import report, write
 from bench.sampling import Episodes
+from bench.soak import MIB, conclusion, slope, soak, verdict
 from bench.speed import Contender, compared, judged, make, race, settings_of
 from bench.table import TABLES
 from bench.worker import Failed, Worker, one_line
@@ -182,3 +183,48 @@ def test_several_processes_are_measured_beside_one(monkeypatch):
     assert "2 processes" in TABLES["processes"](content)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     assert counts("cpu", 8) == [2, 4] and counts("cpu", 3) == [2] and counts("cpu", 1) == []
+
+
+def hour(leak: float) -> list[dict]:
+    """Notes of an hour: memory jumps up and down by 10 MiB, fills caches at first, and leaks so many MiB."""
+    rows = []
+    for n in range(240):
+        warm = 400 * min(1.0, n / 20)
+        size = 500 + warm + 10 * (-1) ** n + leak * n / 240
+        rows.append({"seconds": 15.0 * n, "resident": int(MIB * size), "files": 9, "threads": 2})
+    rows[3]["files"], rows[99]["files"] = 100, 11
+    return rows
+
+
+@pytest.mark.parametrize("leak", [0.0, 60.0])
+def test_a_leak_is_told_from_warming_up(leak):
+    found = verdict(hour(leak))
+    assert found["mib_per_hour"] == pytest.approx(leak, abs=found["ci95"])
+    assert found["growth_mib"] == pytest.approx(0.8 * leak, abs=1)
+    assert 0 < found["ci95"] < 10 and found["settled_after"] == 300
+    assert (found["files"], found["threads"]) == ([9, 11], [2, 2])
+    said = conclusion(found)
+    assert f"{found['mib_per_hour']:+.1f} ± " in said and "the first 5.0 minutes" in said
+    assert "files: 9 to 11" in said
+
+
+def test_the_slope_is_that_of_least_squares_with_its_interval():
+    x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 5.0, 6.0, 9.0])
+    (rise, _), covariance = np.polyfit(x, y, 1, cov=True)
+    assert slope(list(x), list(y)) == pytest.approx((rise, 1.96 * np.sqrt(covariance[0, 0])))
+
+
+def test_a_soak_of_seconds_trains_scores_and_takes_notes(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.soak.perf_counter", map(float, range(99)).__next__)
+    *_, rows = soak("cpu", torch.get_num_threads(), minutes=0.2, cases=[SECOND, PROTOTYPES])
+    assert [row["seconds"] for row in rows] == list(range(1, 13))  # one for each piece of work
+    assert [row["steps"] // 20 for row in rows] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert all(row["resident"] > 50 * MIB and row["files"] > 3 for row in rows)
+    assert all(0 < row["disk"] < MIB for row in rows)  # a run takes the place of the one before
+    assert verdict(rows[:9]) is None and "too few" in conclusion(None)
+    settings = {"only": "", "minutes": 0.2}
+    content = report("soak", "cpu", 1, "", settings=settings, verdict=verdict(rows), rows=rows)
+    path = write(content, tmp_path)
+    draw(content, path)
+    assert path.name == "bench-soak-cpu.json" and path.with_suffix(".svg").exists()
+    assert "memory: " in TABLES["soak"](content)

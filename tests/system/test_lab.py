@@ -5,18 +5,25 @@ Where METABOOK_SITE is set, as in the continuous integration, a missing browser 
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 from notebooks import ROOT
 
+MAKEFILE = ROOT / "Makefile"
 CHROMIUM = shutil.which("chromium")
 PATIENCE = 120_000  # milliseconds
 SETTINGS = {  # no window about news over the notebook; every cell in the page, also out of sight
@@ -33,8 +40,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(room: Path) -> dict[str, str]:
     """Settings of its own, so that nothing of the person who runs the test is read or changed."""
+    home = room / "home"
     for name, said in SETTINGS.items():
         path = home / f"settings/@jupyterlab/{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
@@ -48,27 +56,37 @@ def environment(home: Path) -> dict[str, str]:
         "IPYTHONDIR": "ipython",
     }
     own = {name: str(home / folder) for name, folder in folders.items()}
-    kept = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "METABOOK_FRAMES")}
+    others = ("MPLBACKEND", "METABOOK_FRAMES", "JUPYTER_TOKEN")
+    kept = {k: v for k, v in os.environ.items() if k not in others}
     return {**kept, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@contextmanager
+def started(room: Path, *words: str) -> Iterator[str]:
+    """JupyterLab with these words on its command line, reachable from this machine alone: its address."""
+    port = free_port()
+    command = [sys.executable, "-m", "jupyterlab", *words, "--no-browser", "--allow-root"]
+    command += [f"--port={port}", "--ServerApp.port_retries=0"]
+    log = (room / "lab.log").open("w")
+    server = subprocess.Popen(command, env=environment(room), stdout=log, stderr=log, cwd=room)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/api", server, room / "lab.log")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
 
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab on a copy of the chapter (it saves what it runs), reachable from this machine alone."""
-    work, port = tmp_path / "nbs", free_port()
+    """JupyterLab on a copy of the chapter (it saves what it runs), without a token."""
+    work = tmp_path / "nbs"
     work.mkdir()
     shutil.copy(ROOT / "nbs/A1_explore.ipynb", work)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1"]
-    command += [f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}"]
-    command += ["--IdentityProvider.token=", "--ServerApp.password="]
-    log = (tmp_path / "lab.log").open("w")
-    server = subprocess.Popen(command, env=environment(tmp_path / "home"), stdout=log, stderr=log)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/api", server, tmp_path / "lab.log")
-        yield f"http://127.0.0.1:{port}/lab/tree/A1_explore.ipynb?reset"
-    finally:
-        server.terminate()
-        server.wait(30)
+    words = ["--ip=127.0.0.1", f"--ServerApp.root_dir={work}"]
+    with started(tmp_path, *words, "--IdentityProvider.token=", "--ServerApp.password=") as address:
+        yield f"{address}/lab/tree/A1_explore.ipynb?reset"
 
 
 def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
@@ -131,3 +149,26 @@ def test_a_slider_changes_its_figure(lab, tab):
     assert tab.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     prose = "".join(tab.locator(".jp-MarkdownOutput").all_inner_texts())
     assert "{cite" not in prose and "{eq}" not in prose  # MyST is read, not shown
+
+
+def status(address: str, token: str = "") -> int:
+    """What the server answers, with a token or without."""
+    headers = {"Authorization": f"token {token}"} if token else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as reply:
+            return reply.status
+    except HTTPError as error:
+        return error.code
+
+
+def test_make_lab_lets_nobody_in_without_the_token(tmp_path):
+    (words,) = re.findall(r"^\t\$\(BIN\)/python -m jupyterlab (.*)$", MAKEFILE.read_text(), re.M)
+    (tmp_path / "nbs").mkdir()
+    with started(tmp_path, *shlex.split(words)) as address:
+        (about,) = (tmp_path / "home/runtime").glob("jpserver-*.json")
+        server = json.loads(about.read_text())
+        assert server["hostname"] in ("localhost", "127.0.0.1")  # not reachable from elsewhere
+        assert len(server["token"]) >= 32
+        for path in ("api/contents", "api/kernels", "api/terminals"):
+            assert status(f"{address}/{path}") == status(f"{address}/{path}", "guessed") == 403
+            assert status(f"{address}/{path}", server["token"]) == 200

@@ -46,7 +46,7 @@ def found(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("shared")
     status, _, errors = ended(launch(WORKER, "agree", folder))
     assert status == 0, errors[-2000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def same(found: object, wanted: object) -> None:

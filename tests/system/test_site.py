@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import http.server
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -374,6 +376,50 @@ def test_every_link_within_the_site_leads_somewhere(site):
             ):
                 broken.append(f"{name}: {link['href']}")
     assert broken == []
+
+
+# How the scripts begin that the theme and Sphinx's extensions write into a page.
+THEIR = re.compile(
+    r"document\.documentElement\.dataset\.mode =|DOCUMENTATION_OPTIONS\.|let toggle"
+    r"|var togglebuttonSelector =|// Activate the search field"
+)
+
+
+def scripts(html: str) -> Iterator[str]:
+    """Scripts of a page that lie elsewhere, stand in a tag, or stand in the page and are not the theme's."""
+    for tag in BeautifulSoup(html, "html.parser").find_all(True):
+        yield from (f"{key} of {tag.name}" for key in tag.attrs if key.lower().startswith("on"))
+        for key in ("src", "href", "action"):
+            address = tag.get(key, "").strip().lower()
+            loaded = tag.name != "a" and address.startswith(("http:", "https:", "//"))
+            if loaded or address.startswith("javascript:"):
+                yield f"{key} of {tag.name}: {address}"
+        written = tag.name == "script" and not tag.get("src")
+        if written and tag.get("type") != "application/json" and not THEIR.match(tag.text.strip()):
+            yield f"script: {tag.text.strip()[:60]}"
+
+
+def test_pages_hold_no_script_from_elsewhere_and_no_handler_in_a_tag(site):
+    found = {name: list(scripts((site / name).read_text("utf-8"))) for name in pages(site)}
+    assert {name: those for name, those in found.items() if those} == {}
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        "<button onclick='print()'>",
+        "<img src='x.png' alt='' onError='f()'>",
+        "<script src='https://cdn.example/x.js'></script>",
+        "<script src='//cdn.example/x.js'></script>",
+        "<link rel='stylesheet' href='http://cdn.example/x.css'>",
+        "<a href='javascript:f()'>",
+        "<script>fetch('https://example.org')</script>",
+    ],
+)
+def test_a_script_that_should_not_be_there_is_found(html):
+    assert len(list(scripts(html))) == 1
+    allowed = "<script src='_static/x.js'></script><script type='application/json'>{}</script>"
+    assert not list(scripts(f"{allowed}<a href='https://example.org'>there</a>"))
 
 
 def test_a_page_offers_its_notebook_as_it_was_written(site):
