@@ -25,9 +25,9 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['log', 'VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'NAME', 'register', 'noting', 'plain', 'registered', 'methods',
            'lookup', 'build', 'build_argument', 'staged', 'write_atomically', 'aside', 'kept_aside', 'save',
-           'on_its_own', 'heading', 'checksum', 'read_config', 'check_layout', 'load', 'read_weights', 'pack', 'unpack',
-           'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state', 'restore_random',
-           'differences']
+           'on_its_own', 'heading', 'checksum', 'read_config', 'check_layout', 'load', 'check_shapes', 'read_weights',
+           'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state',
+           'restore_random', 'differences']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 log = logging.getLogger("metabook")
@@ -271,7 +271,9 @@ def read_config(
         _ = config["layout"], config["weights"] + config["method"]["name"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not the configuration of a trained folder: {error!r}"
+            f"{path} is not the configuration of a trained folder: {type(error).__name__} {error}"[
+                :400
+            ]
         ) from error
     check_layout(path, config)
     return config
@@ -299,12 +301,21 @@ def load(
     state = read_weights(folder / "learner.safetensors", config["weights"])
     try:
         with torch.random.fork_rng(devices=[]):
+            check_shapes(config["method"], state)
             learner = build(config["method"])
         learner.to(dtype=next((t.dtype for t in state.values() if t.is_floating_point()), None))
         learner.load_state_dict(state)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return learner.eval()
+
+
+def check_shapes(method: dict[str, Any], state: dict[str, Tensor]) -> None:
+    "Raise `ValueError` unless parameters are those of a method; needs no memory, whatever its size."
+    with torch.device("meta"):
+        wanted = {k: tuple(t.shape) for k, t in build(method).state_dict().items()}
+    if found := differences(wanted, {k: tuple(t.shape) for k, t in state.items()}):
+        raise ValueError(f"config.json describes other parameters than its file holds: {found[0]}")
 
 
 def read_weights(
@@ -316,8 +327,10 @@ def read_weights(
     from safetensors.torch import load as from_bytes
 
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file, but a folder or a device")
         data = path.read_bytes()
-        if checksum(data) != expected and aside(path).exists():  # `save` was cut off
+        if checksum(data) != expected and aside(path).is_file():  # `save` was cut off
             data = aside(path).read_bytes()
         if checksum(data) != expected:
             raise ValueError("its checksum is not the one in the JSON file")

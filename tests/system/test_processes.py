@@ -16,6 +16,7 @@ from notebooks import ROOT
 from torch.utils._pytree import tree_leaves
 
 import metabook
+from metabook.checkpoints import newest_checkpoint
 
 LIMIT = 90  # seconds for a launch; it takes less than ten
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -103,16 +104,17 @@ def test_a_run_that_is_asked_to_end_keeps_what_it_learned(tmp_path):
         WORKER, "endless", tmp_path / "run", 0, int(signal.SIGTERM), prefix=[sys.executable]
     )
     status, _, errors = ended(alone)
-    assert status == 0 and "interrupted: 6 steps" in errors
+    assert status == 0 and "interrupted: 7 steps" in errors
     training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
-    assert training["steps_taken"] == 6 and metabook.load(tmp_path / "run")
+    assert training["steps_taken"] == 7 and metabook.load(tmp_path / "run")
 
 
 def test_one_process_that_is_asked_to_end_takes_the_other_with_it(tmp_path):
     job = "endless", tmp_path / "run", 0, int(signal.SIGTERM)
     _, _, errors = ended(launch(WORKER, *job))
-    assert "interrupted (or another process" in errors and "6 steps in" in errors
+    assert errors.count("interrupted: 7 steps in") == 1 and "another process of this run" in errors
     assert metabook.load(tmp_path / "run").lr == 0.05
+    assert newest_checkpoint(tmp_path / "run")["outer"]["taken"] == 7
 
 
 def test_the_command_line_shares_and_prints_once(tmp_path):

@@ -260,6 +260,28 @@ def test_sizes_that_no_network_has_are_refused(folder, sizes):
         load(folder)
 
 
+def test_a_network_that_the_file_does_not_hold_is_never_built(folder):
+    sizes = [2, 10**7, 10**7]  # 400 TB
+    rewrite(folder, lambda c: c["method"]["args"]["embed"].update(args={"sizes": sizes}))
+    with pytest.raises(ValueError, match="config.json describes other parameters"):
+        load(folder)
+
+
+def test_what_is_no_file_is_not_read(folder):
+    (folder / "learner.safetensors").unlink()
+    (folder / "learner.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="it is no file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"\xff" * 5000])
+def test_a_configuration_that_is_nested_too_deep_or_binary(folder, text):
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="is not the configuration of a trained folder") as caught:
+        load(folder)
+    assert len(str(caught.value)) < 500
+
+
 def header(claims: dict | bytes, data: bytes = b"") -> bytes:
     """A safetensors file: the length of its header, the header, the tensors."""
     text = claims if isinstance(claims, bytes) else json.dumps(claims).encode()

@@ -106,7 +106,7 @@ def test_what_a_folder_says(trained: tuple[Path, list]) -> None:
     assert config["training"]["steps"] == config["training"]["steps_taken"] == 3
     assert config["validation"]["step"] in (2, 3) and len(config["validation"]["episodes"]) == 12
     assert config["metabook"] == metabook.__version__ and config["layout"] == checkpoints.VERSION
-    files = ["config.json", "learner.safetensors", "log.jsonl"]
+    files = [".lock", "checkpoints", "config.json", "learner.safetensors", "log.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == files
 
 
