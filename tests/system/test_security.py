@@ -263,7 +263,7 @@ def test_sizes_that_no_network_has_are_refused(folder, sizes):
 def test_a_network_that_the_file_does_not_hold_is_never_built(folder):
     sizes = [2, 10**7, 10**7]  # 400 TB
     rewrite(folder, lambda c: c["method"]["args"]["embed"].update(args={"sizes": sizes}))
-    with pytest.raises(ValueError, match="config.json describes other parameters"):
+    with pytest.raises(ValueError, match=r"config.json describes other parameters"):
         load(folder)
 
 
