@@ -431,11 +431,12 @@ def answer(
     learner.check(episodes.support, episodes.query.x)
     fits = fitting(learner, episodes.support.x, episodes.query.x)
     size = fits if lift == "auto" and fits >= FEW else count(episodes)
-    ask = _ask_as_a_whole if queries == "joint" and not in_parts(learner) else _ask_in_parts
-    return torch.cat([ask(learner, part, lift, queries) for part in portions(episodes, size)])
+    whole = queries == "joint" and not in_parts(learner)
+    ask = _ask_as_a_whole if whole else partial(_ask_in_parts, queries=queries)
+    return torch.cat([ask(learner, part, lift) for part in portions(episodes, size)])
 
 
-def _ask_as_a_whole(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Tensor:
+def _ask_as_a_whole(learner: Learner, episodes: Episode, lift: Lift) -> Tensor:
     how = choose_lift(learner, lift, episodes.support.x, episodes.query.x)
     return over_tasks(learner, episodes.support, episodes.query.x, lift=how)
 

@@ -61,8 +61,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place', 'bar',
-           'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'prepare', 'begin', 'identity', 'surroundings', 'changes',
-           'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
+           'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'prepare', 'begin', 'last_state', 'identity', 'surroundings',
+           'changes', 'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -692,7 +692,7 @@ class Run:
             self.best, self.best_step = Score(**best["score"]), best["step"]
             device = self.outer.device
             self.best_state = {k: v.to(device) for k, v in best["parameters"].items()}
-        self.log = read_log(self.folder, state["log"])
+        self.log = state["log"]
         self.saved, self.seconds = self.outer.taken, state["seconds"]
         self.began = time.perf_counter() - self.seconds
         if processes.main():
@@ -861,12 +861,17 @@ def begin(run: Run, resume: bool) -> None:
     same_everywhere(run.learner, run.settings, **names)
     if run.folder:
         run.identity = identity(run)
-    found = newest_checkpoint(run.folder) if run.folder and resume and processes.main() else None
-    if found := processes.told(found):
+    if resume and (found := processes.told(last_state(run.folder))):
         return run.restore(found)
     if run.folder and processes.main():
         (run.folder / "log.jsonl").unlink(missing_ok=True)  # of a run without a checkpoint
     run.note(settings=run.settings, **names, notes=run.notes)
+
+
+def last_state(folder: Path) -> dict[str, Any] | None:
+    "The newest checkpoint and the log up to it, in process 0: the folder may not be there for others."
+    found = newest_checkpoint(folder) if processes.main() else None
+    return found and found | {"log": read_log(folder, found["log"])}
 
 
 def identity(run: Run) -> dict[str, Any]:
