@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['log', 'VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'NAME', 'register', 'noting', 'plain', 'registered', 'methods',
-           'lookup', 'build', 'build_argument', 'staged', 'write_atomically', 'aside', 'kept_aside', 'save',
-           'on_its_own', 'heading', 'checksum', 'read_config', 'check_layout', 'load', 'check_shapes', 'read_weights',
-           'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state',
-           'restore_random', 'differences']
+__all__ = ['log', 'VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'OURS', 'register', 'noting', 'plain', 'registered', 'methods',
+           'lookup', 'build', 'build_argument', 'staged', 'write_atomically', 'aside', 'kept_aside', 'mend', 'save',
+           'on_its_own', 'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'check_shapes',
+           'read_weights', 'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied',
+           'random_state', 'restore_random', 'differences']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 log = logging.getLogger("metabook")
@@ -193,23 +193,33 @@ def aside(path: Path) -> Path:
 
 @contextmanager
 def kept_aside(
-    path: Path,  # a file that is to be replaced
+    path: Path,  # a file of parameters that is to be replaced, and its config.json after it
 ) -> Iterator[None]:
-    "Within it the file has a second name, `aside`; an error puts it back, a power cut leaves it there."
-    before = aside(path)
-    # If it is there already, somebody died here: then that is the one to keep.
-    if path.exists() and not before.exists():
+    "Within it the file has a second name, `aside`; a power cut leaves it there."
+    mend(path)
+    if path.exists():
         try:
-            os.link(path, before)
+            os.link(path, aside(path))
         except OSError:  # a file system without second names
-            shutil.copyfile(path, before)
+            shutil.copyfile(path, aside(path))
     try:
         yield
     except BaseException:
-        if before.exists():
-            os.replace(before, path)
+        mend(path)
         raise
-    before.unlink(missing_ok=True)
+    aside(path).unlink(missing_ok=True)
+
+
+def mend(path: Path) -> None:
+    "After somebody died between the two renames: of the two files keep the one that config.json means."
+    before = aside(path)
+    if not before.exists():
+        return
+    meant = read_config(path.parent)["weights"]
+    if checksum(path.read_bytes()) != meant and checksum(before.read_bytes()) == meant:
+        os.replace(before, path)
+    else:
+        before.unlink()
 
 
 def save(
@@ -279,10 +289,14 @@ def read_config(
     return config
 
 
+class OtherLayout(ValueError):
+    "A file that another version of the library wrote."
+
+
 def check_layout(path: Path, config: dict[str, Any]) -> None:
-    "Raise `ValueError` for a file of another layout than this version writes."
+    "Raise `OtherLayout` for a file of another layout than this version writes."
     if config["layout"] != VERSION:
-        raise ValueError(
+        raise OtherLayout(
             f"{path} has layout {config['layout']}, this metabook reads layout {VERSION}: install the "
             f"version of metabook that wrote it ({config.get('metabook', 'unknown')}) or a newer one"
         )
@@ -335,7 +349,7 @@ def read_weights(
         if checksum(data) != expected:
             raise ValueError("its checksum is not the one in the JSON file")
         return from_bytes(data)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"{path} does not hold the parameters that its JSON file describes: {error}. It is damaged, "
             "or only one of the two files was replaced: copy both again, or train again"
@@ -374,7 +388,7 @@ def unpack(
 
 # %% ../nbs/A3_checkpoints.ipynb #96fb3809
 CHECKPOINTS = "checkpoints"  # within the folder of a run
-NAME = re.compile(r"step-(\d+)\.json")
+OURS = re.compile(r"step-\d+\.(json|safetensors)|\.step-.*\.part")
 
 
 def write_checkpoint(
@@ -399,22 +413,28 @@ def write_checkpoint(
     write_atomically(path.with_suffix(".safetensors"), weights)
     whole = json.dumps({"checksum": checksum(body.encode()), "checkpoint": body})
     write_atomically(path, whole.encode())
-    _forget(path.parent, keep)
+    _forget(path, keep)
     return path
 
 
-def _forget(place: Path, keep: int) -> None:
-    "Drop what is older than the last checkpoints, and what a killed process left half-written."
-    kept = {p.stem for p in _newest_first(place)[:keep]}
-    for path in (*place.glob("step-*"), *place.glob(".step-*.part")):
-        if path.stem not in kept:
+def _forget(written: Path, keep: int) -> None:
+    "Keep this checkpoint and the last ones before it; drop all others, and what was half-written."
+    older = [p for p in _newest_first(written.parent) if _step(p) <= _step(written)]
+    kept = {p.stem for p in older[:keep]}
+    for path in written.parent.iterdir():
+        if OURS.fullmatch(path.name) and path.stem not in kept:
             path.unlink(missing_ok=True)
+
+
+def _step(path: Path) -> int:
+    "Of a checkpoint."
+    return int(path.stem.removeprefix("step-"))
 
 
 def _newest_first(place: Path) -> list[Path]:
     "The JSON files of checkpoints."
-    found = {p: NAME.fullmatch(p.name) for p in place.glob("step-*.json")}
-    return sorted((p for p, m in found.items() if m), key=lambda p: -int(found[p][1]))
+    found = (p for p in place.glob("step-*.json") if OURS.fullmatch(p.name))
+    return sorted(found, key=lambda p: -_step(p))
 
 
 def read_checkpoint(
@@ -431,6 +451,8 @@ def read_checkpoint(
         check_layout(path, content)
         tensors = read_weights(path.with_suffix(".safetensors"), content["weights"])
         return unpack(content["state"], tensors)
+    except OtherLayout:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError | OSError) else repr(error)
         raise ValueError(f"the checkpoint {path} cannot be used: {reason}") from error
@@ -441,12 +463,15 @@ def newest_checkpoint(
 ) -> dict[str, Any] | None:  # its state; `None` where there is no checkpoint
     """The newest state that can be read; of each one that cannot, a warning says why.
 
-    Raises `ValueError` where there are checkpoints, but none of them can be read.
+    Raises `ValueError` where there are checkpoints, but none of them can be read, or where a newer
+    version of the library wrote them.
     """
     paths = _newest_first(Path(folder) / CHECKPOINTS)
     for path in paths:
         try:
             return read_checkpoint(path)
+        except OtherLayout:  # a newer version wrote it: nothing is damaged
+            raise
         except ValueError as error:
             log.warning("%s; looking for the one before", error)
     if paths:
@@ -476,6 +501,8 @@ def occupied(
             raise FileExistsError(
                 f"another process is training into {folder} now: stop it, or name another folder"
             ) from error
+        except OSError:  # a network disk without locks
+            pass
         yield
 
 # %% ../nbs/A3_checkpoints.ipynb #eda73721

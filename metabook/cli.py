@@ -57,7 +57,7 @@ def settings(
             raise ValueError(f"{option} {pair}: expected NAME=VALUE, for example lr=0.4")
         try:
             result[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             result[name] = value
     return result
 
@@ -259,6 +259,8 @@ def train(
     best, seconds = config["validation"], config["training"]["seconds"]
     facts = {"folder": str(out), "seconds": seconds, "validation": best}
     tell(f"{out}: {chosen(best)}{seconds:.0f} s", facts, as_json)
+    if config["training"]["steps_taken"] < config["training"]["steps"]:
+        raise typer.Exit(130)  # as after Ctrl-C: whoever waits may start it again
 
 
 def engine_settings(pairs: list[str]) -> dict[str, Any]:
@@ -345,6 +347,11 @@ def evaluate_folder(
     learner, config = load(folder), read_config(folder)
     said = {"data": data and data_named(data), "way": way, "shot": shot, "query": query}
     said = {name: value for name, value in said.items() if value is not None}
+    if "task" not in config:
+        raise ValueError(
+            f"{folder} does not say on which data it was trained, so `metabook train` did not write it: "
+            "score it in Python, with metabook.training.evaluate"
+        )
     task = config["task"] | config["preprocessing"] | said
     check_way(learner, config, task["way"], "--way")
     frozen = unseen_tasks(task, "test", device_of(device)).freeze(tasks, seed)
@@ -435,5 +442,5 @@ def main() -> None:
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("METABOOK_TRACEBACK"):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -289,7 +289,12 @@ def run_recipe(
     if start is None and recipe.start:
         start = out / "start"
         first = recipe_for(recipe.start, task["data"]).on_network_of(recipe)
-        run_recipe(recipe.start, first, task, device, seed, start, resume=resume)
+        began = run_recipe(recipe.start, first, task, device, seed, start, resume=resume)
+        if began["training"]["steps_taken"] < began["training"]["steps"]:
+            raise ValueError(
+                f"the training in {start}, to start from, was interrupted: give the same command again "
+                "with --resume"
+            )
     tasks, validate = training_tasks(task, recipe, device), unseen_tasks(task, "val", device)
     torch.manual_seed(seed)
     base = tasks.way if isinstance(tasks, Batches) else None
@@ -685,7 +690,7 @@ def same_run(folder: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]
     if found != wanted or training["steps_taken"] < training["steps"]:
         raise ValueError(
             f"{folder} holds a run of another recipe, from another start, or one that was "
-            "interrupted: delete it, or name another folder with --runs"
+            "interrupted: give the same command again to go on; else name another folder with --runs"
         )
     return config
 

@@ -26,8 +26,10 @@ from metabook.checkpoints import (
     log,
     newest_checkpoint,
     occupied,
+    pack,
     plain,
     random_state,
+    read_config,
     restore_random,
     save,
     write_atomically,
@@ -60,9 +62,10 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place', 'bar',
-           'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'prepare', 'begin', 'last_state', 'identity', 'surroundings',
-           'changes', 'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
+__all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place',
+           'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'prepare', 'begin', 'start_anew', 'last_state',
+           'identity', 'described', 'surroundings', 'changes', 'same_everywhere', 'run_folder', 'read_log',
+           'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -384,7 +387,8 @@ class Outer:
             else:
                 task = task - here.start if task >= here.start else None
             if task is not None and task < count(episodes):
-                return diagnosis(self.learner, portions(episodes, 1)[task])
+                with suppress(Exception):  # a learner of another kind: then nobody knows
+                    return diagnosis(self.learner, portions(episodes, 1)[task])
         return "look for NaN in the data, lower the inner rate or the outer lr, or set clip"
 
     def turn_or_skip(self, episodes: Episode) -> Report:
@@ -393,7 +397,7 @@ class Outer:
         if self.nonfinite == "stop" or self.verdict.fine:
             return report
         sound = self.sound(episodes)
-        if not sound.any():  # then it is not the data
+        if sound.all() or not sound.any():  # then it is not a task
             return report
         self.forgive(~sound)
         return self.turn(tree_map(lambda t: t[sound], episodes))
@@ -449,7 +453,7 @@ class Outer:
         if self.device.type == "cuda" and self.records:
             capturable(self.optimizer, self.device)
         self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": []})
-        self.taken, self.chunk, self.skipped = (state[k] for k in ("taken", "chunk", "skipped"))
+        self.taken, self.skipped = state["taken"], state["skipped"]
         self.verdict.steps.fill_(self.taken)
 
     def on(
@@ -496,7 +500,9 @@ class Outer:
             report = take(indices)
             if self.nonfinite == "skip" and not self.verdict.fine:
                 sound = processes.gathered(self.sound(report.episodes).float(), meta_batch) > 0
-                if sound.sum() >= processes.world():  # else there is nothing to share
+                if (
+                    processes.world() <= sound.sum() < meta_batch
+                ):  # else nobody is to blame, or all are
                     self.forgive(~sound)
                     indices = tree_map(lambda t: t[sound.to(t.device)], indices)
                     self.together = count(indices)
@@ -536,6 +542,9 @@ class Run:
     seconds: float = 0.0  # so far
     shown: Any = None  # the bar
     saved: int | None = None  # the step of the last checkpoint
+    written: int | None = None  # the step whose parameters are in the trained folder
+    broken: bool = False  # the folder could not be written
+    abrupt: bool = False  # interrupted in the middle of a step
     asked: processes.Request = field(default_factory=processes.Request)  # to stop
 
     def steps(self, progress: bool) -> Iterator[int]:
@@ -544,7 +553,7 @@ class Run:
         self.shown = bar(range(taken + 1, total + 1), total, progress, "fit", taken)
         for step in self.shown:
             yield step
-            if self.asked.made:
+            if self.asked.made and step < total:
                 self.interrupted = True
                 self.checkpoint()
                 return
@@ -553,9 +562,10 @@ class Run:
         "Add a row to the log, to `log.jsonl` in the run's folder, and to what the bar shows."
         self.seconds = time.perf_counter() - self.began
         self.log.append(row | {"seconds": round(self.seconds, 3)})
+        line = json.dumps(self.log[-1]) + "\n"
         if self.folder and processes.main():
             with self.writing("log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(self.log[-1]) + "\n")
+                file.write(line)
         if hasattr(self.shown, "set_postfix_str"):
             self.shown.set_postfix_str(self.status())
 
@@ -612,10 +622,13 @@ class Run:
                 try:
                     yield
                 except KeyboardInterrupt:
-                    self.interrupted = True
-                finally:
+                    self.interrupted = self.abrupt = True
+                except BaseException as error:
                     asked.heard = False
-                    self.finish()
+                    self.finish(error)
+                    raise
+                asked.heard = False
+                self.finish()
         except BaseException as error:
             processes.leave()
             if self.asked.made and isinstance(error, processes.Lost):
@@ -631,16 +644,23 @@ class Run:
             processes.leave()
         processes.wait()
 
-    def finish(self) -> None:
+    def finish(self, because: BaseException | None = None) -> None:
         "Put the best parameters back, switch to evaluation mode, write the trained folder."
         if self.best_state is not None:
             self.learner.load_state_dict(self.best_state)
         self.learner.eval()
-        self.write()
+        if self.abrupt and self.best_state is None:
+            return  # perhaps in the middle of an update
+        try:
+            self.write()
+        except OSError as error:
+            if because is None:
+                raise
+            log.error(error)  # and the first error goes on its way
 
     def write(self) -> None:
         "Write the trained folder, in process 0."
-        if self.folder and self.outer.taken and processes.main():
+        if self.folder and self.outer.taken and processes.main() and not self.broken:
             training = self.settings | {"steps_taken": self.outer.taken, "seconds": self.seconds}
             training["chunk"] = self.outer.chunk  # memory may have asked for fewer
             facts = {
@@ -650,6 +670,7 @@ class Run:
             }
             with self.writing("the trained folder"):
                 save(self.folder, self.learner, **(self.notes | facts))
+            self.written = self.best_step or self.outer.taken
 
     def checkpoint(self) -> None:
         "Write all that the next step depends on, in process 0."
@@ -671,7 +692,7 @@ class Run:
         remembered = self.tasks.state_dict() if changes(self.tasks) else {}
         return {
             "identity": self.identity,
-            "surroundings": surroundings(self.outer),
+            "surroundings": surroundings(self),
             "outer": self.outer.state(),
             "random": random_state() | {"tasks": self.generator.get_state()},
             "tasks": remembered,
@@ -703,9 +724,7 @@ class Run:
 
     def compare(self, state: dict[str, Any]) -> None:
         "Raise `ValueError` where another run was checkpointed; say what may change the rounding."
-        chunk, was = self.outer.chunk, state["outer"]["chunk"]
-        self.outer.chunk = was if chunk is None else chunk
-        now = json.loads(json.dumps({"run": self.identity, "how": surroundings(self.outer)}))
+        now = json.loads(json.dumps({"run": self.identity, "how": surroundings(self)}))
         rates = [run.pop("rates") for run in (state["identity"], now["run"])]
         common = set(rates[0]) & set(rates[1])  # a longer run has more of them
         known = [{"rates": {k: v for k, v in r.items() if k in common}} for r in rates]
@@ -720,8 +739,16 @@ class Run:
                 f"steps={steps}, but the run in {self.folder} has taken {taken} already: ask for more, "
                 "or name another folder"
             )
-        if found := differences(state["surroundings"], now["how"]):
-            log.warning("the run goes on, but not to the bit: %s", "; ".join(found))
+        was, device = state["surroundings"], self.outer.device.type
+        if was["device"].startswith("cpu") != (device == "cpu"):
+            raise ValueError(
+                f"the run in {self.folder} was on {was['device']}, and the learner is on {device} now: "
+                "random numbers are others there, so go on with it where it was"
+            )
+        if was["chunk"] == now["how"]["chunk"]:
+            self.outer.chunk = state["outer"]["chunk"]  # what memory allowed
+        if found := differences(was, now["how"]):
+            log.warning("the run goes on, but not as it would have: %s", "; ".join(found))
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -729,6 +756,7 @@ class Run:
         try:
             yield
         except OSError as error:
+            self.broken = True
             raise OSError(
                 error.errno,
                 f"{what} could not be written into {self.folder} ({error.strerror or error}) after "
@@ -739,15 +767,15 @@ class Run:
         "Where the parameters are that a run leaves which cannot go on, and how it could."
         if not self.folder or not self.outer.taken:
             return "nothing was kept, for want of " + ("a step" if self.folder else "a folder")
-        kept = f"the parameters of step {self.best_step or self.outer.taken} are in {self.folder}"
+        again = "give the same call again with resume=True (--resume)"
         if not processes.main():
-            kept = f"what process 0 wrote last is in {self.folder}"
+            return f"what process 0 wrote last is in {self.folder}; to go on, {again}"
+        kept = f"the parameters of step {self.written} are in {self.folder}"
+        if self.written is None:
+            kept = f"there are no parameters in {self.folder} yet"
         if self.saved is None:
             return f"{kept}, and there is no checkpoint yet"
-        return (
-            f"{kept}; to go on from the checkpoint of step {self.saved}, do the same again with "
-            "resume=True (--resume)"
-        )
+        return f"{kept}; to go on from the checkpoint of step {self.saved}, {again}"
 
     def choice(self) -> dict[str, Any] | None:
         "What chose the parameters, as JSON has it."
@@ -782,7 +810,7 @@ def fit(
     schedule: Callable[[int], float] | None = None,  # from the steps taken to a factor of the rate
     clip: float | None = None,  # largest norm of the meta-gradient
     validate: Tasks | Frozen | None = None,  # they choose the parameters; never test tasks
-    every: int = 500,  # steps between validations
+    every: int = 500,  # steps between validations, and between checkpoints
     device: torch.device | str | None = None,  # where; `None`: where the learner is
     seed: int = 0,  # of the training episodes
     folder: str | Path | None = None,  # of the run; `None` writes nothing
@@ -797,12 +825,12 @@ def fit(
     deterministic: bool = False,  # only operations that give the same result each time
     log_every: int = 50,  # steps between rows of the log; on a GPU the host looks up only then
     progress: bool = True,  # show a bar with rate, time left, loss and validation score
-    notes: dict[str, Any] | None = None,  # what else config.json shall say (JSON values)
+    notes: dict[str, Any] | None = None,  # what else config.json shall say (JSON); see `resume`
 ) -> Run:
     """Meta-train; with `validate` the learner ends with the parameters of the best validation score.
 
-    With a folder, the run can go on after whatever ended it: see `resume` and the appendix on
-    checkpoints.  Ctrl-C ends it early and keeps what was learned.  Processes that `torchrun` started
+    With a folder, the run can go on after whatever ended it: see the appendix on checkpoints.  With
+    `resume` learner, tasks, rates, seed and notes (but for one named `made`) must be those of the run.  Ctrl-C ends it early and keeps what was learned.  Processes that `torchrun` started
     share the tasks of each step.  Raises `ValueError` for tasks of another kind and for a folder of
     another run, `FileExistsError` for a folder in use, `FloatingPointError` where a loss or a gradient
     is not finite, `OSError` where the folder cannot be written, `processes.Lost` where another process ends.
@@ -846,6 +874,12 @@ def prepare(
     "What can be refused is refused here, not after an hour."
     if validate is not None and not isinstance(validate, Frozen):
         validate = validate.freeze(VALIDATION_TASKS, VALIDATION)
+    if not isinstance(run.keep, int) or run.keep < 0:
+        raise ValueError(f"keep={run.keep!r}: expected how many checkpoints stay, 0 for none")
+    if validate is not None and len(validate) < 2:
+        raise ValueError(
+            f"validate has {len(validate)} task: a score needs an interval, so freeze at least 2"
+        )
     for some in [run.tasks] if validate is None else [run.tasks, validate.tasks]:
         check_kind(run.learner, some)
     run.validation, run.outer.tell = validate, getattr(run.tasks, "feedback", None)
@@ -863,45 +897,79 @@ def begin(run: Run, resume: bool) -> None:
         run.identity = identity(run)
     if resume and (found := processes.told(last_state(run.folder))):
         return run.restore(found)
+    if run.folder and run.keep:
+        pack(run.state(), {})  # what cannot be written is refused now
     if run.folder and processes.main():
-        (run.folder / "log.jsonl").unlink(missing_ok=True)  # of a run without a checkpoint
+        start_anew(run.folder, run.settings["every"])
     run.note(settings=run.settings, **names, notes=run.notes)
+
+
+def start_anew(folder: Path, every: int) -> None:
+    """Clear away what a run that was killed before its first checkpoint left.
+
+    Raises `FileExistsError` where there is more than that to lose.
+    """
+    if (folder / "config.json").exists():
+        training = read_config(folder).get("training") or {}
+        if training.get("steps_taken", every + 1) > every:
+            raise FileExistsError(
+                f"{folder} holds a trained learner, and no checkpoint to go on from: name another "
+                "folder, or move it away"
+            )
+    (folder / "log.jsonl").unlink(missing_ok=True)
 
 
 def last_state(folder: Path) -> dict[str, Any] | None:
     "The newest checkpoint and the log up to it, in process 0: the folder may not be there for others."
-    found = newest_checkpoint(folder) if processes.main() else None
+    if not processes.main():
+        return None
+    for path in folder.glob(".*.part"):  # a process that was killed was writing it
+        path.unlink(missing_ok=True)
+    found = newest_checkpoint(folder)
     return found and found | {"log": read_log(folder, found["log"])}
 
 
 def identity(run: Run) -> dict[str, Any]:
     "What a run is: where any of that differs, another run would go on."
-    free = ("steps", "chunk")  # a run may become longer; chunks only change the rounding
-    settings = {k: v for k, v in run.settings.items() if k not in free}
+    settings = {k: run.settings[k] for k in ("meta_batch", "lr", "seed", "optimizer")}
     rates = {str(step): rate for step, rate in run.outer.sampled_rates(run.settings["steps"])}
     defaults = run.outer.optimizer.defaults
     return {
         "learner": plain("learner", run.learner),
+        "parameters": {name: described(p) for name, p in run.learner.named_parameters()},
+        "notes": {k: v for k, v in run.notes.items() if k != "made"},
         "settings": settings,
         "rates": rates,
-        "optimizer": {k: v for k, v in defaults.items() if isinstance(v, int | float | str)},
+        "optimizer": {
+            k: v for k, v in defaults.items() if isinstance(v, int | float | str | tuple)
+        },
         "tasks": repr(run.tasks),
         "validation_tasks": run.validation and f"{run.validation.tasks!r}, {run.validation.hash}",
     }
 
 
-def surroundings(outer: Outer) -> dict[str, Any]:
-    "What changes only the rounding."
-    device = outer.device
-    return {
+def described(parameter: Tensor) -> str:
+    "Type and shape of a parameter, and whether it is frozen."
+    shape = "x".join(map(str, parameter.shape))
+    kind = str(parameter.dtype).removeprefix("torch.")
+    return f"{shape} {kind}" + ("" if parameter.requires_grad else ", frozen")
+
+
+def surroundings(run: Run) -> dict[str, Any]:
+    "What may differ when a run goes on, and is told: where it runs, and how it is computed and watched."
+    outer, device = run.outer, run.outer.device
+    name = f"cpu with {torch.backends.cpu.get_cpu_capability()}"
+    where = {
         "metabook": metabook.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
         "processes": processes.world(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "lift": outer.lift,
-        "chunk": outer.chunk,
     }
+    told = ("chunk", "clip", "every", "log_every", "recompute", "precision", "nonfinite")
+    return where | {k: run.settings[k] for k in told}
 
 
 def changes(tasks: Tasks) -> bool:
@@ -916,10 +984,13 @@ def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> 
     processes.alike_(list(learner.state_dict().values()))
 
 
+USED = ("log.jsonl", "config.json", "checkpoints")  # what says that a folder holds a run
+
+
 def run_folder(folder: str | Path | None, run: Run, resume: bool) -> Path | None:
     """The folder of a run: a new or empty one, or with `resume` any.
 
-    Raises `FileExistsError` rather than mix two runs, `ValueError` where there is nothing to go on with,
+    Raises `FileExistsError` rather than mix two runs, `ValueError` where `resume` comes without a folder,
     and `TypeError` where the learner or the tasks could not be saved.
     """
     if folder is None:
@@ -933,7 +1004,7 @@ def run_folder(folder: str | Path | None, run: Run, resume: bool) -> Path | None
             f"{run.tasks!r} learn from feedback, so a checkpoint must hold what they remember: give "
             "them state_dict and load_state_dict, as torch's modules have, or pass keep=0"
         )
-    if not resume and any((folder / name).exists() for name in ("log.jsonl", "config.json")):
+    if not resume and any((folder / name).exists() for name in USED):
         raise FileExistsError(
             f"{folder} already holds a run: pass resume=True (--resume) to go on with it, name another "
             "folder, or delete it"
@@ -947,7 +1018,8 @@ def read_log(folder: Path, rows: int) -> list[dict[str, Any]]:
     "The first rows of a run's log; a warning where there are fewer."
     found = []
     with suppress(OSError, ValueError):  # a line that was cut off is the last one
-        for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[:rows]:
+        text = (folder / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines()[:rows]:
             found.append(json.loads(line))
     if len(found) < rows:
         log.warning("%s has lost %d rows of its log", folder, rows - len(found))
@@ -957,14 +1029,17 @@ def read_log(folder: Path, rows: int) -> list[dict[str, Any]]:
 @contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
     "Within it torch refuses operations that may give another result each time they are run."
+    if not wanted:
+        yield
+        return
     before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-    torch.use_deterministic_algorithms(wanted or before)
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=only_warn)
 
 # %% ../nbs/06_training.ipynb #e47bb025
 @dataclass(frozen=True)

@@ -307,15 +307,17 @@ def test_half_an_update_is_undone():
             metabook.load(broken(damage))
 
     # cell c5a79e16
-    def update(folder, *fail):
-        "Save another learner; the renames of these numbers fail."
+    def update(folder, *fail, after=False):
+        "Save another learner; the renames of these numbers fail, or fail once they are done."
         original, renames = os.replace, []
 
         def replace(source, target):
             renames.append(target)
-            if len(renames) in fail:
+            if len(renames) in fail and not after:
                 raise OSError("power cut")
             original(source, target)
+            if len(renames) in fail:
+                raise OSError("power cut")
 
         os.replace = replace
         try:
@@ -330,8 +332,14 @@ def test_half_an_update_is_undone():
     assert metabook.load(folder).lr == 0.3
     update(folder, 2, 3)
     assert metabook.load(folder).lr == 0.3
-    update(folder, 2, 3)  # and again, before anything was repaired
+    update(folder, 3, 4)  # and again; the first rename is now a repair
     assert metabook.load(folder).lr == 0.3
+    update(folder, 3, after=True)  # everything was done but to say so
+    assert metabook.load(folder).lr == 0.7
+    update(folder, 1)  # nothing of what happened before is remembered
+    assert metabook.load(folder).lr == 0.7
+    update(folder, 2, 3)
+    assert metabook.load(folder).lr == 0.7
     hidden = folder / ".learner.safetensors.before"
     hidden.rename(folder / "elsewhere")
     with pytest.raises(ValueError, match="only one of the two files was replaced"):
@@ -419,15 +427,17 @@ def test_an_error_while_writing_keeps_the_earlier_folder():
             metabook.load(broken(damage))
 
     # cell c5a79e16
-    def update(folder, *fail):
-        "Save another learner; the renames of these numbers fail."
+    def update(folder, *fail, after=False):
+        "Save another learner; the renames of these numbers fail, or fail once they are done."
         original, renames = os.replace, []
 
         def replace(source, target):
             renames.append(target)
-            if len(renames) in fail:
+            if len(renames) in fail and not after:
                 raise OSError("power cut")
             original(source, target)
+            if len(renames) in fail:
+                raise OSError("power cut")
 
         os.replace = replace
         try:
@@ -442,8 +452,14 @@ def test_an_error_while_writing_keeps_the_earlier_folder():
     assert metabook.load(folder).lr == 0.3
     update(folder, 2, 3)
     assert metabook.load(folder).lr == 0.3
-    update(folder, 2, 3)  # and again, before anything was repaired
+    update(folder, 3, 4)  # and again; the first rename is now a repair
     assert metabook.load(folder).lr == 0.3
+    update(folder, 3, after=True)  # everything was done but to say so
+    assert metabook.load(folder).lr == 0.7
+    update(folder, 1)  # nothing of what happened before is remembered
+    assert metabook.load(folder).lr == 0.7
+    update(folder, 2, 3)
+    assert metabook.load(folder).lr == 0.7
     hidden = folder / ".learner.safetensors.before"
     hidden.rename(folder / "elsewhere")
     with pytest.raises(ValueError, match="only one of the two files was replaced"):
@@ -504,12 +520,18 @@ def test_the_last_checkpoints_are_kept():
     # cell 6d0d32a8
     folder = fresh()
     assert newest_checkpoint(folder) is None
-    for step in (5, 10, 200_000_000):
+    for step in (5, 99_999_999, 100_000_000):
         write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert [n for n in names if n.endswith("json")] == ["step-00000010.json", "step-200000000.json"]
+    assert [n for n in names if n.endswith("json")] == ["step-100000000.json", "step-99999999.json"]
     assert len(names) == 4
-    assert newest_checkpoint(folder)["x"].tolist() == [2e8, 2e8]
+    assert newest_checkpoint(folder)["x"].tolist() == [1e8, 1e8]
+    (folder / "checkpoints" / "step-00000006.json.mine").write_text("a copy by somebody")
+    write_checkpoint(
+        folder, 7, {}, keep=2
+    )  # a run that went back: what came later is another story
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used():
@@ -560,12 +582,18 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used():
     # cell 6d0d32a8
     folder = fresh()
     assert newest_checkpoint(folder) is None
-    for step in (5, 10, 200_000_000):
+    for step in (5, 99_999_999, 100_000_000):
         write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert [n for n in names if n.endswith("json")] == ["step-00000010.json", "step-200000000.json"]
+    assert [n for n in names if n.endswith("json")] == ["step-100000000.json", "step-99999999.json"]
     assert len(names) == 4
-    assert newest_checkpoint(folder)["x"].tolist() == [2e8, 2e8]
+    assert newest_checkpoint(folder)["x"].tolist() == [1e8, 1e8]
+    (folder / "checkpoints" / "step-00000006.json.mine").write_text("a copy by somebody")
+    write_checkpoint(
+        folder, 7, {}, keep=2
+    )  # a run that went back: what came later is another story
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
 
     # cell 458d04f8
     def cut(path):
@@ -648,12 +676,18 @@ def test_one_process_at_a_time():
     # cell 6d0d32a8
     folder = fresh()
     assert newest_checkpoint(folder) is None
-    for step in (5, 10, 200_000_000):
+    for step in (5, 99_999_999, 100_000_000):
         write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert [n for n in names if n.endswith("json")] == ["step-00000010.json", "step-200000000.json"]
+    assert [n for n in names if n.endswith("json")] == ["step-100000000.json", "step-99999999.json"]
     assert len(names) == 4
-    assert newest_checkpoint(folder)["x"].tolist() == [2e8, 2e8]
+    assert newest_checkpoint(folder)["x"].tolist() == [1e8, 1e8]
+    (folder / "checkpoints" / "step-00000006.json.mine").write_text("a copy by somebody")
+    write_checkpoint(
+        folder, 7, {}, keep=2
+    )  # a run that went back: what came later is another story
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
 
     # cell 458d04f8
     def cut(path):
@@ -766,12 +800,18 @@ def test_a_killed_run_goes_on_to_the_bit():
     # cell 6d0d32a8
     folder = fresh()
     assert newest_checkpoint(folder) is None
-    for step in (5, 10, 200_000_000):
+    for step in (5, 99_999_999, 100_000_000):
         write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert [n for n in names if n.endswith("json")] == ["step-00000010.json", "step-200000000.json"]
+    assert [n for n in names if n.endswith("json")] == ["step-100000000.json", "step-99999999.json"]
     assert len(names) == 4
-    assert newest_checkpoint(folder)["x"].tolist() == [2e8, 2e8]
+    assert newest_checkpoint(folder)["x"].tolist() == [1e8, 1e8]
+    (folder / "checkpoints" / "step-00000006.json.mine").write_text("a copy by somebody")
+    write_checkpoint(
+        folder, 7, {}, keep=2
+    )  # a run that went back: what came later is another story
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
 
     # cell 458d04f8
     def cut(path):
@@ -811,6 +851,11 @@ def test_a_killed_run_goes_on_to_the_bit():
         pass
     with occupied(folder), occupied(None):
         pass
+    # cell 7614b6d9
+    before = random_state()
+    first = torch.rand(3)
+    restore_random(before)
+    assert torch.equal(first, torch.rand(3))
     # cell 520d4a14
     JOB = """
     import os, signal, sys, torch, metabook.checkpoints
@@ -828,31 +873,37 @@ def test_a_killed_run_goes_on_to_the_bit():
             die()
         return 1 / (1 + taken / 10)
 
-    renames, rename = [], os.replace
+    rename = os.replace
 
-    def replace(source, target):  # and a disk under which it dies at a rename
-        renames.append(target)
-        if what == "before rename" and len(renames) == when:
+    def replace(source, target):  # and a disk under which it dies while a checkpoint gets its names
+        its = target.name.startswith(f"step-{when:08d}")
+        if its and what == "before" and target.suffix == ".safetensors":
+            die()
+        if its and what == "between" and target.suffix == ".json":
             die()
         rename(source, target)
-        if what == "after rename" and len(renames) == when:
-            die()
+
+    class Noisy(Sinusoids):  # draws from the global random numbers, too
+        def gather(self, indices):
+            episode = super().gather(indices)
+            return episode._replace(query=episode.query._replace(
+                y=episode.query.y + 0.1 * torch.randn(episode.query.y.shape)))
 
     os.replace = replace
     torch.manual_seed(0)
     learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression")
     fit(
-        learner, Sinusoids(5, 10), steps=30, meta_batch=4, schedule=rate, every=5, log_every=2,
+        learner, Noisy(5, 10), steps=30, meta_batch=4, schedule=rate, every=5, log_every=2,
         validate=Sinusoids(5, 15).freeze(20), folder=folder, resume=True, progress=False,
     )
 """
 
     def job(folder, what="never", when=0):
-        "Train in a process of its own; is it still alive at the end?"
+        "Train in a process of its own: is it still alive at the end, and what did it say?"
         command = [sys.executable, "-c", textwrap.dedent(JOB), str(folder), what, str(when)]
-        status = subprocess.run(command, capture_output=True, text=True)
-        assert status.returncode in (0, -signal.SIGKILL), status.stderr
-        return status.returncode == 0
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode == 0, done.stderr
 
     def left(folder):
         "What a run left behind: parameters, the newest checkpoint, and the log without its clock."
@@ -866,16 +917,21 @@ def test_a_killed_run_goes_on_to_the_bit():
 
     # cell f06b3eac
     wanted = fresh() / "run"
-    assert job(wanted)
+    assert job(wanted)[0]
     tensors, rows = left(wanted)
-    assert len(tensors) > 20 and len(rows) == 1 + 15 + 6
+    assert len(rows) == 1 + 15 + 6  # settings, losses, validations
 
-    for what, times in {"at step": (3, 17), "before rename": (4, 9), "after rename": (7,)}.items():
+    for what, times, before in (
+        ("at step", (3, 17), 15),
+        ("before", (5, 20), 15),  # nothing of this checkpoint has its name
+        ("between", (20, 25), 20),  # its tensors have, its JSON file has not
+    ):
         folder = fresh() / "run"
         for when in times:  # killed, started again, killed again, ...
-            assert not job(folder, what, when)
-        assert job(folder)
+            assert not job(folder, what, when)[0]
+        alive, said = job(folder)
+        assert alive and f"going on after step {before}" in said, said
         again, rows_again = left(folder)
         assert rows_again == rows, what
-        assert again.keys() == tensors.keys()
+        assert again.keys() == tensors.keys() and len(tensors) > 20
         assert all(torch.equal(value, again[name]) for name, value in tensors.items()), what
