@@ -118,7 +118,9 @@ def make_writers(
     Raises `ValueError` where the form is unknown, or the gain negative or not finite.
     """
     if not 0 <= gain < math.inf:
-        raise ValueError(f"gain={gain!r}, expected a finite number of at least 0")
+        raise ValueError(
+            f"gain={gain!r}, expected a finite number of at least 0: pass one, such as gain=0.1"
+        )
     parameters, weights = list(net.parameters()), lookup(form, FORMS, "form")
     last = last_layer(net)
     kinds = [weights if p.ndim > 1 else FullWriter for p in parameters[:last]]
@@ -131,7 +133,13 @@ def make_writers(
 
 def last_layer(net: nn.Module) -> int:
     "The place of the network's last weight among its parameters: that of its output layer."
-    return max(i for i, p in enumerate(net.parameters()) if p.ndim > 1)
+    weights = [i for i, p in enumerate(net.parameters()) if p.ndim > 1]
+    if not weights:
+        raise ValueError(
+            f"net is a {type(net).__name__} without weights, expected at least one to write: give a "
+            "network with a layer that learns, such as MLP([1, 40, 1])"
+        )
+    return weights[-1]
 
 # %% ../nbs/19_pgn.ipynb #4b252d50
 class SetEncoder(nn.Module):
@@ -215,6 +223,7 @@ class PGN(MAML):
         super().__init__(net, lr, steps, test_steps, kind=kind)
         lookup(description, dict.fromkeys(["support", "task", "both"]), "description")
         lookup(loss_steps, dict.fromkeys(["last", "all"]), "loss_steps")
+        last_layer(net)  # a network without one is refused
         positive(hidden=hidden, **({} if description == "support" else {"task_size": task_size}))
         self.description, self.task_size, self.loss_steps = description, task_size, loss_steps
         given = 0 if description == "support" else task_size
