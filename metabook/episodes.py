@@ -366,7 +366,9 @@ class Classes:
     ) -> Classes:
         "Classes from a dictionary of tensors, for data that you already hold."
         if not examples:
-            raise ValueError("examples is empty, expected at least one class and its tensor")
+            raise ValueError(
+                "examples is empty, expected at least one class: give a dictionary of name: tensor"
+            )
         tensors(**{f"examples[{name!r}]": x for name, x in examples.items()})
         check_alike(examples)
         sizes = torch.tensor([len(x) for x in examples.values()])
