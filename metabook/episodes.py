@@ -102,14 +102,13 @@ def positive(**numbers: int) -> None:
 
 def finite(
     x: Tensor,  # data that comes in; code that is lifted may not look at values
-    name: str = "x",  # what it is called, for the message
 ) -> None:
     "Raise `ValueError`, naming the first place, where a number is NaN or infinite."
     if x.is_meta or not x.is_floating_point() or (fine := x.isfinite()).all():
         return
     place = (~fine).nonzero()[0].tolist()
     raise ValueError(
-        f"{name}{place} is {x[tuple(place)].item()}, expected finite numbers: repair that example, or "
+        f"x{place} is {x[tuple(place)].item()}, expected finite numbers: repair that example, or "
         "leave it out"
     )
 
