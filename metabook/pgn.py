@@ -162,6 +162,7 @@ class SetEncoder(nn.Module):
         super().__init__()
         first, *_, last = net.parameters()
         way, images = len(last), first.ndim == 4
+        self.reads, self.images = first.shape[1], images  # numbers of an example, or channels
         self.look = image_features(first.shape[1], hidden) if images else nn.Flatten()
         seen = hidden if images else first.shape[1]
         self.pair = MLP([seen + way, hidden] if images else [seen + way, hidden, hidden])
@@ -171,12 +172,23 @@ class SetEncoder(nn.Module):
         x: Shaped[Tensor, "n *features"],  # support inputs
         y: Float[Tensor, "n way"],  # classes or targets
     ) -> Float[Tensor, "rows hidden"]:  # 1 + way rows
+        self.check(x)
         features = self.look(x)
         features = features.mean((2, 3)) if features.ndim > 2 else features
         e = F.relu(self.pair(torch.cat([features, y], 1)))  # [n, hidden]
         whole = e.mean(0, keepdim=True)
         by_class = y.T @ e / (y.abs().sum(0)[:, None] + 1e-8)
         return torch.cat([whole, by_class - whole])
+
+    def check(self, x: Tensor) -> None:
+        "Raise `ValueError` for examples that the network does not read."
+        fits = x.ndim == 4 if self.images else x.ndim > 1
+        if not fits or self.reads != (x.shape[1] if self.images else math.prod(x.shape[1:])):
+            space = ", height, width" if self.images else ""
+            raise ValueError(
+                f"inputs of shape {tuple(x.shape)} for a network that reads others: expected [n, {self.reads}"
+                f"{space}]; build it to fit the data"
+            )
 
 
 def image_features(

@@ -382,7 +382,7 @@ MISFITS: dict[
     ),
     "features of another network": (
         asked(torch.zeros(6, 5), query=torch.zeros(2, 5)),
-        *(ValueError, "inputs", "(6, 5)", "expected [n, 4]", "set sizes[0] to fit the data"),
+        *(ValueError, "inputs", "(6, 5)", "expected [n, 4]", "to fit the data"),
     ),
     "features that predict does not know": (
         predicting,
@@ -509,6 +509,18 @@ METHODS = {
     "nothing to write": Row(
         lambda _: PGN(nn.Flatten()),
         *(ValueError, "net", "Flatten", "expected at least one to write", "give a network"),
+    ),
+    "colour for a generator of grey": Row(
+        lambda _: PGN(Conv4(out=WAY, size=16))(
+            Examples(torch.zeros(6, 3, 16, 16), Y), torch.zeros(1, 3, 16, 16)
+        ),
+        *(
+            ValueError,
+            "inputs",
+            "(6, 3, 16, 16)",
+            "expected [n, 1, height, width]",
+            "build it to fit",
+        ),
     ),
     "a description that is not there": Row(
         told({}),
@@ -800,9 +812,9 @@ def split_up(*names: str) -> Callable[[Path], Any]:
     return name
 
 
-def from_recipe(method: str = "maml", **changes: Any) -> Callable[[Path], Any]:
+def from_recipe(**changes: Any) -> Callable[[Path], Any]:
     recipe = recipes.Recipe("mlp", **changes)
-    return lambda _: recipes.make_learner(method, recipe, FewShot(data(), 2, 1, 2))
+    return lambda _: recipes.make_learner("maml", recipe, FewShot(data(), 2, 1, 2))
 
 
 def trained_on_more(at: Path) -> Any:
@@ -1269,22 +1281,17 @@ LINES = {
         *("run", "holds no folders", "the images of each class", "put"),
     ),
 }
+# What is said where the words themselves are wrong: by typer, which names the value of few of them.
 USAGE = {
-    "an unknown command": Line(
-        line("trian"), "command", "'trian'", "No such", "Did you mean 'train'"
-    ),
-    "an unknown option": Line(
-        line("train maml --step 3"), "option", "--step", "No such", "--steps"
-    ),
-    "no method": Line(line("train"), "argument", "'METHOD'", "Missing", "--help"),
-    "one way": Line(line("train maml --way 1"), "--way", "1", "x>=2", "--help"),
-    "images smaller than a network": Line(
-        line("train maml --size 8"), "--size", "8", "x>=16", "--help"
-    ),
-    "a word for a number": Line(
-        line("train maml --shot many"), "--shot", "'many'", "not a valid int", "--help"
-    ),
-    "a single test task": Line(line("evaluate {at} --tasks 1"), "--tasks", "1", "x>=2", "--help"),
+    "trian": ("No such command", "'trian'", "Did you mean 'train'"),
+    "data gett omniglot": ("No such command", "'gett'", "Did you mean 'get'"),
+    "train maml --step 3": ("No such option", "--step", "--steps"),
+    "train maml --bach 3": ("No such option", "--bach", "--batch"),
+    "train": ("Missing argument", "method", "train --help"),
+    "train maml --way 1": ("'--way'", "greater than or equal to 2", "train --help"),
+    "train maml --size 8": ("'--size'", "greater than or equal to 16", "train --help"),
+    "train maml --shot many": ("'--shot'", "integer", "train --help"),
+    "evaluate runs --tasks 1": ("'--tasks'", "greater than or equal to 2", "evaluate --help"),
 }
 
 
@@ -1309,14 +1316,15 @@ def test_a_bad_command_line_is_answered_in_a_line(
     says(said[0], row)
 
 
-@pytest.mark.parametrize("row", USAGE.values(), ids=USAGE)
+@pytest.mark.parametrize("text", USAGE)
 def test_a_wrong_use_is_explained(
-    row: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    assert typed(monkeypatch, row.words(tmp_path)) == 2
+    assert typed(monkeypatch, text.split()) == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "Traceback" not in said
-    says(said, row)
+    for part in USAGE[text]:
+        assert part in said
 
 
 @pytest.mark.parametrize(
