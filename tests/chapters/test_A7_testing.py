@@ -553,7 +553,7 @@ def test_what_cannot_be_saved_is_found():
     good = ProtoNet(MLP([16, 4, 3]))
     assert not fails(survives_saving, good, pictures)
     good.embed.layers[0].scale = 2.0
-    good.predict = lambda state, x: -x  # set on the instance, so it is lost
+    good.predict = lambda state, x: -x.flatten(1)  # set on the instance, so it is lost
     assert "other predictions" in fails(survives_saving, good, pictures)
 
 
