@@ -449,7 +449,7 @@ def check_alike(examples: dict[str, Tensor]) -> None:
 
 def class_data(classes: Any) -> None:
     "Raise `TypeError` for data that is not organised by class."
-    if not isinstance(classes, Classes):
+    if not hasattr(classes, "of_class"):
         raise TypeError(
             f"classes={reprlib.repr(classes)}, expected `Classes`: load them, for example with "
             'Glyphs("train"), or make them with Classes.of'

@@ -120,7 +120,7 @@ def check_support(
     query: Tensor,  # inputs of the same
 ) -> None:
     "Raise `ValueError` unless every support example has a row in y, and queries look alike."
-    if not isinstance(support, Examples):
+    if not hasattr(support, "y"):
         raise TypeError(
             f"support is a {type(support).__name__}, expected Examples: make them with "
             "Examples.of(x, labels, way), or Examples(x, y) for targets"
