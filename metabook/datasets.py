@@ -776,7 +776,9 @@ def _check_target(size: int, channels: int) -> None:
     """Raise ValueError for a size or a number of channels that no image can have."""
     positive(size=size)
     if channels not in (1, 3):
-        raise ValueError(f"channels={channels}, expected 3 (colour) or 1 (grey)")
+        raise ValueError(
+            f"channels={channels}, expected 3 (colour) or 1 (grey): images are converted, so take either"
+        )
 
 
 def read_image(
@@ -815,10 +817,10 @@ def _read_images(
                 raise ValueError("a link that leaves the folder")
             x.append(read_image(file, **how).numpy())
         except Exception as error:  # PIL raises many kinds for what is no image
-            bad.append(f"{file.relative_to(folder)} ({_reason(error)})")
+            bad.append(f"{_shown(file.relative_to(folder))} ({_reason(error)})")
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(files)} images in {folder} cannot be read: {'; '.join(bad[:5])}"
+            f"{len(bad)} of {len(files)} images in {_shown(folder)} cannot be read: {'; '.join(bad[:5])}"
             f"{'; ...' if len(bad) > 5 else ''}. Repair them or take them away."
         )
     return np.stack(x)
@@ -834,6 +836,30 @@ def _images_of(folder: Path) -> list[Path]:
     return sorted(f for f in files if f.is_file() or f.is_symlink())
 
 
+def _shown(path: str | Path) -> str:
+    """Write a path so that it can be printed: bytes that are no UTF-8 as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """List the folders of a folder, sorted, hidden ones left out; each is named as text is."""
+    if not folder.is_dir():
+        raise DataError(
+            f"{_shown(folder)} is no folder; give one that holds a folder of images per class."
+        )
+    classes = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+    if not classes:
+        raise DataError(
+            f"{_shown(folder)} holds no folders; put the images of each class into one."
+        )
+    if odd := [_shown(f.name) for f in classes if _shown(f.name) != f.name]:
+        raise DataError(
+            f"{len(odd)} of {len(classes)} classes in {_shown(folder)} have a name that is not UTF-8 and "
+            f"cannot be written: {', '.join(odd[:5])}. Rename the folder."
+        )
+    return classes
+
+
 def from_folder(
     path: str | Path,  # Holds a folder per class, and each of those its images
     size: int = 84,  # Height and width to which images are scaled
@@ -846,18 +872,14 @@ def from_folder(
     over. The mean and standard deviation are 1/2 and 1/4 whatever the images, so that no
     statistic of a test set enters a score.
 
-    Raises DataError when there are no folders, when a class has no image, and, by name, for
-    images that cannot be read, are too large to be safe, or are links out of the folder; and
+    Raises DataError when there are no folders, when a class has no image or its name is not UTF-8,
+    and, by name, for images that cannot be read, are too large to be safe, or are links out of the folder; and
     ValueError for a size below 1 or channels other than 1 and 3.
     """
     _check_target(size, channels)
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give one that holds a folder of images per class.")
-    classes = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+    classes = _class_folders(folder)
     files = [_images_of(f) for f in classes]
-    if not classes:
-        raise DataError(f"{folder} holds no folders; put the images of each class into one.")
     if empty := [f.name for f, images in zip(classes, files, strict=True) if not images]:
         raise DataError(
             f"{len(empty)} of {len(classes)} classes in {folder} have no image directly in their "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,8 +21,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Examples', 'Episode', 'one_hot', 'Tasks', 'Frozen', 'count', 'positive', 'Waves', 'Sinusoids', 'Classes', 'Picks',
-           'choose', 'sides', 'ClassTasks', 'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
+__all__ = ['Examples', 'Episode', 'one_hot', 'tensors', 'positive', 'finite', 'check_labels', 'check_range', 'Tasks', 'Frozen',
+           'count', 'Waves', 'Sinusoids', 'Classes', 'check_alike', 'class_data', 'Picks', 'choose', 'sides',
+           'ClassTasks', 'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -44,18 +46,13 @@ class Examples(NamedTuple):
     ) -> Examples:
         """Examples from class indices, as people have them.
 
-        Raises `ValueError` where a label is not one of `0 .. way - 1` or a label is missing.
+        Raises `TypeError` for what is no tensor, and `ValueError` where a label is not one of
+        `0 .. way - 1`, a label is missing, or a number in `x` is NaN or infinite.
         """
-        if labels.shape != x.shape[: labels.ndim]:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)} and x {tuple(x.shape)}: "
-                "every example needs exactly one label"
-            )
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < way:
-            raise ValueError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, but way={way} "
-                f"allows 0 to {way - 1}: number the classes of a task from 0"
-            )
+        tensors(x=x, labels=labels)
+        positive(way=way)
+        check_labels(labels, x, way)
+        finite(x)
         return cls(x, one_hot(labels, way))
 
 
@@ -83,6 +80,69 @@ def one_hot(
     """Rows of the identity matrix: 1 at the label, 0 elsewhere.  Never looks at a value, so it lifts."""
     hits = labels[..., None] == torch.arange(way, device=labels.device)
     return hits.to(torch.get_default_dtype())
+
+# %% ../nbs/02_episodes.ipynb #a383c7ed
+def tensors(**arguments: Any) -> None:
+    "Raise `TypeError`, naming the argument, unless every one is a tensor."
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, expected a tensor: make one with torch.as_tensor"
+            )
+
+
+def positive(**numbers: int) -> None:
+    "Raise `ValueError`, naming the argument, unless every number is an integer of at least 1."
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{name}={value!r}, expected an integer of at least 1: pass one, such as {name}=1"
+            )
+
+
+def finite(
+    x: Tensor,  # data that comes in; code that is lifted may not look at values
+) -> None:
+    "Raise `ValueError`, naming the first place, where a number is NaN or infinite."
+    if x.is_meta or not x.is_floating_point() or (fine := x.isfinite()).all():
+        return
+    place = (~fine).nonzero()[0].tolist()
+    raise ValueError(
+        f"x{place} is {x[tuple(place)].item()}, expected finite numbers: repair that example, or "
+        "leave it out"
+    )
+
+
+def check_labels(
+    labels: Tensor,  # class indices
+    x: Tensor,  # what they label
+    way: int,  # how many classes the task has
+) -> None:
+    "Raise `ValueError` unless every example has one label of `0 .. way - 1`."
+    if labels.is_floating_point():
+        raise ValueError(
+            f"labels are {labels.dtype}, expected integers: class indices, as labels.long() gives them"
+        )
+    if labels.ndim == 0 or labels.shape != x.shape[: labels.ndim]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and x {tuple(x.shape)}: every example needs exactly "
+            "one label; give class indices [n] for examples [n, *features]"
+        )
+    if labels.device != x.device:
+        raise ValueError(
+            f"labels are on {labels.device}, expected {x.device}, where x is: use labels.to(x.device)"
+        )
+    if labels.numel() and not labels.is_meta:
+        check_range(int(labels.min()), int(labels.max()), way)
+
+
+def check_range(low: int, high: int, way: int) -> None:
+    "Raise `ValueError` unless labels from `low` to `high` are among `way` classes."
+    if not 0 <= low <= high < way:
+        raise ValueError(
+            f"labels run from {low} to {high}, but way={way} allows 0 to {way - 1}: number the classes "
+            "of a task from 0"
+        )
 
 # %% ../nbs/02_episodes.ipynb #279564a4
 class Tasks:
@@ -171,13 +231,6 @@ def count(indices: Any) -> int:
     "How many episodes a structure of drawn indices, or a batch of episodes, holds."
     return len(tree_leaves(indices)[0])
 
-
-def positive(**numbers: int) -> None:
-    "Raise `ValueError`, naming the argument, unless every number is an integer of at least 1."
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}, expected an integer of at least 1")
-
 # %% ../nbs/02_episodes.ipynb #972c3e19
 class Waves(NamedTuple):
     "Drawn sinusoids: what `Sinusoids.gather` turns into episodes."
@@ -232,8 +285,9 @@ class Classes:
 
     What a draw needs to know of them stands on the data's device, so that it need not copy or wait.
 
-    Raises `ValueError` where the sizes do not add up to the data, a class is empty, or bytes are no
-    images with a `mean` and a `std` for each channel (or one for all).
+    Raises `TypeError` for what is no tensor, and `ValueError` where the sizes do not add up to the
+    data, a class is empty, a number is NaN or infinite, or bytes are no images with a `mean` and a
+    positive `std` for each channel (or one for all).
     """
 
     x: Shaped[Tensor, "n *features"]  # uint8 images [n, channels, height, width], or floats
@@ -244,17 +298,31 @@ class Classes:
     std: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        if int(self.sizes.sum()) != len(self.x):
-            raise ValueError(
-                f"sizes add up to {int(self.sizes.sum())}, but x holds {len(self.x)} examples"
-            )
-        if empty := (self.sizes < 1).nonzero().flatten().tolist():
-            raise ValueError(f"class {self.name(empty[0])!r} has no examples: leave it out")
-        if self.names and len(self.names) != len(self.sizes):
-            raise ValueError(f"{len(self.names)} names for {len(self.sizes)} classes")
+        tensors(x=self.x, sizes=self.sizes)
+        self.check_sizes()
+        finite(self.x)
         if self.x.dtype == torch.uint8:
             self.check_images()
         self.settle()
+
+    def check_sizes(self) -> None:
+        "Raise `ValueError` unless sizes, names and cut are those of the data's classes."
+        if int(self.sizes.sum()) != len(self.x):
+            raise ValueError(
+                f"sizes add up to {int(self.sizes.sum())}, but x holds {len(self.x)} examples: count the "
+                "examples of each class"
+            )
+        for name in ("names", "cut"):
+            given = getattr(self, name)
+            if given is not None and len(given) not in (0, len(self)):
+                raise ValueError(
+                    f"{len(given)} {name} for {len(self)} classes: give one for each class, or leave "
+                    f"{name} out"
+                )
+        if empty := (self.sizes < 1).nonzero().flatten().tolist():
+            raise ValueError(
+                f"class {self.name(empty[0])!r} has no examples, expected one at least: leave it out"
+            )
 
     def check_images(self) -> None:
         "Raise `ValueError` unless the bytes are images that `prepare` can prepare."
@@ -264,11 +332,17 @@ class Classes:
                 "other data comes as floats"
             )
         for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (1, self.x.shape[1]):
+            value = getattr(self, name)
+            if not isinstance(value, Sequence) or len(value) not in (1, self.x.shape[1]):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} for images of {self.x.shape[1]} channels: give one "
-                    "number, or one for each channel"
+                    f"{name}={value} for images of {self.x.shape[1]} channels: give a tuple of one "
+                    "number, or of one for each channel"
                 )
+        if not min(self.std) > 0:
+            raise ValueError(
+                f"std={self.std}, expected positive numbers, for `prepare` divides by them: give 1.0 "
+                "for a channel that never changes"
+            )
 
     def settle(self) -> None:
         "Bring the numbers that draws need to the data's device, and compute the others from them."
@@ -291,7 +365,11 @@ class Classes:
     ) -> Classes:
         "Classes from a dictionary of tensors, for data that you already hold."
         if not examples:
-            raise ValueError("examples is empty, expected at least one class and its tensor")
+            raise ValueError(
+                "examples is empty, expected at least one class: give a dictionary of name: tensor"
+            )
+        tensors(**{f"examples[{name!r}]": x for name, x in examples.items()})
+        check_alike(examples)
         sizes = torch.tensor([len(x) for x in examples.values()])
         return cls(torch.cat(list(examples.values())), sizes, list(examples), **more)
 
@@ -328,6 +406,11 @@ class Classes:
     ) -> Classes:
         "Only these classes."
         keep = torch.as_tensor(classes, dtype=torch.int64)
+        if len(keep) == 0 or not 0 <= int(keep.min()) <= int(keep.max()) < len(self):
+            raise ValueError(
+                f"classes={keep.tolist()}, but the data has {len(self)} classes: select at least one, "
+                f"by numbers from 0 to {len(self) - 1}"
+            )
         return replace(
             self,
             x=torch.cat([self.of_class(i) for i in keep.tolist()]),
@@ -350,6 +433,27 @@ class Classes:
         dtype = torch.get_default_dtype()
         mean, std = (t.to(x.device, dtype) for t in self.scaling)
         return (x.to(dtype) / 255 - mean) / std
+
+
+def check_alike(examples: dict[str, Tensor]) -> None:
+    "Raise `ValueError` unless all classes have the same features, type and device."
+    said = {k: f"{x.dtype} {tuple(x.shape[1:])} on {x.device}" for k, x in examples.items()}
+    first = next(iter(said))
+    for name, features in said.items():
+        if features != said[first]:
+            raise ValueError(
+                f"examples[{name!r}] are {features}, expected {said[first]} as in {first!r}: convert or "
+                "resize one of the two"
+            )
+
+
+def class_data(classes: Any) -> None:
+    "Raise `TypeError` for data that is not organised by class."
+    if not hasattr(classes, "of_class"):
+        raise TypeError(
+            f"classes={reprlib.repr(classes)}, expected `Classes`: load them, for example with "
+            'Glyphs("train"), or make them with Classes.of'
+        )
 
 # %% ../nbs/02_episodes.ipynb #3da5c99b
 class Picks(NamedTuple):
@@ -486,6 +590,7 @@ def summary(classes: Classes) -> str:
 
 def check_enough(classes: Classes, way: int, shot: int, query: int) -> None:
     "Raise `ValueError`, naming the class, unless the data can give every task of this size."
+    class_data(classes)
     if way > len(classes):
         raise ValueError(
             f"way={way}, but the data has {len(classes)} classes: lower way or bring more classes"
@@ -525,7 +630,8 @@ class VariedWayShot(FewShot):
         for name, pair in {"way": way, "shot": shot}.items():
             if not isinstance(pair, Sequence) or len(pair) != 2 or pair[0] > pair[1]:
                 raise ValueError(f"{name}={pair!r}, expected (smallest, largest), such as (2, 5)")
-        positive(way=way[0], shot=shot[0], query=query)
+            positive(**{f"{name}[{i}]": number for i, number in enumerate(pair)})
+        positive(query=query)
         self.classes, self.ways, self.shots, self.query = classes, way, shot, query
         check_enough(classes, way[1], shot[1], query)
 

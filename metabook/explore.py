@@ -94,7 +94,9 @@ def _check(
         raise ValueError("Explore has no grid: give at least one argument a list of values")
     for name, values in grids.items():
         if isinstance(values, str) or not isinstance(values, Iterable):
-            raise TypeError(f"grid {name!r} is {values!r}: expected a list of values")
+            raise TypeError(
+                f"grid {name!r} is {values!r}: expected a list of values, such as {name}=[{values!r}]"
+            )
     grids = {name: list(values) for name, values in grids.items()}
     if empty := [name for name, values in grids.items() if not values]:
         raise ValueError(f"grid {empty[0]!r} is empty: give its slider at least one value")
@@ -105,7 +107,9 @@ def _check(
         inspect.signature(figure).bind(**grids)
     except TypeError as error:
         takes = ", ".join(inspect.signature(figure).parameters)
-        raise TypeError(f"the figure function takes ({takes}): {error}") from None
+        raise TypeError(
+            f"the figure function takes ({takes}): {error}; give a grid to each argument, and to no other"
+        ) from None
     return grids
 
 # %% ../nbs/A1_explore.ipynb #a42f0906
@@ -135,7 +139,8 @@ class Explore:
             self.alt.format(**self.grids)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
-                f"alt={self.alt!r} names {error}: braces hold names of grids"
+                f"alt={self.alt!r} names {error}: braces hold names of grids, here "
+                f"{', '.join(self.grids)}"
             ) from None
         self._drawn: dict[tuple[int, ...], Frame] = {}
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .episodes import Episode, Examples
+from .episodes import Episode, Examples, tensors
 from .networks import batch_norms
 
 try:
@@ -19,7 +20,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Kind', 'Learner', 'check_support', 'check_place', 'check_inner_loop', 'task_loss', 'task_score', 'check_match']
+__all__ = ['Kind', 'Learner', 'check_support', 'check_place', 'check_inner_loop', 'check_network', 'task_loss', 'task_score',
+           'check_match']
 
 # %% ../nbs/05_learners.ipynb #b4878f95
 Kind = Literal["classification", "regression"]
@@ -97,12 +99,20 @@ class Learner(nn.Module):
     ) -> None:
         """Raise `ValueError` unless these examples can be a task for this learner.
 
-        Looks at shapes and types, never at values, so it also stands inside a lift.
+        Looks at shapes and types, never at values, so it also stands inside a lift.  Raises `TypeError`
+        for what is no `Examples` and no tensor.
         """
         check_support(support, query)
         if self.needs_support and support.y.shape[-2] == 0:
             raise ValueError("the support set is empty: give at least one example to learn from")
-        check_place(support.x, next(self.parameters(), None))
+        if self.kind == "classification" and support.y.shape[-1] < 2:
+            raise ValueError(
+                f"support.y has shape {tuple(support.y.shape)}, so the way is {support.y.shape[-1]}, expected "
+                'at least two classes to tell apart: show more, or build the learner with kind="regression"'
+            )
+        parameter = next(self.parameters(), None)
+        for name, x in {"support.x": support.x, "query": query}.items():
+            check_place(name, x, parameter)
 
 # %% ../nbs/05_learners.ipynb #efd57860
 def check_support(
@@ -110,7 +120,13 @@ def check_support(
     query: Tensor,  # inputs of the same
 ) -> None:
     "Raise `ValueError` unless every support example has a row in y, and queries look alike."
+    if not hasattr(support, "y"):
+        raise TypeError(
+            f"support is a {type(support).__name__}, expected Examples: make them with "
+            "Examples.of(x, labels, way), or Examples(x, y) for targets"
+        )
     x, y = support.x, support.y
+    tensors(**{"support.x": x, "support.y": y, "query": query})
     if y.ndim < 2 or not y.is_floating_point():
         raise ValueError(
             f"support.y is {y.dtype} of shape {tuple(y.shape)}, expected floats [n, way] or [n, out]: "
@@ -121,29 +137,36 @@ def check_support(
     if x.shape[:lead] != y.shape[:lead]:
         raise ValueError(
             f"support.x has shape {tuple(x.shape)} and support.y {tuple(y.shape)}: "
-            "each example needs its own row in y"
+            "each example needs its own row in y; Examples.of(x, labels, way) makes one for each label"
+        )
+    if y.device != x.device:
+        raise ValueError(
+            f"support.y is on {y.device}, expected {x.device}, where support.x is: move both, for example "
+            "episode.to(device)"
         )
     if query.shape[lead:] != x.shape[lead:]:
         raise ValueError(
             f"support examples have features {tuple(x.shape[lead:])}, queries "
-            f"{tuple(query.shape[lead:])}: both need the same"
+            f"{tuple(query.shape[lead:])}: both need the same, so resize or reshape one of them"
         )
 
 
 def check_place(
+    name: str,  # of the argument, for the message
     x: Tensor,  # examples
     parameter: Tensor | None,  # of the learner that is to read them
 ) -> None:
     "Raise `ValueError` where examples are bytes, or floats of another precision or on another device."
     if x.dtype == torch.uint8:
         raise ValueError(
-            "the examples are bytes: Classes.prepare(x) makes the floats a network needs"
+            f"{name}: the examples are bytes ({x.dtype}), expected floats: Classes.prepare(x) makes the "
+            "floats a network needs"
         )
     if parameter is None or not x.is_floating_point():
         return
     if (x.dtype, x.device) != (parameter.dtype, parameter.device):
         raise ValueError(
-            f"the examples are {x.dtype} on {x.device}, the learner {parameter.dtype} on "
+            f"{name}: the examples are {x.dtype} on {x.device}, the learner {parameter.dtype} on "
             f"{parameter.device}: move one of them, for example episode.to(device, dtype)"
         )
 
@@ -153,12 +176,24 @@ def check_inner_loop(
     steps: int,  # inner steps in training
     test_steps: int | None = None,  # inner steps in evaluation mode; `None`: as in training
 ) -> None:
-    "Raise `ValueError` unless the rate is positive and finite, and no number of steps negative."
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr!r}, expected a positive inner rate")
+    "Raise `ValueError` unless the rate is positive and finite, and no number of steps negative or broken."
+    if not isinstance(lr, Real) or not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr!r}, expected a positive inner rate: pass one, such as lr=0.01")
     for name, number in {"steps": steps, "test_steps": test_steps}.items():
-        if number is not None and number < 0:
-            raise ValueError(f"{name}={number}, expected at least 0")
+        if not isinstance(number, Integral | None) or (number is not None and number < 0):
+            raise ValueError(
+                f"{name}={number!r}, expected at least 0 whole steps: pass {name}=0 to take none"
+            )
+
+
+def check_network(**networks: Any) -> None:
+    "Raise `TypeError`, naming the argument, for what is no network."
+    for name, value in networks.items():
+        if not isinstance(value, nn.Module):
+            raise TypeError(
+                f"{name}={value!r}, expected a network, an instance of torch.nn.Module: build one, such as "
+                f"{name}=Conv4(out=5)"
+            )
 
 # %% ../nbs/05_learners.ipynb #67160fdb
 def task_loss(
@@ -186,9 +221,14 @@ def task_score(
 
 
 def check_match(predictions: Tensor, y: Tensor) -> None:
-    "Raise `ValueError` unless there is one prediction for each target, of the same width."
-    if predictions.shape == y.shape:
+    "Raise `ValueError` unless there is one prediction for each target, of the same width, and any at all."
+    if predictions.shape == y.shape and y.numel():
         return
+    if predictions.shape == y.shape:
+        raise ValueError(
+            f"targets of shape {tuple(y.shape)}, expected at least one: nothing has no mean loss, so give "
+            "examples"
+        )
     if predictions.shape[-1:] != y.shape[-1:]:
         raise ValueError(
             f"the network gives {predictions.shape[-1]} outputs, but the task's way (or number of "

@@ -3,12 +3,14 @@
 # %% ../nbs/08_maml.ipynb #77e2fbee
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor, nn
 from torch.func import grad
 
-from .checkpoints import register
+from .checkpoints import lookup, register
 from .episodes import Examples
-from .learners import Kind, Learner, check_inner_loop, task_loss
+from .learners import Kind, Learner, check_inner_loop, check_network, task_loss
 from .networks import Parameters, Statistics, call, support_statistics
 
 try:
@@ -29,8 +31,9 @@ class MAML(Learner):
     support set; the authors' code takes the sum over classes of such means, so its rate of 0.4 for
     5-way tasks is 2.0 here.
 
-    Raises `ValueError` for a rate that is not positive, a negative number of steps, and tasks of
-    another way than the network has outputs; for bad examples see `Learner.check`.
+    Raises `TypeError` for a `net` that is none, and `ValueError` for a rate that is not positive, a
+    negative number of steps, an unknown kind, and tasks of another way than the network has outputs;
+    for bad examples see `Learner.check`.
 
     Source: Finn et al. 2017, algorithms 1 and 2; `first_order` as in their section 5.2.
     """
@@ -47,7 +50,9 @@ class MAML(Learner):
         kind: Kind = "classification",  # of the tasks
     ):
         super().__init__()
+        check_network(net=net)
         check_inner_loop(lr, steps, test_steps)
+        lookup(kind, dict.fromkeys(get_args(Kind)), "kind")
         self.net, self.lr, self.first_order, self.kind = net, lr, first_order, kind
         self.steps = steps
         self.test_steps = steps if test_steps is None else test_steps

@@ -68,7 +68,9 @@ class Gates(nn.Module):
     ):
         super().__init__()
         if not 0 < lr < 1:
-            raise ValueError(f"lr={lr!r}, expected a rate between 0 and 1: it is an input gate")
+            raise ValueError(
+                f"lr={lr!r}, expected a rate between 0 and 1: it is an input gate, so take one such as 0.1"
+            )
         self.W = nn.Parameter(torch.empty(2, hidden).uniform_(-0.01, 0.01))
         self.V = nn.Parameter(torch.empty(2, 2).uniform_(-0.01, 0.01))  # columns v and u
         self.b = nn.Parameter(torch.tensor([[math.log(lr / (1 - lr))], [5.0]]))

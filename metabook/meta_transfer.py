@@ -21,7 +21,7 @@ from metabook.episodes import (
     Tasks,
     positive,
 )
-from .learners import Learner, check_inner_loop, task_loss
+from .learners import Learner, check_inner_loop, check_network, task_loss
 from .networks import Parameters, call, recording
 from .training import Report
 from .transfer import Head, linear
@@ -40,7 +40,8 @@ def layers_of(net: nn.Module) -> dict[str, nn.Module]:
     found = {k: m for k, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     if not found:
         raise ValueError(
-            f"{type(net).__name__} has no convolution and no linear layer: there is nothing to scale"
+            f"net: {type(net).__name__} has no convolution and no linear layer: there is nothing to scale, "
+            "so give a network with one"
         )
     return found
 
@@ -109,6 +110,7 @@ class MetaTransfer(Learner):
         first_order: bool = False,  # take each inner gradient as a constant
     ):
         super().__init__()
+        check_network(net=net)
         check_inner_loop(lr, steps, test_steps)
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
         self.way, self.label_equivariant = way, way is None
@@ -152,7 +154,10 @@ class MetaTransfer(Learner):
         if self.way is None:
             return z.new_zeros(way, d), z.new_zeros(way)
         if self.way != way:
-            raise ValueError(f"the head was built for way={self.way}, but this task's way is {way}")
+            raise ValueError(
+                f"the head was built for way={self.way}, but this task's way is {way}: build it with "
+                f"way={way}, or with way=None for any"
+            )
         return self.start.weight, self.start.bias
 
     def step(
@@ -213,7 +218,10 @@ class HardTasks(Tasks):
     ):
         positive(every=every)
         if not isinstance(tasks, FewShot) or not tasks.same_shapes:
-            raise ValueError(f"HardTasks needs a FewShot with a fixed way and shot, not {tasks}")
+            raise ValueError(
+                f"HardTasks needs a FewShot with a fixed way and shot, not {tasks}: give it one, such as "
+                "FewShot(classes, way=5, shot=1)"
+            )
         self.tasks, self.every, self.heard = tasks, every, 0
         self.failed = torch.zeros(len(tasks.classes), dtype=torch.bool)  # which classes
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from . import kernels
-from .checkpoints import NETWORKS, register
+from .checkpoints import NETWORKS, lookup, register
 from .episodes import positive
 
 try:
@@ -80,8 +80,7 @@ class BatchNorm(nn.Module):
         momentum: float = 0.1,  # share of the newest statistics in the running averages
     ):
         super().__init__()
-        if stats not in ("batch", "support", "running"):
-            raise ValueError(f'stats={stats!r}, expected "batch", "support" or "running"')
+        lookup(stats, dict.fromkeys(["batch", "support", "running"]), "stats")
         positive(channels=channels)
         self.stats, self.eps, self.momentum = stats, eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))  # gamma
@@ -211,9 +210,9 @@ class MLP(nn.Module):
         sizes: Sequence[int],  # inputs, hidden layers, outputs
     ):
         super().__init__()
-        if len(sizes) < 2:
+        if not isinstance(sizes, Sequence) or len(sizes) < 2:
             raise ValueError(
-                f"sizes={list(sizes)}, expected at least the number of inputs and of outputs, "
+                f"sizes={sizes!r}, expected at least the number of inputs and of outputs, "
                 "as in [784, 64, 5]"
             )
         positive(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
@@ -227,10 +226,20 @@ class MLP(nn.Module):
                 f"inputs of shape {tuple(x.shape)} for an MLP of {width} inputs: expected [n, {width}] "
                 f"or more axes with {width} numbers an example; set sizes[0] to fit the data"
             )
+        _check_floats(x)
         x = x.flatten(1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+def _check_floats(x: Tensor) -> None:
+    "Raise `ValueError` where a network is given integers."
+    if not x.is_floating_point():
+        raise ValueError(
+            f"inputs of type {x.dtype}, expected floats: `Classes.prepare` turns bytes into floats, x.float() "
+            "other integers"
+        )
 
 
 def parameter_count(network: nn.Module) -> int:
@@ -259,8 +268,7 @@ class Conv4(nn.Module):
     ):
         super().__init__()
         positive(channels=channels, size=size, width=width, out=1 if out is None else out)
-        if pool not in ("max", "stride"):
-            raise ValueError(f'pool={pool!r}, expected "max" or "stride"')
+        lookup(pool, dict.fromkeys(["max", "stride"]), "pool")
         if pool == "max" and size < 16:
             raise ValueError(
                 f'size={size}: four max-pools need images of at least 16 pixels, or pool="stride"'
@@ -307,10 +315,7 @@ def _check_images(
             f"images of shape {tuple(x.shape)}, but this network was built for "
             f"[n, {channels}, {side}, {side}]: build it with the data's channels and size, or resize"
         )
-    if not x.is_floating_point():
-        raise ValueError(
-            f"images of type {x.dtype}, expected floats: `Classes.prepare` turns bytes into floats"
-        )
+    _check_floats(x)
 
 # %% ../nbs/04_networks.ipynb #5d2192da
 @register("resnet12", NETWORKS)
@@ -331,7 +336,9 @@ class ResNet12(nn.Module):
     ):
         super().__init__()
         if len(widths) != 4:
-            raise ValueError(f"widths={list(widths)}, expected four numbers, one for each block")
+            raise ValueError(
+                f"widths={list(widths)}, expected four numbers, one for each block: such as [64, 160, 320, 640]"
+            )
         positive(channels=channels, **{f"widths[{i}]": w for i, w in enumerate(widths)})
         sizes = [channels, *widths]
         self.blocks = nn.ModuleList(ResidualBlock(a, b, stats) for a, b in pairwise(sizes))

@@ -118,7 +118,9 @@ def make_writers(
     Raises `ValueError` where the form is unknown, or the gain negative or not finite.
     """
     if not 0 <= gain < math.inf:
-        raise ValueError(f"gain={gain!r}, expected a finite number of at least 0")
+        raise ValueError(
+            f"gain={gain!r}, expected a finite number of at least 0: pass one, such as gain=0.1"
+        )
     parameters, weights = list(net.parameters()), lookup(form, FORMS, "form")
     last = last_layer(net)
     kinds = [weights if p.ndim > 1 else FullWriter for p in parameters[:last]]
@@ -131,7 +133,13 @@ def make_writers(
 
 def last_layer(net: nn.Module) -> int:
     "The place of the network's last weight among its parameters: that of its output layer."
-    return max(i for i, p in enumerate(net.parameters()) if p.ndim > 1)
+    weights = [i for i, p in enumerate(net.parameters()) if p.ndim > 1]
+    if not weights:
+        raise ValueError(
+            f"net is a {type(net).__name__} without weights, expected at least one to write: give a "
+            "network with a layer that learns, such as MLP([1, 40, 1])"
+        )
+    return weights[-1]
 
 # %% ../nbs/19_pgn.ipynb #4b252d50
 class SetEncoder(nn.Module):
@@ -154,6 +162,7 @@ class SetEncoder(nn.Module):
         super().__init__()
         first, *_, last = net.parameters()
         way, images = len(last), first.ndim == 4
+        self.reads, self.images = first.shape[1], images  # numbers of an example, or channels
         self.look = image_features(first.shape[1], hidden) if images else nn.Flatten()
         seen = hidden if images else first.shape[1]
         self.pair = MLP([seen + way, hidden] if images else [seen + way, hidden, hidden])
@@ -163,12 +172,23 @@ class SetEncoder(nn.Module):
         x: Shaped[Tensor, "n *features"],  # support inputs
         y: Float[Tensor, "n way"],  # classes or targets
     ) -> Float[Tensor, "rows hidden"]:  # 1 + way rows
+        self.check(x)
         features = self.look(x)
         features = features.mean((2, 3)) if features.ndim > 2 else features
         e = F.relu(self.pair(torch.cat([features, y], 1)))  # [n, hidden]
         whole = e.mean(0, keepdim=True)
         by_class = y.T @ e / (y.abs().sum(0)[:, None] + 1e-8)
         return torch.cat([whole, by_class - whole])
+
+    def check(self, x: Tensor) -> None:
+        "Raise `ValueError` for examples that the network does not read."
+        fits = x.ndim == 4 if self.images else x.ndim > 1
+        if not fits or self.reads != (x.shape[1] if self.images else math.prod(x.shape[1:])):
+            space = ", height, width" if self.images else ""
+            raise ValueError(
+                f"inputs of shape {tuple(x.shape)} for a network that reads others: expected [n, {self.reads}"
+                f"{space}]; build it to fit the data"
+            )
 
 
 def image_features(
@@ -215,6 +235,7 @@ class PGN(MAML):
         super().__init__(net, lr, steps, test_steps, kind=kind)
         lookup(description, dict.fromkeys(["support", "task", "both"]), "description")
         lookup(loss_steps, dict.fromkeys(["last", "all"]), "loss_steps")
+        last_layer(net)  # a network without one is refused
         positive(hidden=hidden, **({} if description == "support" else {"task_size": task_size}))
         self.description, self.task_size, self.loss_steps = description, task_size, loss_steps
         given = 0 if description == "support" else task_size

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoints import lookup, register
 from .episodes import Examples
-from .learners import Learner
+from .learners import Learner, check_network
 from .networks import Statistics, call, recording
 
 try:
@@ -19,7 +19,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance', 'ProtoNet']
+__all__ = ['TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance', 'ProtoNet',
+           'require_every_class']
 
 # %% ../nbs/13_prototypes.ipynb #4a3e82e9
 def prototypes(
@@ -93,7 +94,8 @@ class ProtoNet(Learner):
     & Komodakis 2018).  The support and the query set pass through the network one after the other:
     with `BatchNorm(stats="batch")` each has its own statistics, where the authors' code normalises
     both together in training.  Raises `ValueError` for an unknown distance.  A class without a
-    support example makes every logit NaN: inside a lift nobody may look at values, so look before.
+    support example makes every logit NaN: inside a lift nobody may look at values, so look before, with
+    `require_every_class`.
     """
 
     head = False
@@ -104,6 +106,7 @@ class ProtoNet(Learner):
         distance: str = "squared",  # or "plain", or "cosine": from query to prototype
     ):
         super().__init__()
+        check_network(embed=embed)
         lookup(distance, DISTANCES, "distance")
         self.embed, self.distance = embed, distance
         self.scale = nn.Parameter(torch.tensor(10.0)) if distance == "cosine" else 1.0
@@ -121,3 +124,14 @@ class ProtoNet(Learner):
         c, statistics = state
         z = call(self.embed, {}, x, statistics)  # with its own parameters
         return -self.scale * DISTANCES[self.distance](z, c)
+
+# %% ../nbs/13_prototypes.ipynb #06662e32
+def require_every_class(
+    support: Examples,  # of one task, not inside a lift
+) -> None:
+    "Raise `ValueError` where a class has no support example."
+    if missing := (support.y.sum(0) == 0).nonzero().flatten().tolist():
+        raise ValueError(
+            f"no support example of class {missing[0]}, expected one at least of each of the "
+            f"{support.y.shape[-1]}: show one, or leave the class out and number the others from 0"
+        )

@@ -43,10 +43,10 @@ from .transfer import Batches
 __all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'OTHERWISE', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO',
            'TOGETHER', 'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS',
            'REPRODUCTIONS', 'TEST_TASKS', 'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images',
-           'training_tasks', 'unseen_tasks', 'network_arguments', 'make_learner', 'network_of', 'run_recipe', 'train',
-           'taken_over', 'preprocessing', 'evidence', 'circumstances', 'commit', 'provenance', 'Published',
-           'Reproduction', 'reproduce', 'rows_in', 'Attempt', 'same_run', 'told', 'as_printed', 'seconds_of', 'percent',
-           'reports', 'table', 'listed']
+           'training_tasks', 'unseen_tasks', 'network_arguments', 'make_learner', 'network_of', 'run_recipe',
+           'check_ways', 'train', 'taken_over', 'preprocessing', 'evidence', 'circumstances', 'commit', 'provenance',
+           'Published', 'Reproduction', 'reproduce', 'rows_in', 'Attempt', 'same_run', 'told', 'as_printed',
+           'seconds_of', 'percent', 'reports', 'table', 'listed']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 @dataclass(frozen=True)
@@ -300,6 +300,7 @@ def run_recipe(
     base = tasks.way if isinstance(tasks, Batches) else None
     net = network_of(start) if start else None
     learner = make_learner(method, recipe, validate, net, base).to(device)
+    check_ways(learner, tasks, validate)
     notes = {"task": task, "recipe": asdict(recipe), "preprocessing": preprocessing(task, validate)}
     notes |= {"made": circumstances(device), "start": start and evidence(start)}
     if recipe.steps:
@@ -308,6 +309,15 @@ def run_recipe(
     else:
         taken_over(learner, tasks, validate, read_config(start), seed, out, notes)
     return read_config(out)
+
+
+def check_ways(learner: Learner, tasks: Tasks, validate: Tasks) -> None:
+    "Raise `ValueError` where a learner with a head would train on another number of classes."
+    if learner.head and isinstance(tasks, FewShot) and tasks.way != validate.way:
+        raise ValueError(
+            f"--train-way {tasks.way}: {learner.config['name']} has an output for each of the --way "
+            f"{validate.way} classes, expected {validate.way} in training too: leave --train-way out"
+        )
 
 
 def train(

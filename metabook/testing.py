@@ -508,8 +508,10 @@ def check_learner(
 
     Says nothing about how good the answers are: that is for `evaluate`.  Works on copies in float64,
     on the learner's device.  Raises `ContractError`, which lists every failed check with what was
-    found, what was expected and what to do.
+    found, what was expected and what to do, and `ValueError` for a batch of one task.
     """
+    if n < 2:
+        raise ValueError(f"n={n}, expected at least 2 tasks, for checks compare tasks: pass n=3")
     verdicts, flaws = {}, {}
     for check in checks:
         try:

@@ -10,8 +10,8 @@ from torch import Generator, Tensor, nn
 from torch.func import grad
 
 from .checkpoints import lookup, register
-from .episodes import Classes, ClassTasks, Examples, Picks, positive, summary
-from .learners import Learner, check_inner_loop, task_loss
+from .episodes import Classes, ClassTasks, Examples, Picks, class_data, positive, summary
+from .learners import Learner, check_inner_loop, check_network, task_loss
 from .networks import Statistics, batch_norms, call, recording
 from .prototypes import TINY, prototypes, unit
 
@@ -36,6 +36,7 @@ class Batches(ClassTasks):
         classes: Classes,  # the data
         size: int = 64,  # images of a batch, drawn with replacement
     ):
+        class_data(classes)
         positive(size=size)
         self.classes, self.size, self.way = classes, size, len(classes)
 
@@ -92,7 +93,7 @@ class Pretrained(Learner):
     An empty support set stands for the base classes: trained on `Batches`, the features learn to tell
     all of them apart.  With a support set the head is made of class means (of their directions, for
     `logits="cosine"`).  A class without a support example has no mean, and its logit is NaN: inside a
-    lift nobody may look at values, so look before.
+    lift nobody may look at values, so look before, with `metabook.prototypes.require_every_class`.
 
     Raises `ValueError` for an unknown head, for base classes with an `embed` that does not say its
     `features` or normalises by the support set, and for an empty support set without base classes.
@@ -108,6 +109,7 @@ class Pretrained(Learner):
         logits: str = "linear",  # or "cosine": how a head scores features
     ):
         super().__init__()
+        check_network(embed=embed)
         lookup(logits, HEADS, "logits")
         self.embed, self.logits = embed, logits
         self.base = None if classes is None else base_layer(embed, classes)
@@ -186,7 +188,7 @@ class FineTune(Pretrained):
     2019, whose heads start at random and see mini-batches, with momentum and weight decay.
 
     A class without a support example makes every logit NaN, with `steps=0` its own only: inside a lift
-    nobody may look at values, so look before.
+    nobody may look at values, so look before, with `metabook.prototypes.require_every_class`.
 
     Raises `ValueError` for what `Pretrained` refuses, a negative number of steps, and a rate that is
     not positive.

@@ -44,6 +44,12 @@ def test_wrong_labels_are_refused():
         Examples.of(torch.zeros(3, 1), torch.tensor([0, 1, -1]), way=2)
     with pytest.raises(ValueError, match="exactly one label"):
         Examples.of(torch.zeros(3, 1), torch.tensor([0, 1]), way=2)
+    with pytest.raises(ValueError, match=r"x\[2, 0\] is nan, expected finite numbers"):
+        Examples.of(torch.tensor([[0.0], [1.0], [math.nan]]), torch.tensor([0, 1, 1]), way=2)
+    nowhere = Examples.of(
+        torch.zeros(2, 1, device="meta"), torch.zeros(2, device="meta").long(), way=2
+    )
+    assert nowhere.y.shape == (2, 2)  # where there are no numbers, nobody looks at them
 
 
 def test_episode_moves_and_keeps_integers():
@@ -114,6 +120,8 @@ def test_broken_data_is_refused():
         Classes(torch.zeros(3, 2), torch.tensor([4]))
     with pytest.raises(ValueError, match="1 names for 2 classes"):
         Classes(torch.zeros(3, 2), torch.tensor([1, 2]), names=["cat"])
+    with pytest.raises(ValueError, match=r"x\[2, 1\] is inf"):
+        Classes(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, math.inf]]), torch.tensor([3]))
     with pytest.raises(ValueError, match="images are"):
         Classes(torch.zeros(3, 2, dtype=torch.uint8), torch.tensor([3]))
     with pytest.raises(ValueError, match="for images of 3 channels"):

@@ -19,6 +19,7 @@ from metabook.prototypes import (
     cosine_distance,
     euclidean,
     prototypes,
+    require_every_class,
     squared_euclidean,
 )
 from metabook.testing import check_learner
@@ -607,16 +608,7 @@ def test_forgotten_class():
     right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
     misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
     assert right.all() and not misled.any()
-
     # cell 688f2662
-    def require_every_class(support):
-        "Raise `ValueError` where a class has no support example."
-        if missing := (support.y.sum(0) == 0).nonzero().flatten().tolist():
-            raise ValueError(
-                f"no support example of class {missing[0]}: show one, or leave the class out and number "
-                "the others from 0"
-            )
-
     y = one_hot(torch.tensor([0, 0, 1, 1]), 3)  # three classes, two of them shown
     support = Examples(points, y)
     logits = ProtoNet(AsIs())(support, points)

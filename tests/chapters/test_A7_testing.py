@@ -550,11 +550,11 @@ def test_what_cannot_be_saved_is_found():
     print(fails(nothing_is_written, Counting()))
     # cell 8781cebf
     assert "@register" in fails(survives_saving, Smoother())
-    good = ProtoNet(MLP([1, 4, 3]))
-    assert not fails(survives_saving, good)
+    good = ProtoNet(MLP([16, 4, 3]))
+    assert not fails(survives_saving, good, pictures)
     good.embed.layers[0].scale = 2.0
-    good.predict = lambda state, x: -x  # set on the instance, so it is lost
-    assert "other predictions" in fails(survives_saving, good)
+    good.predict = lambda state, x: -x.flatten(1)  # set on the instance, so it is lost
+    assert "other predictions" in fails(survives_saving, good, pictures)
 
 
 def test_a_good_learner_passes_the_battery():
