@@ -56,7 +56,7 @@ def changed_json(data: bytes, rng: Random) -> bytes:
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Where in a structure values stand: container and key."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in pairs if isinstance(value, dict | list) else ():
+    keys = value if isinstance(value, dict) else range(len(value) if isinstance(value, list) else 0)
+    for key in keys:
         yield value, key
-        yield from _places(inner)
+        yield from _places(value[key])

@@ -74,7 +74,12 @@ def zips() -> list[bytes]:
 def tarred(mode: str, format: int) -> bytes:
     """A folder, two files, a long name."""
     with tarfile.open(fileobj=(packed := io.BytesIO()), mode=mode, format=format) as archive:
-        for name, content in {"a": None, "a/b": b"text", "c" * 120: b"", "é": bytes(600)}.items():
+        for name, content in {
+            "a": None,
+            "a/b": b"text",
+            "c" * 60 + "/" + "d" * 60: b"",
+            "é": bytes(600),
+        }.items():
             info = tarfile.TarInfo(name)
             info.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
             info.size = len(content or b"")

@@ -94,7 +94,7 @@ class _Watch:
             self.seen += [f"{event} {p}" for p in paths if not self.allowed(p)]
 
     def allowed(self, path: str) -> bool:
-        return path == os.devnull or os.path.realpath(path).startswith(self.folder + os.sep)
+        return path == os.devnull or Path(os.path.realpath(path)).is_relative_to(self.folder)
 
 
 _watch = _Watch()

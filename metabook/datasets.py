@@ -553,7 +553,7 @@ def _ink(
 def _omniglot_drawings(
     archives: list[Path],  # The two archives
     size: int,  # Height and width to which drawings are scaled
-) -> UInt8[np.ndarray, "1623 20 size size"]:  # In the order of `OMNIGLOT`
+) -> UInt8[np.ndarray, "characters 20 size size"]:  # In the order of `OMNIGLOT`
     """Read all drawings; raises DataError unless there are 20 readable ones of each character."""
     drawings, bad = defaultdict(dict), []
     entries = (entry for archive in archives for entry in members(archive))
@@ -637,6 +637,9 @@ _CIFAR_FS_STATS = ((0.509, 0.492, 0.444), (0.267, 0.256, 0.277))
 _FC100_STATS = ((0.518, 0.497, 0.458), (0.274, 0.263, 0.287))
 
 # %% ../nbs/03_datasets.ipynb #a32541f8
+_CIFAR_IMAGES = {"train.bin": 500, "test.bin": 100}  # of each class
+
+
 def _cifar_rows(folder: Path, file: str, count: int) -> UInt8[np.ndarray, "count 3074"]:
     """Read one file of rows: superclass, class, and 3,072 bytes of a picture."""
     rows = np.fromfile(folder / file, np.uint8)
@@ -657,9 +660,9 @@ def _cifar(
     """Load some classes of CIFAR-100, in the order of `wanted`."""
     folder = _obtain(_CIFAR_FILES[0], data_root(root)).parent / "cifar-100-binary"
     names = {k: (folder / f"{k}_label_names.txt").read_text().split() for k in ("fine", "coarse")}
-    files = (("train.bin", 50_000), ("test.bin", 10_000))
-    rows = np.concatenate([_cifar_rows(folder, *file) for file in files])
-    whole = np.array_equal(np.bincount(rows[:, 1]), [600] * 100) and rows[:, 0].max() < 20
+    rows = np.concatenate([_cifar_rows(folder, f, 100 * n) for f, n in _CIFAR_IMAGES.items()])
+    each = sum(_CIFAR_IMAGES.values())
+    whole = np.array_equal(np.bincount(rows[:, 1]), [each] * 100) and rows[:, 0].max() < 20
     if (
         not whole
         or [len(n) for n in names.values()] != [100, 20]
@@ -672,7 +675,7 @@ def _cifar(
     label = {"fine": 1, "coarse": 0}[level]
     chosen = [rows[rows[:, label] == names[level].index(name), 1] for name in wanted]
     classes = [i for own in chosen for i in np.unique(own).tolist()]
-    x = np.stack([rows[rows[:, 1] == i, 2:].reshape(600, 3, 32, 32) for i in classes])
+    x = np.stack([rows[rows[:, 1] == i, 2:].reshape(each, 3, 32, 32) for i in classes])
     return _even_classes(x, [names["fine"][i] for i in classes], *stats)
 
 

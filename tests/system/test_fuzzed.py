@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +56,7 @@ def test_time_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_memory_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuzz.survive.MEGABYTES", 50)
     with pytest.raises(Failure, match="MiB of memory"), bounded("x", tmp_path):
-        assert bytes(100 << 20)[::4096].count(0)  # touched, page by page
+        assert b"x" * (100 << 20)
 
 
 def test_writing_elsewhere_is_seen(tmp_path: Path) -> None:
