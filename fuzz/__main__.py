@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def fuzzed(name: str, seconds: int) -> str:
     }
     command = [sys.executable, "-W", "ignore", "-m", "fuzz.worker", name, str(corpus)]
     command += [f"-{option}={value}" for option, value in options.items()]
-    done = subprocess.run(command, capture_output=True)
+    where = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}  # no disk: faster
+    done = subprocess.run(command, capture_output=True, env=os.environ | where)
     text = done.stderr.decode(errors="replace") + done.stdout.decode(errors="replace")
     (PLACE / f"{name}.log").write_text(text, encoding="utf-8")
     if done.returncode and not list(PLACE.glob(f"{name}-found-*")):

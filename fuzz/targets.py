@@ -106,7 +106,7 @@ def read_omniglot(folder: Path, data: bytes) -> None:
     with zipfile.ZipFile(packed := io.BytesIO(), "w") as archive:
         for entry in data.split(seeds.BETWEEN):
             name, _, content = entry.partition(b"\n")
-            archive.writestr(name.decode("latin-1"), content)
+            archive.writestr(zipfile.ZipInfo(name.decode("latin-1") or "a"), content)
     (folder / "a.zip").write_bytes(packed.getvalue())
     with mock.patch.object(datasets, "OMNIGLOT", seeds.CHARACTERS):
         datasets._omniglot_drawings([folder / "a.zip"], 2)
