@@ -5,7 +5,7 @@
 
 A target (`fuzz.targets`) is a reader of the library and what its documentation says that it raises.  It is given bytes,
 as a file or a folder of its own.  It fails when anything else is raised, when an error does not name the file, when it
-needs more time or memory than the bounds in `fuzz.survive`, when it writes outside its folder, starts a program, opens a
+needs more than ten seconds or the target's bound of memory, when it writes outside its folder, starts a program, opens a
 connection or unpickles.
 
 The fuzzer is atheris, which looks for bytes that lead through new parts of the code.  It starts from small valid files,

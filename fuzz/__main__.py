@@ -13,7 +13,6 @@ from typing import Annotated
 
 import typer
 
-from fuzz.survive import MEGABYTES
 from fuzz.targets import TARGETS
 from metabook.checkpoints import lookup
 
@@ -48,7 +47,7 @@ def fuzzed(name: str, seconds: int) -> str:
     options = {
         "max_total_time": seconds,
         "timeout": 0,  # `survive` has its own clock
-        "rss_limit_mb": 3 * MEGABYTES,  # when nothing else helps
+        "rss_limit_mb": 6144,  # when nothing else helps
         "artifact_prefix": PLACE / f"{name}-found-",
         "print_final_stats": 1,
     }

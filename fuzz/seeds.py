@@ -8,15 +8,15 @@ import json
 import tarfile
 import zipfile
 from functools import cache
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from metabook import datasets
-from metabook.checkpoints import methods, save
+from metabook.checkpoints import load, methods, save
 from metabook.networks import MLP, Conv4
 
 # --- trained folders
@@ -31,10 +31,16 @@ def folders() -> list[bytes]:
         how = {"hidden": 2} if "hidden" in inspect.signature(method).parameters else {}
         made.append(method(MLP([2, 3, 2]), **how))
     made.append(methods()["protonet"](Conv4(size=16, width=1, stats="running")))
+    return [two_files(learner) for learner in made]
+
+
+def two_files(learner: nn.Module) -> bytes:
+    """What a learner is saved as; it is also loaded, so that nothing is imported later."""
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        files = ("config.json", "learner.safetensors")
-        return [b"\0".join((save(folder, m) / f).read_bytes() for f in files) for m in made]
+        folder = save(name, learner)
+        load(folder)
+        files = (folder / "config.json", folder / "learner.safetensors")
+        return b"\0".join(file.read_bytes() for file in files)
 
 
 def configs() -> list[bytes]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fuzz.targets import TARGETS
 
-SECONDS, MEGABYTES = 10, 2048
+SECONDS = 10
 
 # What no reader may do, and what it may do only in its folder, by the names of Python's audit events.
 FORBIDDEN = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"}
@@ -35,7 +35,10 @@ class TooLong(BaseException):
 def survive(name: str, data: bytes) -> None:
     """Give a target some bytes.  Raises `Failure`, `TooLong`, or what the reader should not have raised."""
     target = TARGETS[name]
-    with TemporaryDirectory() as made, bounded(name, folder := Path(made).resolve()):
+    with (
+        TemporaryDirectory() as made,
+        bounded(name, folder := Path(made).resolve(), target.megabytes),
+    ):
         try:
             target.read(folder, data)
         except target.raises as error:
@@ -44,7 +47,7 @@ def survive(name: str, data: bytes) -> None:
 
 
 @contextmanager
-def bounded(name: str, folder: Path) -> Iterator[None]:
+def bounded(name: str, folder: Path, megabytes: int = 256) -> Iterator[None]:
     """Within it the process may take so much time and memory, and write only there."""
     began, before = time.monotonic(), _megabytes("VmRSS", afresh=True)
     signal.signal(signal.SIGALRM, _stop)
@@ -59,8 +62,8 @@ def bounded(name: str, folder: Path) -> Iterator[None]:
         raise Failure(f"{name}: {_watch.seen[0]}")
     if (seconds := time.monotonic() - began) > SECONDS:
         raise Failure(f"{name}: took {seconds:.0f} s, more than {SECONDS}")
-    if (more := _megabytes("VmHWM") - before) > MEGABYTES:
-        raise Failure(f"{name}: took {more:.0f} MiB of memory, more than {MEGABYTES}")
+    if (more := _megabytes("VmHWM") - before) > megabytes:
+        raise Failure(f"{name}: took {more:.0f} MiB of memory, more than {megabytes}")
 
 
 def _stop(*_: Any) -> None:
