@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab export check bench site serve clean
+.PHONY: help book test lab export check bench fuzz site serve clean
 
 help:  ## what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ check: $(READY)  ## fast: generated files are up to date, notebooks clean, impor
 bench: $(READY)  ## measure speed, sampling and growth beside the peers (make bench ARGS="--device cuda")
 	@$(BIN)/python -c 'import higher, torchopt' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python -m bench all $(ARGS)
+
+fuzz: $(READY)  ## damaged files for every reader, a minute each (make fuzz ARGS="--seconds 600 --only config")
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	@$(BIN)/python -m fuzz $(ARGS)
 
 site: $(READY)  ## build the site again; executes only the chapters that changed
 	$(BIN)/python tools/build_site.py

@@ -29,6 +29,7 @@ setup(
     extras_require={
         "dev": shlex.split(cfg["dev_requirements"]),
         "bench": shlex.split(cfg["bench_requirements"]),
+        "fuzz": shlex.split(cfg["fuzz_requirements"]),
     },
     entry_points={
         "console_scripts": [cfg["console_scripts"]],

@@ -3,10 +3,13 @@
 # %% ../nbs/03_datasets.ipynb #382096fb
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import hashlib
 import importlib.metadata
 import io
+import lzma
 import os
 import stat
 import tarfile
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -400,27 +403,65 @@ def _obtain(remote: Remote, root: Path) -> Path:
     return target
 
 # %% ../nbs/03_datasets.ipynb #6bf87fc7
-def _entries(path: Path) -> Iterator[tuple[str, int, bool, Callable[[], bytes]]]:
-    """Give name, size, whether it is a plain file, and a reader for all but the folders."""
+_PIECE = 1 << 16  # bytes; nothing unpacks more at once
+
+
+class _Bounded:
+    """An unpacked tar for `tarfile` to read, whatever lengths its headers claim."""
+
+    def __init__(
+        self,
+        file: Any,  # Opened to read bytes
+        most: int,  # How far it is read at most
+    ):
+        self.file, self.most, self.tell = file, most, file.tell
+
+    def read(self, n: int) -> bytes:
+        if not 0 <= n <= _PIECE:
+            raise ValueError(f"a header of {n:,} bytes")
+        self.check(self.tell() + n)
+        return self.file.read(n)
+
+    def seek(self, place: int) -> int:
+        self.check(place)
+        return self.file.seek(place)
+
+    def check(self, place: int) -> None:
+        if not 0 <= place <= self.most:
+            raise ValueError(f"it goes on to byte {place:,}, and may to {self.most:,}")
+
+
+def _unpacked(path: Path) -> Any:
+    """Open a tar by its first bytes: packed in one of three ways, or plain."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    ways = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+    return next((way for magic, way in ways.items() if start.startswith(magic)), open)(path, "rb")
+
+
+def _entries(path: Path, most: int) -> Iterator[tuple[str, int, bool, Callable[[], bytes] | None]]:
+    """Give name, size, whether it is plain, and a reader; folders have none."""
     if path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
-                kind = stat.S_IFMT(info.external_attr >> 16)
-                if not info.is_dir():
-                    plain = kind in (0, stat.S_IFREG)
-                    yield info.filename, info.file_size, plain, partial(archive.read, info)
+                plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
+                read = partial(_all_of, archive.open, info)
+                yield info.filename, info.file_size, plain, None if info.is_dir() else read
     else:
-        with tarfile.open(path, "r:*") as archive:
-            for info in archive:
-                if not info.isdir():
-                    yield info.name, info.size, info.isfile(), partial(_tar_read, archive, info)
-            while archive.fileobj.read(1 << 20):
+        with _unpacked(path) as file:
+            bounded = _Bounded(file, most)
+            with tarfile.open(fileobj=bounded, mode="r:") as archive:
+                for info in archive:
+                    read = partial(_all_of, archive.extractfile, info)
+                    yield info.name, info.size, info.isfile(), None if info.isdir() else read
+            while bounded.read(_PIECE):
                 pass  # the checksum stands at the end, behind all that a tar needs
 
 
-def _tar_read(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    with archive.extractfile(info) as file:
-        return file.read()
+def _all_of(opener: Callable[..., Any], info: Any) -> bytes:
+    """Read a member in small pieces: it may unpack to more than its header says."""
+    with opener(info) as file:
+        return b"".join(iter(partial(file.read, 4096), b""))
 
 
 def _leaves(name: str) -> bool:
@@ -432,7 +473,7 @@ def _leaves(name: str) -> bool:
 def members(
     path: str | Path,  # A .zip, or a .tar packed in any way
     most_bytes: int = 1 << 30,  # All files together, unpacked
-    most_files: int = 100_000,
+    most_files: int = 100_000,  # And folders
 ) -> Iterator[tuple[str, bytes]]:  # Name and content of each file
     """Read the files of an archive one after another, trusting nothing that it says.
 
@@ -441,19 +482,23 @@ def members(
     than the bounds. Nothing is written to disk and nothing is ever unpickled.
     """
     path, total = Path(path), 0
+    most = most_bytes + 4096 * most_files + 2 * _PIECE  # with headers, and ends filled up
     try:
-        for count, (name, size, plain, read) in enumerate(_entries(path), 1):
+        for count, (name, size, plain, read) in enumerate(_entries(path, most), 1):
             total += size
+            if size < 0:
+                raise ValueError(f"{name!r} has {size:,} bytes")
             if _leaves(name):
                 raise DataError(f"{path}: its file {name!r} would leave the folder. Do not use it.")
-            if not plain:
+            if read and not plain:
                 raise DataError(f"{path}: {name!r} is a link or a device, no file. Do not use it.")
             if total > most_bytes or count > most_files:
                 raise DataError(
                     f"{path} unpacks to more than {most_bytes:,} bytes or {most_files:,} files "
                     f"(at {name!r}). Do not use it."
                 )
-            yield name, read()
+            if read:
+                yield name, read()
     except DataError:
         raise
     except Exception as error:  # whatever the readers stumble over, the archive is at fault
@@ -553,15 +598,15 @@ def _ink(
 def _omniglot_drawings(
     archives: list[Path],  # The two archives
     size: int,  # Height and width to which drawings are scaled
-) -> UInt8[np.ndarray, "1623 20 size size"]:  # In the order of `OMNIGLOT`
+) -> UInt8[np.ndarray, "characters 20 size size"]:  # In the order of `OMNIGLOT`
     """Read all drawings; raises DataError unless there are 20 readable ones of each character."""
     drawings, bad = defaultdict(dict), []
     entries = (entry for archive in archives for entry in members(archive))
     for name, content in _progress(entries, "reading Omniglot", 20 * len(OMNIGLOT)):
-        _, *character, file = PurePosixPath(name).parts
         if name.startswith("images_") and name.endswith(".png"):
+            character, _, file = name.partition("/")[2].rpartition("/")
             try:
-                drawings["/".join(character)][file] = _ink(content, size)
+                drawings[character][file] = _ink(content, size)
             except Exception as error:  # PIL raises many kinds for what is no image
                 bad.append(f"{name} ({_reason(error)})")
     bad += [f"{n} ({len(drawings[n])} drawings)" for n in OMNIGLOT if len(drawings[n]) != 20]
@@ -637,6 +682,9 @@ _CIFAR_FS_STATS = ((0.509, 0.492, 0.444), (0.267, 0.256, 0.277))
 _FC100_STATS = ((0.518, 0.497, 0.458), (0.274, 0.263, 0.287))
 
 # %% ../nbs/03_datasets.ipynb #a32541f8
+_CIFAR_IMAGES = {"train.bin": 500, "test.bin": 100}  # of each class
+
+
 def _cifar_rows(folder: Path, file: str, count: int) -> UInt8[np.ndarray, "count 3074"]:
     """Read one file of rows: superclass, class, and 3,072 bytes of a picture."""
     rows = np.fromfile(folder / file, np.uint8)
@@ -656,10 +704,15 @@ def _cifar(
 ) -> Classes:  # 600 pictures a class
     """Load some classes of CIFAR-100, in the order of `wanted`."""
     folder = _obtain(_CIFAR_FILES[0], data_root(root)).parent / "cifar-100-binary"
-    names = {k: (folder / f"{k}_label_names.txt").read_text().split() for k in ("fine", "coarse")}
-    files = (("train.bin", 50_000), ("test.bin", 10_000))
-    rows = np.concatenate([_cifar_rows(folder, *file) for file in files])
-    whole = np.array_equal(np.bincount(rows[:, 1]), [600] * 100) and rows[:, 0].max() < 20
+    names = {
+        k: (folder / f"{k}_label_names.txt").read_text("utf-8", "replace").split()
+        for k in ("fine", "coarse")
+    }
+    rows = np.concatenate([_cifar_rows(folder, f, 100 * n) for f, n in _CIFAR_IMAGES.items()])
+    each = sum(_CIFAR_IMAGES.values())
+    pairs, counts = np.unique(rows[:, :2], axis=0, return_counts=True)  # superclass, class
+    whole = (counts == each).all() and np.array_equal(np.sort(pairs[:, 1]), range(100))
+    whole = whole and np.array_equal(np.bincount(pairs[:, 0]), [5] * 20)
     if (
         not whole
         or [len(n) for n in names.values()] != [100, 20]
@@ -672,7 +725,7 @@ def _cifar(
     label = {"fine": 1, "coarse": 0}[level]
     chosen = [rows[rows[:, label] == names[level].index(name), 1] for name in wanted]
     classes = [i for own in chosen for i in np.unique(own).tolist()]
-    x = np.stack([rows[rows[:, 1] == i, 2:].reshape(600, 3, 32, 32) for i in classes])
+    x = np.stack([rows[rows[:, 1] == i, 2:].reshape(each, 3, 32, 32) for i in classes])
     return _even_classes(x, [names["fine"][i] for i in classes], *stats)
 
 
@@ -708,18 +761,25 @@ _MINI_STATS = ((0.472, 0.453, 0.410), (0.277, 0.268, 0.284))
 
 def _mini_rows(folder: Path, split: str) -> list[tuple[str, str]]:
     """Read label and file name of each picture of a split, class by class."""
-    with open(folder / f"{split}.csv", newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := {"filename", "label"} - set(reader.fieldnames or ()):
-            raise DataError(
-                f"{folder / split}.csv has no column {' and no '.join(sorted(missing))}; its first "
-                "line should be: filename,label"
-            )
-        rows = sorted((row["label"], row["filename"]) for row in reader)
+    path = folder / f"{split}.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, restval="")
+            missing = {"filename", "label"} - set(reader.fieldnames or ())
+            rows = [] if missing else sorted((row["label"], row["filename"]) for row in reader)
+    except (ValueError, csv.Error) as error:
+        raise DataError(
+            f"{path} is no list of pictures ({_reason(error)}); each line should be: filename,label"
+        ) from error
+    if missing:
+        raise DataError(
+            f"{path} has no column {' and no '.join(sorted(missing))}; its first line should be: "
+            "filename,label"
+        )
     sizes = set(Counter(label for label, _ in rows).values())
     if len({label for label, _ in rows}) != _MINI[split] or len(sizes) != 1:
         raise DataError(
-            f"{folder / split}.csv lists {len({label for label, _ in rows})} classes of "
+            f"{path} lists {len({label for label, _ in rows})} classes of "
             f"{min(sizes, default=0)} to {max(sizes, default=0)} pictures, expected "
             f"{_MINI[split]} classes of 600."
         )
@@ -817,7 +877,8 @@ def _read_images(
                 raise ValueError("a link that leaves the folder")
             x.append(read_image(file, **how).numpy())
         except Exception as error:  # PIL raises many kinds for what is no image
-            bad.append(f"{_shown(file.relative_to(folder))} ({_reason(error)})")
+            name = file.relative_to(folder) if file.is_relative_to(folder) else file
+            bad.append(f"{_shown(name)} ({_reason(error)})")
     if bad:
         raise DataError(
             f"{len(bad)} of {len(files)} images in {_shown(folder)} cannot be read: {'; '.join(bad[:5])}"

@@ -592,8 +592,16 @@ def reproduce(
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
-    "The rows that a file of results holds by now."
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+    "The rows that a file of results holds by now.  Raises `ValueError` where it holds something else."
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return [row | {k: row[k] for k in ("budget", "seed")} for row in rows]  # each has these
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} holds no rows of results ({error!r}): put it elsewhere, and it is begun anew"
+        ) from error
 
 
 @dataclass(frozen=True)
