@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from metabook import datasets
-from metabook.checkpoints import load, methods, save
+from metabook.checkpoints import load, methods, save, write_checkpoint
 from metabook.networks import MLP, Conv4
 
 # --- trained folders
@@ -41,6 +41,20 @@ def two_files(learner: nn.Module) -> bytes:
         load(folder)
         files = (folder / "config.json", folder / "learner.safetensors")
         return b"\0".join(file.read_bytes() for file in files)
+
+
+def checkpoints() -> list[bytes]:
+    """A state of a run: its text without the seal, a zero byte, its tensors."""
+    state = {
+        "step": 3,
+        "rows": [[1, None], {"a": "b"}],
+        "x": torch.zeros(2),
+        "y": {0: torch.ones(1)},
+    }
+    with TemporaryDirectory() as name:
+        path = write_checkpoint(name, 3, state)
+        text = json.loads(path.read_bytes())["checkpoint"].encode()
+        return [text + b"\0" + path.with_suffix(".safetensors").read_bytes()]
 
 
 def configs() -> list[bytes]:

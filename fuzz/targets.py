@@ -16,7 +16,7 @@ import numpy as np
 from fuzz import seeds
 from fuzz.mutations import Mutation, changed_json
 from metabook import datasets
-from metabook.checkpoints import checksum, load, read_config
+from metabook.checkpoints import checksum, load, read_checkpoint, read_config
 from metabook.cli import settings
 from metabook.datasets import DataError
 from metabook.recipes import rows_in
@@ -45,7 +45,10 @@ def one_file(name: str, reader: Callable[[Path], Any]) -> Callable[[Path, bytes]
 
 
 def json_and_tensors(
-    text_name: str, tensors_name: str, reader: Callable[[Path], Any]
+    text_name: str,
+    tensors_name: str,
+    reader: Callable[[Path], Any],
+    seal: Callable[[bytes], bytes] = bytes,  # what else the text is wrapped into
 ) -> Callable[[Path, bytes], None]:
     """The bytes are two files, a zero byte between them, and the reader takes the folder.
 
@@ -55,7 +58,7 @@ def json_and_tensors(
     def read(folder: Path, data: bytes) -> None:
         text, _, tensors = data.partition(b"\0")
         for name, content in (
-            (text_name, with_checksum(text, tensors)),
+            (text_name, seal(with_checksum(text, tensors))),
             (tensors_name, tensors),
         ):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +77,12 @@ def with_checksum(text: bytes, tensors: bytes) -> bytes:
     if not isinstance(value, dict) or not isinstance(value.get("weights"), str):
         return text
     return json.dumps(value | {"weights": checksum(tensors)}).encode()
+
+
+def sealed(text: bytes) -> bytes:
+    """As `write_checkpoint` wraps it: with a checksum of the text itself."""
+    body = text.decode(errors="replace")
+    return json.dumps({"checksum": checksum(body.encode()), "checkpoint": body}).encode()
 
 
 # --- archives
@@ -179,6 +188,16 @@ TARGETS = {
     "folder": Target(
         json_and_tensors("config.json", "learner.safetensors", load),
         seeds.folders,
+        mutate=changed_json,
+    ),
+    "checkpoint": Target(
+        json_and_tensors(
+            "step-1.json",
+            "step-1.safetensors",
+            lambda folder: read_checkpoint(folder / "step-1.json"),
+            sealed,
+        ),
+        seeds.checkpoints,
         mutate=changed_json,
     ),
     "settings": Target(read_settings, seeds.typed, says="--set"),

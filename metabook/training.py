@@ -246,6 +246,11 @@ def diagnosis(
                 )
     if not all(bool(p.isfinite().all()) for p in learner.parameters()):
         return "the parameters were not finite before any adapting: start from others"
+    if (grown := _largest(list(learner.parameters()))) > 1e6:
+        return (
+            f"the outer loop has run away, the parameters have grown to {grown:.1g}: lower the outer lr, or "
+            "set clip"
+        )
     with torch.no_grad():
         state = over_tasks(learner.adapt, one.support, lift="loop")
     made, given = _largest(state), _largest([*learner.parameters(), one.support.x, one.support.y])
@@ -289,7 +294,7 @@ class Outer:
     ):
         if nonfinite not in ("stop", "skip"):
             raise ValueError(f'nonfinite={nonfinite!r}, expected "stop" or "skip"')
-        if clip is not None and not clip > 0:
+        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
             raise ValueError(f"clip={clip!r}, expected a positive norm, or None for no clipping")
         choose_lift(learner, lift)  # wrong words are refused here, not at the first step
         with precise(precision), recomputing(learner) if recompute else nullcontext():
@@ -837,6 +842,8 @@ def fit(
     """
     processes.join()
     positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
+    if not lr > 0:
+        raise ValueError(f"lr={lr!r}: expected a positive outer rate, for example 1e-3")
     device = place(learner, device)
     how = dict(chunk=chunk, recompute=recompute, precision=precision, nonfinite=nonfinite)
     outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, lift, **how)

@@ -2571,6 +2571,8 @@ def test_a_loss_that_is_no_number_stops_the_run():
         FloatingPointError, match="the parameters were not finite before any adapting"
     ):
         fit(Shrink(math.nan), Sightings(), steps=3, **how)
+    with pytest.raises(FloatingPointError, match="the outer loop has run away"):
+        fit(Shrink(), Sightings(), steps=3, lr=1e30, **how)
 
 
 def test_a_bad_task_is_skipped_and_counted():
@@ -2770,6 +2772,8 @@ def test_a_bad_task_is_skipped_and_counted():
         FloatingPointError, match="the parameters were not finite before any adapting"
     ):
         fit(Shrink(math.nan), Sightings(), steps=3, **how)
+    with pytest.raises(FloatingPointError, match="the outer loop has run away"):
+        fit(Shrink(), Sightings(), steps=3, lr=1e30, **how)
 
     # cell 9c70c01b
     class WithoutIt(Sightings):
@@ -2993,6 +2997,8 @@ def test_equal_runs_are_equal(device):
         FloatingPointError, match="the parameters were not finite before any adapting"
     ):
         fit(Shrink(math.nan), Sightings(), steps=3, **how)
+    with pytest.raises(FloatingPointError, match="the outer loop has run away"):
+        fit(Shrink(), Sightings(), steps=3, lr=1e30, **how)
 
     # cell 9c70c01b
     class WithoutIt(Sightings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import json
 import struct
 import subprocess
 import sys
@@ -65,8 +66,20 @@ def tar_that_goes_back() -> bytes:
 
 DRAWINGS, (NAMES, GROUPS, LABELS) = seeds.omniglot()[0], seeds.cifar()[0].split(b"\0", 2)
 ONE_GROUP = b"".join(b"\0" + LABELS[i : i + 1] for i in range(1, 400, 2))
+
+
 # Random changes found the first four; the others were found by reading on from there.
+def tensors(dtype: str, shape: list[int]) -> bytes:
+    """A trained folder with a tensor that torch does not know."""
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}
+    head = json.dumps({"a": entry}).encode()
+    return seeds.configs()[0] + b"\0" + struct.pack("<Q", len(head)) + head
+
+
 CASES: dict[str, tuple[str, bytes]] = {
+    "numbers of four bits": ("folder", tensors("F4", [0])),
+    "a shape beyond all": ("folder", tensors("F32", [2**63, 0])),
+    "a deep configuration": ("config", b"[" * 100_000),
     "no results at all": ("results", b""),
     "results in another encoding": ("results", b'{"rows": ["\xf5"]}'),
     "a list in another encoding": (
