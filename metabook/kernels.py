@@ -198,7 +198,7 @@ def first_and_plain(
     conv: nn.Conv2d,  # what would be replaced
     norm: nn.Module,  # the normalisation after it
 ) -> bool:
-    "Few channels on a CPU, and two modules of which nobody expects to be called?"
+    "Few channels on a CPU, and two modules that may be bypassed?"
     heard = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
     plain = type(conv) is nn.Conv2d and conv.bias is not None and not heard
     return x.shape[1] <= 3 and plain and eager_on_cpu(x)
