@@ -64,7 +64,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place',
            'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'prepare', 'begin', 'start_anew', 'last_state',
-           'identity', 'described', 'surroundings', 'changes', 'same_everywhere', 'run_folder', 'read_log',
+           'identity', 'some_of', 'described', 'surroundings', 'changes', 'same_everywhere', 'run_folder', 'read_log',
            'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
@@ -735,7 +735,7 @@ class Run:
         known = [{"rates": {k: v for k, v in r.items() if k in common}} for r in rates]
         if found := differences(state["identity"] | known[0], now["run"] | known[1]):
             raise ValueError(
-                f"{self.folder} holds another run: {'; '.join(found)}. Ask for the same again, or "
+                f"{self.folder} holds another run: {some_of(found)}. Ask for the same again, or "
                 "name another folder"
             )
         taken, steps = state["outer"]["taken"], self.settings["steps"]
@@ -753,7 +753,7 @@ class Run:
         if was["chunk"] == now["how"]["chunk"]:
             self.outer.chunk = state["outer"]["chunk"]  # what memory allowed
         if found := differences(was, now["how"]):
-            log.warning("the run goes on, but not as it would have: %s", "; ".join(found))
+            log.warning("the run goes on, but not as it would have: %s", some_of(found))
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -943,7 +943,6 @@ def identity(run: Run) -> dict[str, Any]:
     defaults = run.outer.optimizer.defaults
     return {
         "learner": plain("learner", run.learner),
-        "parameters": {name: described(p) for name, p in run.learner.named_parameters()},
         "notes": {k: v for k, v in run.notes.items() if k != "made"},
         "settings": settings,
         "rates": rates,
@@ -952,7 +951,14 @@ def identity(run: Run) -> dict[str, Any]:
         },
         "tasks": repr(run.tasks),
         "validation_tasks": run.validation and f"{run.validation.tasks!r}, {run.validation.hash}",
+        "parameters": {name: described(p) for name, p in run.learner.named_parameters()},
     }
+
+
+def some_of(differences: list[str], most: int = 5) -> str:
+    "The first of them, and how many there are."
+    more = len(differences) - most
+    return "; ".join(differences[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
 def described(parameter: Tensor) -> str:
