@@ -126,13 +126,15 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What the notes say once the process has settled; `None` while there are too few of them.
 
     The interval takes the notes for independent.  `growth` does not: the mean of the last tenth of
-    the time minus that of the second.
+    the time minus that of the second, and minus that of the sixth, in the second half.
     """
     end = rows[-1]["seconds"]
     settle = min(SETTLE, end / 10)
     late = [row for row in rows if row["seconds"] >= settle]
     tenth = [min(int(10 * row["seconds"] / end), 9) for row in rows]
-    tenths = [[r["resident"] for r, t in zip(rows, tenth, strict=True) if t == i] for i in (1, 9)]
+    tenths = [
+        [r["resident"] for r, t in zip(rows, tenth, strict=True) if t == i] for i in (1, 5, 9)
+    ]
     if len(late) < 10 or not all(tenths):
         return None
     files = [row["files"] for row in late]
@@ -141,7 +143,8 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         "settled_after": settle,
         "mib_per_hour": per_hour / MIB,
         "ci95": ci95 / MIB,
-        "growth_mib": float(np.mean(tenths[1]) - np.mean(tenths[0])) / MIB,
+        "growth_mib": float(np.mean(tenths[2]) - np.mean(tenths[0])) / MIB,
+        "second_half_mib": float(np.mean(tenths[2]) - np.mean(tenths[1])) / MIB,
         "files": [min(files), max(files)],
         "threads": [f(row["threads"] for row in late) for f in (min, max)],
     }
@@ -166,5 +169,6 @@ def conclusion(found: dict[str, Any] | None) -> str:
     return (
         f"memory: {found['mib_per_hour']:+.1f} ± {found['ci95']:.1f} MiB an hour after the first "
         f"{found['settled_after'] / 60:.1f} minutes, {found['growth_mib']:+.1f} MiB from the second "
-        f"tenth of the time to the last; open files: {low} to {high}"
+        f"tenth of the time to the last, {found['second_half_mib']:+.1f} in the second half; open files: "
+        f"{low} to {high}"
     )

@@ -201,6 +201,7 @@ def test_a_leak_is_told_from_warming_up(leak):
     found = verdict(hour(leak))
     assert found["mib_per_hour"] == pytest.approx(leak, abs=found["ci95"])
     assert found["growth_mib"] == pytest.approx(0.8 * leak, abs=1)
+    assert found["second_half_mib"] == pytest.approx(0.4 * leak, abs=1)
     assert 0 < found["ci95"] < 10 and found["settled_after"] == 300
     assert (found["files"], found["threads"]) == ([9, 11], [2, 2])
     said = conclusion(found)
