@@ -704,6 +704,7 @@ class Run:
             "best": best,
             "log": len(self.log),
             "seconds": self.seconds,
+            "written": self.written,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -719,7 +720,8 @@ class Run:
             device = self.outer.device
             self.best_state = {k: v.to(device) for k, v in best["parameters"].items()}
         self.log = state["log"]
-        self.saved, self.seconds = self.outer.taken, state["seconds"]
+        self.saved, self.written = self.outer.taken, state["written"]
+        self.seconds = state["seconds"]
         self.began = time.perf_counter() - self.seconds
         if processes.main():
             log.warning("%s: going on after step %d", self.folder, self.outer.taken)
