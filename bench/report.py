@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def git(*words: str) -> str:
     return done.stdout.strip()
 
 
+@cache  # of the beginning: a long measurement may outlive it
 def commit() -> str | None:
     """The commit that was measured; a plus says that files of the library or the benchmark differ from it."""
     changed = git("status", "--porcelain", "--", "metabook", "bench")
