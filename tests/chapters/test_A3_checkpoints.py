@@ -534,7 +534,7 @@ def test_the_last_checkpoints_are_kept():
     assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used():
+def test_damage_is_told_and_the_one_before_is_used():
     # cell 7f37a552
     room = tempfile.TemporaryDirectory()  # goes away with this notebook
 
