@@ -215,8 +215,12 @@ def mend(path: Path) -> None:
     before = aside(path)
     if not before.exists():
         return
-    meant = read_config(path.parent)["weights"]
-    if checksum(path.read_bytes()) != meant and checksum(before.read_bytes()) == meant:
+    try:
+        meant = read_config(path.parent)["weights"]
+    except ValueError:  # it means neither
+        meant = None
+    right = path.exists() and checksum(path.read_bytes()) == meant
+    if not right and checksum(before.read_bytes()) == meant:
         os.replace(before, path)
     else:
         before.unlink()

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
@@ -166,8 +167,9 @@ def first_block(
     eps: float,  # added to the variance
 ) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
     "Convolution, batch normalisation, max-pooling and ReLU, with normalised filters."
-    centre, covariance = moments(patches(x.double()))
-    flat = filters.flatten(1).double()
+    wide = x.dtype if _lowered.get() else torch.float64
+    centre, covariance = moments(patches(x.to(wide)))
+    flat = filters.flatten(1).to(wide)
     mean = (flat @ centre).to(shift) + shift
     var = ((flat @ covariance) * flat).sum(1).to(shift)
     scale = weight * torch.rsqrt(var + eps)
@@ -205,6 +207,7 @@ def first_and_plain(
 
 # %% ../nbs/A8_kernels.ipynb #2760922f
 PRECISIONS = ("float32", "tf32", "bfloat16")
+_lowered: ContextVar[bool] = ContextVar("lowered", default=False)  # to bfloat16
 
 
 @contextmanager
@@ -222,7 +225,11 @@ def precise(
         _allowed(tf32=precision != "float32"),
         _Casts() if precision == "bfloat16" else nullcontext(),
     ):
-        yield
+        token = _lowered.set(precision == "bfloat16")
+        try:
+            yield
+        finally:
+            _lowered.reset(token)
 
 
 @contextmanager

@@ -347,6 +347,10 @@ def test_half_an_update_is_undone():
     (folder / "elsewhere").rename(hidden)
     save(folder, MAML(MLP([2, 8, 3]), lr=0.9))
     assert metabook.load(folder).lr == 0.9 and not hidden.exists()
+    hidden.write_bytes(b"left by somebody")
+    (folder / "config.json").write_text("{")  # and nobody knows what was meant
+    save(folder, MAML(MLP([2, 8, 3]), lr=0.6))
+    assert metabook.load(folder).lr == 0.6 and not hidden.exists()
 
 
 def test_an_error_while_writing_keeps_the_earlier_folder():
@@ -467,6 +471,10 @@ def test_an_error_while_writing_keeps_the_earlier_folder():
     (folder / "elsewhere").rename(hidden)
     save(folder, MAML(MLP([2, 8, 3]), lr=0.9))
     assert metabook.load(folder).lr == 0.9 and not hidden.exists()
+    hidden.write_bytes(b"left by somebody")
+    (folder / "config.json").write_text("{")  # and nobody knows what was meant
+    save(folder, MAML(MLP([2, 8, 3]), lr=0.6))
+    assert metabook.load(folder).lr == 0.6 and not hidden.exists()
     # cell 74b3ee62
     learner = MAML(MLP([2, 8, 3]))
     folder = save(fresh(), learner)
