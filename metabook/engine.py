@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from .checkpoints import log
 from .episodes import Episode, count, positive
-from .kernels import keep_memory
+from .kernels import keep_memory, lifting
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
 from .processes import Lost, Shared, summed_
@@ -45,7 +45,8 @@ def over_tasks(
     Both give the same numbers, and gradients flow through both.
     """
     if lift == "vmap":
-        return torch.func.vmap(f)(*args)
+        with lifting():
+            return torch.func.vmap(f)(*args)
     results = [f(*tree_map(lambda t, i=i: t[i], args)) for i in range(count(args))]
     return tree_map(lambda *t: torch.stack(t), *results)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, wrap_torch_function
 
 try:
     from jaxtyping import Float
@@ -24,8 +24,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['LARGE', 'LARGE_LOW', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'worthwhile', 'eager_on_cpu',
-           'BatchNormKernel', 'batch_norm', 'merge', 'first_block', 'patches', 'moments', 'first_and_plain', 'precise']
+__all__ = ['LARGE', 'LARGE_LOW', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'lifting', 'worthwhile', 'eager_on_cpu',
+           'whole', 'BatchNormKernel', 'batch_norm', 'merge', 'first_block', 'patches', 'moments', 'pooled',
+           'first_and_plain', 'precise']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
 def channels_last(
@@ -51,20 +52,41 @@ def keep_memory() -> bool:  # was there somebody to tell?
 # %% ../nbs/A8_kernels.ipynb #ca30e97f
 LARGE = 2**18  # numbers: with fewer the plain function is as fast
 LARGE_LOW = 2**15  # the same in bfloat16
-PORTION = 2**19  # numbers of a portion, two megabytes in float32: what a core's cache holds
+PORTION = 2**22  # bytes of a portion: what the caches hold beside everything else
+_lifted: ContextVar[bool] = ContextVar("lifted", default=False)  # over tasks, by `vmap`
+
+
+@contextmanager
+def lifting() -> Iterator[None]:
+    "Within it, functions run under `vmap`: kernels stand aside.  A compiler needs no telling."
+    if torch.compiler.is_compiling():
+        yield
+        return
+    token = _lifted.set(True)
+    try:
+        yield
+    finally:
+        _lifted.reset(token)
 
 
 def worthwhile(
     x: Tensor,  # what a kernel would read
 ) -> bool:
-    "Is it a job for a kernel: much to do on a CPU, and no compiler that would do better?"
+    "Is it a job for a kernel: much to do on a CPU, not lifted, and no compiler that would do better?"
     large = LARGE_LOW if x.dtype == torch.bfloat16 else LARGE
-    return x.numel() >= large and eager_on_cpu(x)
+    return x.numel() >= large and eager_on_cpu(x) and not _lifted.get()
 
 
 def eager_on_cpu(x: Tensor) -> bool:
     "Is there no GPU and no compiler, which have ways of their own?"
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def whole(
+    f: Callable[..., Any],  # a function of tensors
+) -> Callable[..., Any]:
+    "`f` as one operation to those who look at each, as `precise` does: they are asked once."
+    return wrap_torch_function(lambda *args: [a for a in args if isinstance(a, Tensor)])(f)
 
 
 class BatchNormKernel(Function):
@@ -75,7 +97,7 @@ class BatchNormKernel(Function):
         if x.dtype == torch.bfloat16:
             y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
             return y, mean, inverse.square().reciprocal() - eps
-        portions = x.split(max(1, PORTION // x[0].numel()))
+        portions = x.split(max(1, PORTION // x[0].nbytes))
         of_portions = zip(*map(_statistics, portions), strict=True)
         mean, var = merge(*map(torch.stack, of_portions), [len(p) for p in portions])
         scale = weight * torch.rsqrt(var + eps)
@@ -121,6 +143,7 @@ def _built_in_backward(g: Tensor, x: Tensor, weight: Tensor, *of_batch: Any) -> 
     )
 
 
+@whole
 def batch_norm(
     plain: Callable[..., tuple[Tensor, Tensor, Tensor]],  # the definition
     x: Float[Tensor, "n channels *space"],  # what is normalised by its own statistics
@@ -158,6 +181,7 @@ def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     return mean, centred.square_().sum(axes) / n
 
 # %% ../nbs/A8_kernels.ipynb #02f743d7
+@whole
 def first_block(
     x: Float[Tensor, "n channels height width"],  # images of few channels
     filters: Float[Tensor, "out channels 3 3"],  # of the convolution
@@ -167,32 +191,57 @@ def first_block(
     eps: float,  # added to the variance
 ) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
     "Convolution, batch normalisation, max-pooling and ReLU, with normalised filters."
+    p = patches(x)
     wide = x.dtype if _lowered.get() else torch.float64
-    centre, covariance = moments(patches(x.to(wide)))
-    flat = filters.flatten(1).to(wide)
-    mean = (flat @ centre).to(shift) + shift
-    var = ((flat @ covariance) * flat).sum(1).to(shift)
+    centre, covariance = moments(p.to(wide))
+    w = filters.flatten(1)
+    v = torch.cat([w, shift[:, None]], 1).to(wide)
+    mean = (v @ centre).to(shift)
+    var = ((v @ covariance) * v).sum(1).to(shift)
     scale = weight * torch.rsqrt(var + eps)
-    maps = F.conv2d(x, filters * scale.view(-1, 1, 1, 1), bias + (shift - mean) * scale, padding=1)
-    return F.relu(F.max_pool2d(maps, 2)), mean, var
+    normalised = torch.cat([scale[:, None] * w, (bias + scale * (shift - mean))[:, None]], 1)
+    return pooled(p, normalised, x.shape[2:]), mean, var
 
 
 def patches(
     x: Float[Tensor, "n channels height width"],  # images
-) -> Float[Tensor, "patch positions"]:  # nine numbers for each channel
-    "What a 3x3 filter sees at each pixel."
-    height, width = x.shape[2:]
-    padded = F.pad(x, (1, 1, 1, 1)).transpose(0, 1)
-    shifted = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return torch.stack(shifted, 1).flatten(0, 1).flatten(1)
+) -> Float[Tensor, "n features pixels"]:  # nine numbers for each channel, and a one
+    "What a 3x3 filter sees at each pixel, and a one for its shift."
+    _, channels, height, width = x.shape
+    padded = F.pad(x, (1, 1, 1, 1))
+    shifted = [
+        padded[:, c, i : i + height, j : j + width].flatten(1)
+        for c in range(channels)
+        for i in range(3)
+        for j in range(3)
+    ]
+    return torch.stack([*shifted, torch.ones_like(shifted[0])], 1)
 
 
 def moments(
-    v: Float[Tensor, "features n"],  # values
+    p: Float[Tensor, "n features pixels"],  # patches: the last feature is one
 ) -> tuple[Float[Tensor, "features"], Float[Tensor, "features features"]]:
-    "Mean and covariance."
-    mean = v.mean(1)
-    return mean, v @ v.T / v.shape[1] - torch.outer(mean, mean)
+    "Mean and covariance of the features over all pixels."
+    second = torch.bmm(p, p.mT).sum(0) / (len(p) * p.shape[2])
+    return second[-1], second - torch.outer(second[-1], second[-1])
+
+
+def pooled(
+    p: Float[Tensor, "n features pixels"],  # patches
+    filters: Float[Tensor, "out features"],  # what each is multiplied by
+    size: tuple[int, int],  # height and width of the maps
+) -> Float[Tensor, "n out half_height half_width"]:
+    "ReLU of the largest product in each square of four pixels; portion after portion, channels last."
+    dtype = torch.bfloat16 if _lowered.get() else p.dtype
+    p, columns = p.to(dtype), filters.to(dtype).T
+    image = dtype.itemsize * p.shape[2] * len(filters)  # bytes of the maps of one image
+
+    def largest(p: Tensor) -> Tensor:
+        maps = torch.bmm(p.mT, columns.expand(len(p), -1, -1)).unflatten(1, size)
+        return F.max_pool2d(maps.permute(0, 3, 1, 2), 2)
+
+    y = F.relu(torch.cat([largest(part) for part in p.split(max(1, PORTION // image))]))
+    return y.contiguous() if _lifted.get() else y
 
 
 def first_and_plain(

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from metabook import kernels
 from metabook.networks import call, normalise
@@ -214,6 +215,98 @@ def test_the_kernel_lifts():
     torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
 
 
+def test_helpers_save_detours():
+    # cell e5f029c7
+    assert [
+        v.item()
+        for v in kernels.merge(torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]]), [1, 2])
+    ] == [3, 4]
+    torch.manual_seed(0)
+    x = 1000 + torch.randn(5, 3, 8, 8)
+    parts = [x[:2], x[2:]]
+    means = torch.stack([p.mean((0, 2, 3)) for p in parts])
+    variances = torch.stack([p.var((0, 2, 3), correction=0) for p in parts])
+    mean, var = kernels.merge(means, variances, [2, 3])
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(
+        var, x.double().var((0, 2, 3), correction=0).float(), rtol=1e-4, atol=0
+    )
+
+    # cell 4fc1d47c
+    def agree(f, g, arguments):
+        "Do two functions of tensors have the same value, gradient and second derivative?"
+
+        def derivatives(f):
+            def loss(*x):
+                return f(*x).sin().sum()
+
+            inner = grad(loss, tuple(range(len(arguments))))
+            x = [a.clone().requires_grad_() for a in arguments]
+            value = f(*x)
+            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
+            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
+            return value, first, second
+
+        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
+            size = max(
+                w.abs().max().item() for w in wanted
+            )  # a gradient may be zero but for rounding
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
+
+    def large_maps(n=24, channels=64, size=28):
+        torch.manual_seed(0)
+        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
+        return x, torch.randn(channels).double(), torch.randn(channels).double()
+
+    # cell 197c357c
+    x, weight, bias = large_maps()
+    assert kernels.worthwhile(x) and not kernels.worthwhile(x[:1])
+    agree(
+        lambda *a: kernels.batch_norm(normalise, *a, 1e-5)[0],
+        lambda *a: normalise(*a, 1e-5)[0],
+        [x, weight, bias],
+    )
+    for found, wanted in zip(
+        kernels.batch_norm(normalise, x, weight, bias, 0.1),
+        normalise(x, weight, bias, 0.1),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+    # cell 2ef86a99
+    x, weight, bias = large_maps(n=3 * 24)
+    tasks = x.unflatten(0, (3, 24))
+
+    def inner_gradient(norm):
+        "Of one task: how its squared output changes with the scale, and how that depends on the maps."
+
+        def f(x, weight):
+            return grad(lambda w: norm(x, w, bias, 1e-5)[0].pow(3).sum())(weight)
+
+        return f
+
+    kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
+    lifted = vmap(kernel, (0, None))(tasks, weight)
+    torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
+
+    # cell cf8cbbe5
+    class Asked(TorchFunctionMode):
+        "Counts what it is asked about."
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    x, weight, bias = large_maps()
+    with kernels.lifting():
+        assert not kernels.worthwhile(x)
+    assert kernels.worthwhile(x)
+    with Asked() as mode:
+        mode.names = []
+        y, *_ = kernels.batch_norm(normalise, x, weight, bias, 1e-5)
+    assert mode.names == ["batch_norm"]
+    assert torch.equal(y, kernels.batch_norm(normalise, x, weight, bias, 1e-5)[0])
+
+
 def test_the_kernel_in_bfloat16():
     # cell e5f029c7
     assert [
@@ -286,6 +379,24 @@ def test_the_kernel_in_bfloat16():
     kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
     lifted = vmap(kernel, (0, None))(tasks, weight)
     torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
+
+    # cell cf8cbbe5
+    class Asked(TorchFunctionMode):
+        "Counts what it is asked about."
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    x, weight, bias = large_maps()
+    with kernels.lifting():
+        assert not kernels.worthwhile(x)
+    assert kernels.worthwhile(x)
+    with Asked() as mode:
+        mode.names = []
+        y, *_ = kernels.batch_norm(normalise, x, weight, bias, 1e-5)
+    assert mode.names == ["batch_norm"]
+    assert torch.equal(y, kernels.batch_norm(normalise, x, weight, bias, 1e-5)[0])
     # cell 646ab370
     x, weight, bias = (t.float() for t in large_maps())
     x = 2 * x  # a variance of 4
@@ -479,11 +590,15 @@ def test_the_first_block_lifts():
     # cell cbc7d0b8
     tasks = torch.randn(2, 24, 1, 28, 28).double()
     each = (torch.randn(2, 8, 1, 3, 3).double(), *torch.randn(3, 2, 8).double())
-    lifted = vmap(lambda *a: kernels.first_block(*a, 1e-5))(tasks, *each)
+    with kernels.lifting():
+        lifted = vmap(lambda *a: kernels.first_block(*a, 1e-5))(tasks, *each)
     for i in range(2):
-        single = kernels.first_block(tasks[i], *(a[i] for a in each), 1e-5)
-        for a, b in zip(lifted, single, strict=True):
-            torch.testing.assert_close(a[i], b)
+        arguments = [tasks[i], *(a[i] for a in each)]
+        with mock.patch.object(kernels, "PORTION", 5 * 8 * 28 * 28 * 8):  # five images at a time
+            in_portions = kernels.first_block(*arguments, 1e-5)
+        for a, b, c in zip(lifted, in_portions, conv_block(*arguments, 1e-5), strict=True):
+            torch.testing.assert_close(a[i], c)
+            torch.testing.assert_close(b, c)
 
 
 def test_second_derivatives_in_bfloat16():
