@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['LARGE', 'LARGE_LOW', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'lifting', 'worthwhile', 'eager_on_cpu',
-           'whole', 'BatchNormKernel', 'batch_norm', 'merge', 'first_block', 'patches', 'moments', 'pooled',
+           'whole', 'BatchNormKernel', 'batch_norm', 'merge', 'first_block', 'patches', 'moments', 'products',
            'first_and_plain', 'precise']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
@@ -86,7 +86,11 @@ def whole(
     f: Callable[..., Any],  # a function of tensors
 ) -> Callable[..., Any]:
     "`f` as one operation to those who look at each, as `precise` does: they are asked once."
-    return wrap_torch_function(lambda *args: [a for a in args if isinstance(a, Tensor)])(f)
+
+    def tensors(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+
+    return wrap_torch_function(tensors)(f)
 
 
 class BatchNormKernel(Function):
@@ -189,9 +193,10 @@ def first_block(
     weight: Float[Tensor, "out"],  # gamma
     bias: Float[Tensor, "out"],  # b
     eps: float,  # added to the variance
-) -> tuple[Tensor, Tensor, Tensor]:  # pooled maps, mean and variance before normalisation
-    "Convolution, batch normalisation, max-pooling and ReLU, with normalised filters."
-    p = patches(x)
+    pool: Literal["max", "stride"] = "max",  # how the block halves the image
+) -> tuple[Tensor, Tensor, Tensor]:  # halved maps, mean and variance before normalisation
+    "Convolution, batch normalisation, ReLU and a step that halves, with normalised filters."
+    p, size = patches(x, 2 if pool == "stride" else 1)
     wide = x.dtype if _lowered.get() else torch.float64
     centre, covariance = moments(p.to(wide))
     w = filters.flatten(1)
@@ -200,22 +205,26 @@ def first_block(
     var = ((v @ covariance) * v).sum(1).to(shift)
     scale = weight * torch.rsqrt(var + eps)
     normalised = torch.cat([scale[:, None] * w, (bias + scale * (shift - mean))[:, None]], 1)
-    return pooled(p, normalised, x.shape[2:]), mean, var
+    halve = partial(F.max_pool2d, kernel_size=2) if pool == "max" else None
+    y = F.relu(products(p, normalised, size, halve))
+    return y.contiguous() if _lifted.get() else y, mean, var
 
 
 def patches(
     x: Float[Tensor, "n channels height width"],  # images
-) -> Float[Tensor, "n features pixels"]:  # nine numbers for each channel, and a one
-    "What a 3x3 filter sees at each pixel, and a one for its shift."
+    step: int = 1,  # 2: of every other pixel of every other row
+) -> tuple[Float[Tensor, "n features pixels"], tuple[int, int]]:  # height and width of what is left
+    "What a 3x3 filter sees at each pixel, nine numbers for each channel, and a one for its shift."
     _, channels, height, width = x.shape
     padded = F.pad(x, (1, 1, 1, 1))
-    shifted = [
-        padded[:, c, i : i + height, j : j + width].flatten(1)
+    seen = [
+        padded[:, c, i : i + height : step, j : j + width : step]
         for c in range(channels)
         for i in range(3)
         for j in range(3)
     ]
-    return torch.stack([*shifted, torch.ones_like(shifted[0])], 1)
+    features = [s.flatten(1) for s in seen]
+    return torch.stack([*features, torch.ones_like(features[0])], 1), tuple(seen[0].shape[1:])
 
 
 def moments(
@@ -226,22 +235,24 @@ def moments(
     return second[-1], second - torch.outer(second[-1], second[-1])
 
 
-def pooled(
+def products(
     p: Float[Tensor, "n features pixels"],  # patches
     filters: Float[Tensor, "out features"],  # what each is multiplied by
     size: tuple[int, int],  # height and width of the maps
+    halve: Callable[[Tensor], Tensor] | None,  # what is done to them at once
 ) -> Float[Tensor, "n out half_height half_width"]:
-    "ReLU of the largest product in each square of four pixels; portion after portion, channels last."
+    "The maps of the filters, channels last; taken in portions if they are halved."
     dtype = torch.bfloat16 if _lowered.get() else p.dtype
     p, columns = p.to(dtype), filters.to(dtype).T
+
+    def maps(p: Tensor) -> Tensor:
+        flat = torch.bmm(p.mT, columns.expand(len(p), -1, -1))
+        return flat.unflatten(1, size).permute(0, 3, 1, 2)
+
+    if halve is None:
+        return maps(p)
     image = dtype.itemsize * p.shape[2] * len(filters)  # bytes of the maps of one image
-
-    def largest(p: Tensor) -> Tensor:
-        maps = torch.bmm(p.mT, columns.expand(len(p), -1, -1)).unflatten(1, size)
-        return F.max_pool2d(maps.permute(0, 3, 1, 2), 2)
-
-    y = F.relu(torch.cat([largest(part) for part in p.split(max(1, PORTION // image))]))
-    return y.contiguous() if _lifted.get() else y
+    return torch.cat([halve(maps(part)) for part in p.split(max(1, PORTION // image))])
 
 
 def first_and_plain(

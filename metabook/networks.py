@@ -291,13 +291,14 @@ class Conv4(nn.Module):
 
     def block(self, x: Tensor, conv: nn.Conv2d, norm: BatchNorm) -> Tensor:
         "Convolution, normalisation, ReLU, and the step that halves a map."
-        if self.pool == "stride":
-            return F.relu(norm(conv(x)))
         alone = type(norm) is BatchNorm and not (norm.given or norm.differentiates)
         if not alone or not kernels.first_and_plain(x, conv, norm):
-            return F.relu(F.max_pool2d(norm(conv(x)), 2))  # pooling first leaves less for ReLU
+            y = norm(conv(x))
+            return F.relu(
+                y if self.pool == "stride" else F.max_pool2d(y, 2)
+            )  # less is left for ReLU
         parameters = conv.weight, conv.bias, norm.weight, norm.bias
-        y, mean, var = kernels.first_block(x, *parameters, norm.eps)
+        y, mean, var = kernels.first_block(x, *parameters, norm.eps, self.pool)
         norm.note(mean, var)
         return y
 

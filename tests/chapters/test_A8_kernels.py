@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -442,27 +443,23 @@ def test_the_first_block_is_the_block():
         return x, torch.randn(channels).double(), torch.randn(channels).double()
 
     # cell db819fb9
-    def conv_block(x, filters, shift, weight, bias, eps):
+    def conv_block(x, filters, shift, weight, bias, eps, pool="max"):
         "The definition."
-        y, mean, var = normalise(F.conv2d(x, filters, shift, padding=1), weight, bias, eps)
-        return F.relu(F.max_pool2d(y, 2)), mean, var
+        maps = F.conv2d(x, filters, shift, stride=1 if pool == "max" else 2, padding=1)
+        y, mean, var = normalise(maps, weight, bias, eps)
+        return F.relu(F.max_pool2d(y, 2) if pool == "max" else y), mean, var
 
     # cell 84d9a7a0
     torch.manual_seed(0)
-    for channels in (1, 3):
+    for channels, pool in itertools.product((1, 3), ("max", "stride")):
         images = torch.randn(6, channels, 9, 9).double()
         filters = torch.randn(8, channels, 3, 3).double()
         shift, weight, bias = torch.randn(3, 8).double()
         arguments = [images, filters, shift, weight, bias]
-        for found, wanted in zip(
-            kernels.first_block(*arguments, 0.1), conv_block(*arguments, 0.1), strict=True
-        ):
+        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
+        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
             torch.testing.assert_close(found, wanted)
-        agree(
-            lambda *a: kernels.first_block(*a, 1e-5)[0],
-            lambda *a: conv_block(*a, 1e-5)[0],
-            arguments,
-        )
+        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
 
 
 def test_the_first_block_keeps_its_digits():
@@ -493,27 +490,23 @@ def test_the_first_block_keeps_its_digits():
         return x, torch.randn(channels).double(), torch.randn(channels).double()
 
     # cell db819fb9
-    def conv_block(x, filters, shift, weight, bias, eps):
+    def conv_block(x, filters, shift, weight, bias, eps, pool="max"):
         "The definition."
-        y, mean, var = normalise(F.conv2d(x, filters, shift, padding=1), weight, bias, eps)
-        return F.relu(F.max_pool2d(y, 2)), mean, var
+        maps = F.conv2d(x, filters, shift, stride=1 if pool == "max" else 2, padding=1)
+        y, mean, var = normalise(maps, weight, bias, eps)
+        return F.relu(F.max_pool2d(y, 2) if pool == "max" else y), mean, var
 
     # cell 84d9a7a0
     torch.manual_seed(0)
-    for channels in (1, 3):
+    for channels, pool in itertools.product((1, 3), ("max", "stride")):
         images = torch.randn(6, channels, 9, 9).double()
         filters = torch.randn(8, channels, 3, 3).double()
         shift, weight, bias = torch.randn(3, 8).double()
         arguments = [images, filters, shift, weight, bias]
-        for found, wanted in zip(
-            kernels.first_block(*arguments, 0.1), conv_block(*arguments, 0.1), strict=True
-        ):
+        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
+        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
             torch.testing.assert_close(found, wanted)
-        agree(
-            lambda *a: kernels.first_block(*a, 1e-5)[0],
-            lambda *a: conv_block(*a, 1e-5)[0],
-            arguments,
-        )
+        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
     # cell 6aa068a2
     torch.manual_seed(0)
     smooth = F.interpolate(torch.rand(40, 1, 4, 4), size=(28, 28), mode="bicubic")
@@ -555,27 +548,23 @@ def test_the_first_block_lifts():
         return x, torch.randn(channels).double(), torch.randn(channels).double()
 
     # cell db819fb9
-    def conv_block(x, filters, shift, weight, bias, eps):
+    def conv_block(x, filters, shift, weight, bias, eps, pool="max"):
         "The definition."
-        y, mean, var = normalise(F.conv2d(x, filters, shift, padding=1), weight, bias, eps)
-        return F.relu(F.max_pool2d(y, 2)), mean, var
+        maps = F.conv2d(x, filters, shift, stride=1 if pool == "max" else 2, padding=1)
+        y, mean, var = normalise(maps, weight, bias, eps)
+        return F.relu(F.max_pool2d(y, 2) if pool == "max" else y), mean, var
 
     # cell 84d9a7a0
     torch.manual_seed(0)
-    for channels in (1, 3):
+    for channels, pool in itertools.product((1, 3), ("max", "stride")):
         images = torch.randn(6, channels, 9, 9).double()
         filters = torch.randn(8, channels, 3, 3).double()
         shift, weight, bias = torch.randn(3, 8).double()
         arguments = [images, filters, shift, weight, bias]
-        for found, wanted in zip(
-            kernels.first_block(*arguments, 0.1), conv_block(*arguments, 0.1), strict=True
-        ):
+        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
+        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
             torch.testing.assert_close(found, wanted)
-        agree(
-            lambda *a: kernels.first_block(*a, 1e-5)[0],
-            lambda *a: conv_block(*a, 1e-5)[0],
-            arguments,
-        )
+        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
     # cell 6aa068a2
     torch.manual_seed(0)
     smooth = F.interpolate(torch.rand(40, 1, 4, 4), size=(28, 28), mode="bicubic")
@@ -590,15 +579,18 @@ def test_the_first_block_lifts():
     # cell cbc7d0b8
     tasks = torch.randn(2, 24, 1, 28, 28).double()
     each = (torch.randn(2, 8, 1, 3, 3).double(), *torch.randn(3, 2, 8).double())
-    with kernels.lifting():
-        lifted = vmap(lambda *a: kernels.first_block(*a, 1e-5))(tasks, *each)
-    for i in range(2):
-        arguments = [tasks[i], *(a[i] for a in each)]
-        with mock.patch.object(kernels, "PORTION", 5 * 8 * 28 * 28 * 8):  # five images at a time
-            in_portions = kernels.first_block(*arguments, 1e-5)
-        for a, b, c in zip(lifted, in_portions, conv_block(*arguments, 1e-5), strict=True):
-            torch.testing.assert_close(a[i], c)
-            torch.testing.assert_close(b, c)
+    for pool in ("max", "stride"):
+        with kernels.lifting():
+            lifted = vmap(lambda *a, p=pool: kernels.first_block(*a, 1e-5, p))(tasks, *each)
+        for i in range(2):
+            arguments = *(t[i] for t in (tasks, *each)), 1e-5, pool
+            with mock.patch.object(
+                kernels, "PORTION", 5 * 8 * 28 * 28 * 8
+            ):  # five images at a time
+                in_portions = kernels.first_block(*arguments)
+            for a, b, c in zip(lifted, in_portions, conv_block(*arguments), strict=True):
+                torch.testing.assert_close(a[i], c)
+                torch.testing.assert_close(b, c)
 
 
 def test_second_derivatives_in_bfloat16():
