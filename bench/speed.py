@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from bench.cases import Case, data_here, episodes_of, job_of, speed_cases
@@ -24,8 +25,12 @@ from bench.worker import Failed, Work, Worker
 
 ROUND = 0.2  # seconds that a round lasts at least
 # A gradient is right where its relative error is no larger than this, or than three times the error of the
-# plain loop in the same precision: that is what rounding does to this case.  Beyond one half, it is wrong.
+# plain loop in the same precision, or than what the exact gradient moves by when the parameters move by a
+# rounding error: that is what rounding does to this case.  Beyond one half, it is wrong.
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 1e-1}
+
+
+NUDGE, NUDGES = 1e-6, 3  # such a move, relative to each parameter, and how many are tried
 
 
 class Contender(NamedTuple):
@@ -57,7 +62,18 @@ def make(settings: dict[str, Any]) -> Work:
         step, net = looped(PEERS[name], job), job.plain
     else:
         step, net = OURS[name](job), job.conv4
+    if "nudge" in settings:
+        nudge(net, settings["nudge"])
     return Work(step, lambda: torch.cat([p.grad.flatten() for p in net.parameters()]))
+
+
+@torch.no_grad()
+def nudge(net: nn.Module, seed: int) -> None:
+    """Move each parameter by a rounding error."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        direction = torch.randn(p.shape, generator=generator).to(p)
+        p.mul_(1 + NUDGE * direction)
 
 
 def settings_of(case: Case, device: str, contender: Contender) -> dict[str, Any]:
@@ -66,13 +82,19 @@ def settings_of(case: Case, device: str, contender: Contender) -> dict[str, Any]
     return {"case": asdict(case), "device": device} | who
 
 
-def reference(case: Case, device: str, threads: int, path: Path) -> None:
-    """Leave the meta-gradient of the plain loop in float64 in a file."""
+def reference(case: Case, device: str, threads: int, path: Path) -> float:
+    """Leave the meta-gradient of the plain loop in float64 in a file; how far nudges move it at most."""
     with Worker(threads, device) as worker:
         plain = settings_of(case, device, Contender("autograd", "float64"))
         worker.ask("make", maker="bench.speed:make", settings=plain)
         worker.ask("first")
         worker.ask("save", path=str(path))
+        moves = []
+        for seed in range(NUDGES):
+            worker.ask("make", maker="bench.speed:make", settings=plain | {"nudge": seed})
+            worker.ask("first")
+            moves.append(worker.ask("error", path=str(path)))
+    return max(moves)
 
 
 class Race:
@@ -145,12 +167,15 @@ def measured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["status"] != "failed"]
 
 
-def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def judged(
+    rows: list[dict[str, Any]],
+    moved: float = 0.0,  # by how much nudges move the exact gradient: a lot, next to a kink
+) -> list[dict[str, Any]]:
     """The rows of one case with the verdict on their gradients: "right" or "wrong"."""
     plain = {row["precision"]: row["error"] for row in measured(rows) if row["name"] == "autograd"}
     for row in measured(rows):
-        rounding = 3 * plain.get(row["precision"], 0.0)
-        row["tolerance"] = min(0.5, max(TOLERANCE[row["precision"]], rounding))
+        rounding = max(3 * plain.get(row["precision"], 0.0), moved)
+        row["moved"], row["tolerance"] = moved, min(0.5, max(TOLERANCE[row["precision"]], rounding))
         row["status"] = "right" if row["error"] <= row["tolerance"] else "wrong"
     return rows
 
@@ -177,12 +202,12 @@ def race(
     """Run one case; the rows of its contenders."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
         path = Path(folder) / "reference.pt"
-        reference(case, device, threads, path)
+        moved = reference(case, device, threads, path)
         running = Race(stack, case, device, threads, who)
         with tqdm(total=rounds, desc=case.name, leave=False) as bar:
             running.run(rounds, bar)
         running.check(path)
-    return compared(judged(list(running.rows())))
+    return compared(judged(list(running.rows()), moved))
 
 
 def speed(

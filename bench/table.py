@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from bench.soak import MIB, conclusion
+from bench.speed import TOLERANCE
 
 
 def milliseconds(row: dict[str, Any]) -> str:
@@ -34,6 +35,11 @@ def speed_table(content: dict[str, Any]) -> str:
         group = list(rows)
         of = group[0]
         lines += ["", f"{case}: {of['tasks']} tasks, {of['query']} queries a class, {of['data']}"]
+        moved = max((row["moved"] for row in group if row["status"] != "failed"), default=0.0)
+        if moved > TOLERANCE["float32"]:
+            lines += [
+                f"  next to a kink: the exact gradient moves by {moved:.0e} with its parameters"
+            ]
         lines += [
             f"  {'':12} {'':8} {'ms':>9}  {'(quartiles)':20} {'tasks/s':>8} {'peer':>7} {'float32':>7}"
             f" {'MiB':>7} {'first s':>8} {'error':>8}"

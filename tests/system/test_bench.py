@@ -23,7 +23,7 @@ from bench.processes import counts, launched
 from bench.report import report, write
 from bench.sampling import Episodes
 from bench.soak import MIB, conclusion, slope, soak, verdict
-from bench.speed import Contender, compared, judged, make, race, settings_of
+from bench.speed import Contender, compared, judged, make, nudge, race, settings_of
 from bench.table import TABLES
 from bench.worker import Failed, Worker, one_line
 from metabook.episodes import FewShot
@@ -42,7 +42,7 @@ FIELDS = {
     "rounds",
     "tasks_per_second",
 }
-FIELDS |= {"peak_memory", "first_step", "error", "tolerance", "vs_peer", "vs_float32_peer"}
+FIELDS |= {"peak_memory", "first_step", "error", "moved", "tolerance", "vs_peer", "vs_float32_peer"}
 
 
 def gradient(case: Case, name: str, precision: str = "float64") -> torch.Tensor:
@@ -97,6 +97,22 @@ def test_a_wrong_gradient_is_told():
         row("ours-vmap", relative_error(wanted * torch.nan, wanted)),
     ]
     assert [r["status"] for r in judged(rows)] == ["right", "wrong", "wrong"]
+
+
+@pytest.mark.parametrize("moved, verdict", [(0.01, "wrong"), (0.1, "right"), (10.0, "right")])
+def test_next_to_a_kink_the_exact_gradient_sets_the_bound(moved, verdict):
+    rows = judged([row("autograd", 0.0), row("ours-loop", 0.05), row("higher", 0.6)], moved)
+    assert [r["status"] for r in rows] == ["right", verdict, "wrong"]
+
+
+def test_a_nudge_is_a_rounding_error():
+    start, moved, again = (Job(TINY).plain for _ in range(3))
+    nudge(moved, seed=1)
+    nudge(again, seed=1)
+    for p, q, r in zip(*(net.parameters() for net in (start, moved, again)), strict=True):
+        assert torch.equal(q, r)
+        assert (q - p).norm() <= 3e-6 * p.norm()
+    assert 3e-7 < relative_error(*(net.convs[1].weight.double() for net in (moved, start))) < 3e-6
 
 
 def test_ratios_are_to_the_fastest_peer_that_is_right():
