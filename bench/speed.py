@@ -70,11 +70,13 @@ def make(settings: dict[str, Any]) -> Work:
 
 @torch.no_grad()
 def nudge(net: nn.Module, seed: int) -> None:
-    """Move each parameter by a rounding error."""
+    """Move each parameter by the rounding errors of a few float32 operations."""
     generator = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         direction = torch.randn(p.shape, generator=generator).to(p)
-        p.mul_(1 + NUDGE * direction)
+        p.add_(
+            NUDGE * direction * p.abs().where(p != 0, 1)
+        )  # a bias that starts at zero moves, too
 
 
 def settings_of(case: Case, device: str, contender: Contender) -> dict[str, Any]:

@@ -45,10 +45,19 @@ def over_tasks(
     Both give the same numbers, and gradients flow through both.
     """
     if lift == "vmap":
-        with lifting():
-            return torch.func.vmap(f)(*args)
+        return _vectorised(f)(*args)
     results = [f(*tree_map(lambda t, i=i: t[i], args)) for i in range(count(args))]
     return tree_map(lambda *t: torch.stack(t), *results)
+
+
+def _vectorised(f: Callable[..., Any], dims: Any = 0) -> Callable[..., Any]:
+    "`vmap(f)`, and no kernel is tried within."
+
+    def lifted(*args: Any) -> Any:
+        with lifting():
+            return torch.func.vmap(f, dims)(*args)
+
+    return lifted
 
 # %% ../nbs/A2_engine.ipynb #a179cecb
 FITS = 2**23  # numbers, 32 MiB in float32: with more in flight at once a loop is faster on a CPU
@@ -385,7 +394,7 @@ class Recomputed(Function):
 
     @staticmethod
     def vmap(info, dims, f, inputs, *tensors):
-        lifted = torch.func.vmap(f, dims[2 : 2 + inputs], randomness="error")
+        lifted = _vectorised(f, dims[2 : 2 + inputs])
         results = Recomputed.apply(lifted, inputs, *tensors)
         return results, (0,) * len(results)
 
@@ -451,7 +460,7 @@ def _ask_in_parts(learner: Learner, episodes: Episode, lift: Lift, queries: str)
 
 def _singly(learner: Learner, state: Any, x: Tensor) -> Tensor:
     "Predictions for the queries of one task, one by one, as a user would ask them."
-    return torch.func.vmap(lambda one: learner.predict(state, one[None])[0])(x)
+    return _vectorised(lambda one: learner.predict(state, one[None])[0])(x)
 
 # %% ../nbs/A2_engine.ipynb #e9e5742d
 class Replayed:

@@ -85,7 +85,7 @@ def eager_on_cpu(x: Tensor) -> bool:
 def whole(
     f: Callable[..., Any],  # a function of tensors
 ) -> Callable[..., Any]:
-    "`f` as one operation to those who look at each, as `precise` does: they are asked once."
+    "`f` as one operation to those who look at each, as `precise` does; it has to cast by itself."
 
     def tensors(*args: Any, **kwargs: Any) -> list[Tensor]:
         return [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -197,17 +197,19 @@ def first_block(
 ) -> tuple[Tensor, Tensor, Tensor]:  # halved maps, mean and variance before normalisation
     "Convolution, batch normalisation, ReLU and a step that halves, with normalised filters."
     p, size = patches(x, 2 if pool == "stride" else 1)
-    wide = x.dtype if _lowered.get() else torch.float64
-    centre, covariance = moments(p.to(wide))
+    centre, covariance = moments(p.to(torch.float32 if _lowered.get() else torch.float64))
     w = filters.flatten(1)
-    v = torch.cat([w, shift[:, None]], 1).to(wide)
-    mean = (v @ centre).to(shift)
-    var = ((v @ covariance) * v).sum(1).to(shift)
+    v = w.to(centre)
+    offset = (v @ centre).to(w)  # the mean but for the shift
+    var = ((v @ covariance) * v).sum(1).to(w).clamp_min(0)  # rounding could make it negative
     scale = weight * torch.rsqrt(var + eps)
-    normalised = torch.cat([scale[:, None] * w, (bias + scale * (shift - mean))[:, None]], 1)
+    constant = bias - scale * offset + (shift - shift)  # its gradient is zero, not missing
+    normalised = torch.cat([scale[:, None] * w, constant[:, None]], 1)
     halve = partial(F.max_pool2d, kernel_size=2) if pool == "max" else None
     y = F.relu(products(p, normalised, size, halve))
-    return y.contiguous() if _lifted.get() else y, mean, var
+    if _lifted.get():  # the grouped convolution that follows knows the default layout only
+        y = y.contiguous()
+    return y, offset + shift, var
 
 
 def patches(
@@ -229,10 +231,11 @@ def patches(
 
 def moments(
     p: Float[Tensor, "n features pixels"],  # patches: the last feature is one
-) -> tuple[Float[Tensor, "features"], Float[Tensor, "features features"]]:
-    "Mean and covariance of the features over all pixels."
+) -> tuple[Float[Tensor, "others"], Float[Tensor, "others others"]]:
+    "Mean and covariance of the other features over all pixels."
     second = torch.bmm(p, p.mT).sum(0) / (len(p) * p.shape[2])
-    return second[-1], second - torch.outer(second[-1], second[-1])
+    mean = second[-1, :-1]  # of products with one
+    return mean, second[:-1, :-1] - torch.outer(mean, mean)
 
 
 def products(
@@ -259,10 +262,15 @@ def first_and_plain(
     x: Float[Tensor, "n channels height width"],  # images
     conv: nn.Conv2d,  # what would be replaced
     norm: nn.Module,  # the normalisation after it
+    pool: Literal["max", "stride"] = "max",  # how the block halves the image
 ) -> bool:
     "Few channels on a CPU, and two modules that may be bypassed?"
-    heard = any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))
-    plain = type(conv) is nn.Conv2d and conv.bias is not None and not heard
+    hooks = "forward", "forward_pre", "backward", "backward_pre"
+    heard = any(getattr(m, f"_{kind}_hooks") for m in (conv, norm) for kind in hooks)
+    step = (2, 2) if pool == "stride" else (1, 1)
+    built = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    usual = built == ((3, 3), step, (1, 1), (1, 1), 1) and conv.padding_mode == "zeros"
+    plain = type(conv) is nn.Conv2d and usual and conv.bias is not None and not heard
     return x.shape[1] <= 3 and plain and eager_on_cpu(x)
 
 # %% ../nbs/A8_kernels.ipynb #2760922f

@@ -292,7 +292,8 @@ class Conv4(nn.Module):
     def block(self, x: Tensor, conv: nn.Conv2d, norm: BatchNorm) -> Tensor:
         "Convolution, normalisation, ReLU, and the step that halves a map."
         alone = type(norm) is BatchNorm and not (norm.given or norm.differentiates)
-        if not alone or not kernels.first_and_plain(x, conv, norm):
+        first = conv is self.convs[0] and kernels.first_and_plain(x, conv, norm, self.pool)
+        if not (first and alone):
             y = norm(conv(x))
             return F.relu(
                 y if self.pool == "stride" else F.max_pool2d(y, 2)

@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from contextvars import ContextVar
 from functools import partial
 from unittest import mock
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from metabook import kernels
-from metabook.networks import call, normalise
+from metabook.networks import Conv4, call, normalise
 
 
 def test_layout_changes_no_number():
@@ -452,7 +451,7 @@ def test_the_first_block_is_the_block():
     # cell 84d9a7a0
     torch.manual_seed(0)
     for channels, pool in itertools.product((1, 3), ("max", "stride")):
-        images = torch.randn(6, channels, 9, 9).double()
+        images = torch.randn(6, channels, 9, 12).double()
         filters = torch.randn(8, channels, 3, 3).double()
         shift, weight, bias = torch.randn(3, 8).double()
         arguments = [images, filters, shift, weight, bias]
@@ -499,7 +498,7 @@ def test_the_first_block_keeps_its_digits():
     # cell 84d9a7a0
     torch.manual_seed(0)
     for channels, pool in itertools.product((1, 3), ("max", "stride")):
-        images = torch.randn(6, channels, 9, 9).double()
+        images = torch.randn(6, channels, 9, 12).double()
         filters = torch.randn(8, channels, 3, 3).double()
         shift, weight, bias = torch.randn(3, 8).double()
         arguments = [images, filters, shift, weight, bias]
@@ -511,10 +510,11 @@ def test_the_first_block_keeps_its_digits():
     torch.manual_seed(0)
     smooth = F.interpolate(torch.rand(40, 1, 4, 4), size=(28, 28), mode="bicubic")
     edge = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]).view(1, 1, 3, 3)
-    arguments = smooth, edge, torch.zeros(1), torch.ones(1), torch.zeros(1)
+    arguments = smooth, edge, torch.full((1,), 1e4), torch.ones(1), torch.zeros(1)
     exact = kernels.first_block(*(a.double() for a in arguments), 1e-12)[0]
     error = ((kernels.first_block(*arguments, 1e-12)[0] - exact).norm() / exact.norm()).item()
-    with mock.patch.object(kernels, "_lowered", ContextVar("single", default=True)):
+    in_single = partial(lambda f, p: [m.double() for m in f(p.float())], kernels.moments)
+    with mock.patch.object(kernels, "moments", in_single):
         single = ((kernels.first_block(*arguments, 1e-12)[0] - exact).norm() / exact.norm()).item()
     print(f"relative error {error:.1e}, in single precision {single:.1e}")
     assert error < 1e-4 < single
@@ -557,7 +557,7 @@ def test_the_first_block_lifts():
     # cell 84d9a7a0
     torch.manual_seed(0)
     for channels, pool in itertools.product((1, 3), ("max", "stride")):
-        images = torch.randn(6, channels, 9, 9).double()
+        images = torch.randn(6, channels, 9, 12).double()
         filters = torch.randn(8, channels, 3, 3).double()
         shift, weight, bias = torch.randn(3, 8).double()
         arguments = [images, filters, shift, weight, bias]
@@ -569,10 +569,11 @@ def test_the_first_block_lifts():
     torch.manual_seed(0)
     smooth = F.interpolate(torch.rand(40, 1, 4, 4), size=(28, 28), mode="bicubic")
     edge = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]).view(1, 1, 3, 3)
-    arguments = smooth, edge, torch.zeros(1), torch.ones(1), torch.zeros(1)
+    arguments = smooth, edge, torch.full((1,), 1e4), torch.ones(1), torch.zeros(1)
     exact = kernels.first_block(*(a.double() for a in arguments), 1e-12)[0]
     error = ((kernels.first_block(*arguments, 1e-12)[0] - exact).norm() / exact.norm()).item()
-    with mock.patch.object(kernels, "_lowered", ContextVar("single", default=True)):
+    in_single = partial(lambda f, p: [m.double() for m in f(p.float())], kernels.moments)
+    with mock.patch.object(kernels, "moments", in_single):
         single = ((kernels.first_block(*arguments, 1e-12)[0] - exact).norm() / exact.norm()).item()
     print(f"relative error {error:.1e}, in single precision {single:.1e}")
     assert error < 1e-4 < single
@@ -580,20 +581,81 @@ def test_the_first_block_lifts():
     tasks = torch.randn(2, 24, 1, 28, 28).double()
     each = (torch.randn(2, 8, 1, 3, 3).double(), *torch.randn(3, 2, 8).double())
     for pool in ("max", "stride"):
-        with kernels.lifting():
+        some = mock.patch.object(kernels, "PORTION", 5 * 8 * 28 * 28 * 8)  # five images at a time
+        with some, kernels.lifting():
             lifted = vmap(lambda *a, p=pool: kernels.first_block(*a, 1e-5, p))(tasks, *each)
+        assert lifted[0].is_contiguous()
         for i in range(2):
             arguments = *(t[i] for t in (tasks, *each)), 1e-5, pool
-            with mock.patch.object(
-                kernels, "PORTION", 5 * 8 * 28 * 28 * 8
-            ):  # five images at a time
+            with some:
                 in_portions = kernels.first_block(*arguments)
+            assert in_portions[0].is_contiguous(memory_format=torch.channels_last)
             for a, b, c in zip(lifted, in_portions, conv_block(*arguments), strict=True):
                 torch.testing.assert_close(a[i], c)
                 torch.testing.assert_close(b, c)
 
 
+def test_only_a_plain_block_is_replaced():
+    # cell d61fa19a
+    def replaced(change=lambda net: None, channels=1):
+        "Whether the first block of a network is, after a change."
+        net = Conv4()
+        change(net)
+        return kernels.first_and_plain(torch.rand(2, channels, 28, 28), net.convs[0], net.norms[0])
+
+    def put(conv):
+        return lambda net: net.convs.__setitem__(0, conv)
+
+    assert replaced() and not replaced(channels=4)
+    for change in (
+        lambda net: net.convs[0].register_forward_hook(print),
+        lambda net: net.norms[0].register_full_backward_hook(print),
+        put(nn.Conv2d(1, 64, 3, padding=2, dilation=2)),
+        put(nn.Conv2d(1, 64, 3, 2, padding=1)),
+        put(nn.Conv2d(1, 64, 3, padding=1, padding_mode="reflect")),
+        put(nn.Conv2d(1, 64, 3, padding=1, bias=False)),
+    ):
+        assert not replaced(change)
+
+
+def test_the_first_block_in_bfloat16():
+    # cell db819fb9
+    def conv_block(x, filters, shift, weight, bias, eps, pool="max"):
+        "The definition."
+        maps = F.conv2d(x, filters, shift, stride=1 if pool == "max" else 2, padding=1)
+        y, mean, var = normalise(maps, weight, bias, eps)
+        return F.relu(F.max_pool2d(y, 2) if pool == "max" else y), mean, var
+
+    # cell 4a9f0147
+    torch.manual_seed(0)
+    images, filters = torch.rand(20, 1, 28, 28), torch.randn(8, 1, 3, 3)
+    arguments = images, filters, *torch.randn(3, 8)
+    exact = conv_block(*arguments, 1e-5)
+    with kernels.precise("bfloat16"):
+        low = kernels.first_block(*arguments, 1e-5)
+    assert [t.dtype for t in low] == [torch.bfloat16, torch.float32, torch.float32]
+    for a, b, bound in zip(low, exact, (0.01, 1e-5, 1e-3), strict=True):
+        assert (a.float() - b).norm() < bound * b.norm()
+
+
 def test_second_derivatives_in_bfloat16():
+    # cell db819fb9
+    def conv_block(x, filters, shift, weight, bias, eps, pool="max"):
+        "The definition."
+        maps = F.conv2d(x, filters, shift, stride=1 if pool == "max" else 2, padding=1)
+        y, mean, var = normalise(maps, weight, bias, eps)
+        return F.relu(F.max_pool2d(y, 2) if pool == "max" else y), mean, var
+
+    # cell 4a9f0147
+    torch.manual_seed(0)
+    images, filters = torch.rand(20, 1, 28, 28), torch.randn(8, 1, 3, 3)
+    arguments = images, filters, *torch.randn(3, 8)
+    exact = conv_block(*arguments, 1e-5)
+    with kernels.precise("bfloat16"):
+        low = kernels.first_block(*arguments, 1e-5)
+    assert [t.dtype for t in low] == [torch.bfloat16, torch.float32, torch.float32]
+    for a, b, bound in zip(low, exact, (0.01, 1e-5, 1e-3), strict=True):
+        assert (a.float() - b).norm() < bound * b.norm()
     # cell 002583fd
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 3))

@@ -69,7 +69,9 @@ def test_the_two_networks_are_one(pool):
 
 
 @pytest.mark.parametrize("name", ["higher", "torchopt", "ours-loop", "ours-vmap"])
-@pytest.mark.parametrize("case", [SECOND, FIRST], ids=lambda case: case.method)
+@pytest.mark.parametrize(
+    "case", [SECOND, FIRST, replace(SECOND, pool="stride")], ids=lambda case: case.name
+)
 def test_every_contender_computes_what_the_plain_loop_computes(case, name):
     if name in PEERS:
         pytest.importorskip(name)
@@ -105,15 +107,13 @@ def test_next_to_a_kink_the_exact_gradient_sets_the_bound(moved, verdict):
     assert [r["status"] for r in rows] == ["right", verdict, "wrong"]
 
 
-def test_a_nudge_is_a_rounding_error():
-    start, moved, again = (Job(TINY).plain for _ in range(3))
+def test_a_nudge_moves_every_parameter_a_little():
+    start, moved, again = (Job(TINY, precision="float64").plain for _ in range(3))
     nudge(moved, seed=1)
     nudge(again, seed=1)
     for p, q, r in zip(*(net.parameters() for net in (start, moved, again)), strict=True):
-        assert torch.equal(q, r)
-        assert (q - p).norm() <= 3 * NUDGE * p.norm()
-    far = relative_error(*(net.convs[1].weight.double() for net in (moved, start)))
-    assert NUDGE / 3 < far < 3 * NUDGE
+        assert torch.equal(q, r) and (q != p).all()
+        assert ((q - p).abs() <= 6 * NUDGE * p.abs().where(p != 0, 1)).all()
 
 
 def test_ratios_are_to_the_fastest_peer_that_is_right():
