@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from .checkpoints import log
 from .episodes import Episode, count, positive
-from .kernels import keep_memory, lifting
+from .kernels import keep_memory, lifting, precision_of_now
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
 from .processes import Lost, Shared, summed_
@@ -412,9 +412,11 @@ def recomputing(learner: Learner) -> Iterator[None]:
     def forgotten(*args: Any) -> Any:
         tensors, structure = tree_flatten(args)
         made: list[Any] = []  # the structure of a step's result, once it is known
+        again = precision_of_now()
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-            leaves, result = tree_flatten(step(*tree_unflatten(tensors, structure)))
+            with again():
+                leaves, result = tree_flatten(step(*tree_unflatten(tensors, structure)))
             made[:] = [result]
             return tuple(leaves)
 

@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, Literal
@@ -26,7 +26,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 # %% auto #0
 __all__ = ['LARGE', 'LARGE_LOW', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'lifting', 'worthwhile', 'eager_on_cpu',
            'whole', 'BatchNormKernel', 'batch_norm', 'merge', 'first_block', 'patches', 'moments', 'products',
-           'first_and_plain', 'precise']
+           'first_and_plain', 'precise', 'precision_of_now']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
 def channels_last(
@@ -298,6 +298,22 @@ def precise(
             yield
         finally:
             _lowered.reset(token)
+
+
+def precision_of_now() -> Callable[[], AbstractContextManager[None]]:
+    "What brings the casts back in a backward pass, where PyTorch puts modes aside."
+    lowered = _lowered.get()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        token = _lowered.set(lowered)
+        try:
+            with _Casts() if lowered else nullcontext():
+                yield
+        finally:
+            _lowered.reset(token)
+
+    return again
 
 
 @contextmanager
