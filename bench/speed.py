@@ -28,8 +28,6 @@ ROUND = 0.2  # seconds that a round lasts at least
 # plain loop in the same precision, or than what the exact gradient moves by when the parameters move by a
 # rounding error: that is what rounding does to this case.  Beyond one half, it is wrong.
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 1e-1}
-
-
 NUDGE = 3e-6  # such a move, relative to each parameter: activations move as float32 moves them
 NUDGES = 5  # tries: one alone may leave an activation on its side of a kink
 
@@ -74,9 +72,8 @@ def nudge(net: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in net.parameters():
         direction = torch.randn(p.shape, generator=generator).to(p)
-        p.add_(
-            NUDGE * direction * p.abs().where(p != 0, 1)
-        )  # a bias that starts at zero moves, too
+        size = p.abs().where(p != 0, 1)  # a bias that starts at zero moves, too
+        p.add_(NUDGE * direction * size)
 
 
 def settings_of(case: Case, device: str, contender: Contender) -> dict[str, Any]:

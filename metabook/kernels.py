@@ -289,31 +289,24 @@ def precise(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}, expected one of {', '.join(PRECISIONS)}")
-    with (
-        _allowed(tf32=precision != "float32"),
-        _Casts() if precision == "bfloat16" else nullcontext(),
-    ):
-        token = _lowered.set(precision == "bfloat16")
-        try:
-            yield
-        finally:
-            _lowered.reset(token)
+    with _allowed(tf32=precision != "float32"), _casting(precision == "bfloat16"):
+        yield
 
 
 def precision_of_now() -> Callable[[], AbstractContextManager[None]]:
     "What brings the casts back in a backward pass, where PyTorch puts modes aside."
-    lowered = _lowered.get()
+    return partial(_casting, _lowered.get())
 
-    @contextmanager
-    def again() -> Iterator[None]:
-        token = _lowered.set(lowered)
-        try:
-            with _Casts() if lowered else nullcontext():
-                yield
-        finally:
-            _lowered.reset(token)
 
-    return again
+@contextmanager
+def _casting(lowered: bool) -> Iterator[None]:
+    "Casts to bfloat16, if they are wanted, and a note of it for those who cast by themselves."
+    token = _lowered.set(lowered)
+    try:
+        with _Casts() if lowered else nullcontext():
+            yield
+    finally:
+        _lowered.reset(token)
 
 
 @contextmanager

@@ -295,9 +295,8 @@ class Conv4(nn.Module):
         first = conv is self.convs[0] and kernels.first_and_plain(x, conv, norm, self.pool)
         if not (first and alone):
             y = norm(conv(x))
-            return F.relu(
-                y if self.pool == "stride" else F.max_pool2d(y, 2)
-            )  # less is left for ReLU
+            y = F.max_pool2d(y, 2) if self.pool == "max" else y  # before ReLU: less is left for it
+            return F.relu(y)
         parameters = conv.weight, conv.bias, norm.weight, norm.bias
         y, mean, var = kernels.first_block(x, *parameters, norm.eps, self.pool)
         norm.note(mean, var)
