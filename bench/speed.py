@@ -24,9 +24,11 @@ from bench.peers import PEERS, looped
 from bench.worker import Failed, Work, Worker
 
 ROUND = 0.2  # seconds that a round lasts at least
-# A gradient is right where its relative error is no larger than this, or than three times the error of the
-# plain loop in the same precision, or than what the exact gradient moves by when the parameters move by a
-# rounding error: that is what rounding does to this case.  Beyond one half, it is wrong.
+# A gradient is right where two relative errors are small.  That of the same code in float64 must be below
+# EXACT.  And that of the timed gradient must be no larger than TOLERANCE, or than three times the error of
+# the plain loop in the same precision, or than what the exact gradient moves by when the parameters move by
+# a rounding error: that is what rounding does to this case.  Beyond one half, it is wrong.
+EXACT = 1e-8
 TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 1e-1}
 NUDGE = 3e-6  # such a move, relative to each parameter: activations move as float32 moves them
 NUDGES = 5  # tries: one alone may leave an activation on its side of a kink
@@ -105,8 +107,9 @@ class Race:
         self.workers = {c: stack.enter_context(Worker(threads, device)) for c in who}
         self.times: dict[Contender, list[float]] = {c: [] for c in who}
         self.found: dict[Contender, dict[str, Any]] = {c: {} for c in who}
+        self.settings = {c: settings_of(case, device, c) for c in who}
         for c, worker in self.workers.items():
-            worker.tell("make", maker="bench.speed:make", settings=settings_of(case, device, c))
+            worker.tell("make", maker="bench.speed:make", settings=self.settings[c])
         for c in who:
             self.attempt(c)
 
@@ -131,10 +134,14 @@ class Race:
             bar.update()
 
     def check(self, path: Path) -> None:
-        """Peak memory, and the distance of the timed gradients from the reference."""
+        """Peak memory, and how far from the reference the timed gradients are, and the same code in float64."""
         for c in self.workers:
             memory = self.attempt(c, "peak")
             self.note(c, peak_memory=memory, error=self.attempt(c, "error", path=str(path)))
+            exact = self.settings[c] | {"precision": "float64"}
+            self.attempt(c, "make", maker="bench.speed:make", settings=exact)
+            self.attempt(c, "first")
+            self.note(c, error_float64=self.attempt(c, "error", path=str(path)))
 
     def note(self, c: Contender, **values: Any) -> None:
         """Keep what a contender answered, unless it has failed."""
@@ -176,7 +183,8 @@ def judged(
     for row in measured(rows):
         rounding = max(3 * plain.get(row["precision"], 0.0), moved)
         row["moved"], row["tolerance"] = moved, min(0.5, max(TOLERANCE[row["precision"]], rounding))
-        row["status"] = "right" if row["error"] <= row["tolerance"] else "wrong"
+        right = row["error_float64"] <= EXACT and row["error"] <= row["tolerance"]
+        row["status"] = "right" if right else "wrong"
     return rows
 
 

@@ -42,7 +42,7 @@ def speed_table(content: dict[str, Any]) -> str:
             ]
         lines += [
             f"  {'':12} {'':8} {'ms':>9}  {'(quartiles)':20} {'tasks/s':>8} {'peer':>7} {'float32':>7}"
-            f" {'MiB':>7} {'first s':>8} {'error':>8}"
+            f" {'MiB':>7} {'first s':>8} {'error':>8} {'float64':>8}"
         ]
         lines += [speed_line(row) for row in group]
     return "\n".join(lines)
@@ -54,8 +54,9 @@ def speed_line(row: dict[str, Any]) -> str:
     if row["status"] == "failed":
         return f"{who} failed: {row['reason']}"
     ratios = f"{times(row['vs_peer'])} {times(row['vs_float32_peer'])}"
-    cost = f"{row['peak_memory'] / 2**20:7.0f} {row['first_step']:8.2f} {row['error']:8.1e}"
-    line = f"{who} {milliseconds(row)} {row['tasks_per_second']:8.1f} {ratios} {cost}"
+    cost = f"{row['peak_memory'] / 2**20:7.0f} {row['first_step']:8.2f}"
+    errors = f"{row['error']:8.1e} {row['error_float64']:8.1e}"
+    line = f"{who} {milliseconds(row)} {row['tasks_per_second']:8.1f} {ratios} {cost} {errors}"
     return line if row["status"] == "right" else f"{line} WRONG"
 
 
