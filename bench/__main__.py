@@ -102,7 +102,10 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="of each contender")] = 10,
     threads: Annotated[int, typer.Option(min=1, help="of torch, each process")] = os.cpu_count()
     or 1,
-    only: Annotated[str, typer.Option(help="cases whose name holds this")] = "",
+    only: Annotated[
+        str,
+        typer.Option(help="cases whose name holds this; of speed also contenders: 'max float32'"),
+    ] = "",
     minutes: Annotated[int, typer.Option(min=1, help="of the soak, which all leaves out")] = 60,
     out: Annotated[Path, typer.Option(help="folder of the JSON files")] = Path("results"),
 ) -> None:

@@ -12,12 +12,25 @@ from time import perf_counter
 
 import torch
 
+from metabook.engine import Replayed
+
+RECORDED = (
+    Replayed.warm_up + 1
+)  # calls after the first, until a step has been recorded and replayed
+
 
 def warm_up(device: str) -> None:
     """Let torch import and start what it puts off until it is used: no contender's first step pays for it."""
     x = torch.ones(2, 3, device=device)
     torch.func.vmap(torch.func.grad(lambda row: row.square().sum()))(x)
     torch.nn.functional.conv2d(x.view(1, 1, 2, 3), x.view(1, 1, 2, 3))
+
+
+def give_back(device: str) -> None:
+    """What nobody uses any more goes back to the device."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def timed(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from bench.cases import Job
-from metabook.engine import gradients
+from metabook.engine import Replayed, gradients
 from metabook.kernels import precise
 
 LIFTS = ("auto", "loop", "vmap", "graph", "compile")
@@ -16,7 +18,10 @@ def ours(
     job: Job,
     lift: str,  # one of `LIFTS`
 ) -> Callable[[], None]:
-    """A meta-gradient of all tasks, left in `.grad` of the network's parameters."""
+    """A meta-gradient of all tasks, left in `.grad` of the network's parameters.
+
+    As in `metabook.training.Outer`, a GPU records it and replays it, unless it is told not to.
+    """
     learner, episodes = job.learner.train(), job.episodes
 
     def step() -> None:
@@ -24,7 +29,8 @@ def ours(
         with precise("float32" if job.precision == "float64" else job.precision):
             gradients(learner, episodes, lift=lift)
 
-    return step
+    recorded = job.device == "cuda" and lift in ("auto", "graph", "compile")
+    return Replayed(step, torch.device("cuda")) if recorded else step
 
 
 OURS: dict[str, Callable[[Job], Callable[[], None]]] = {

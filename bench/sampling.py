@@ -21,13 +21,14 @@ from bench.cases import QUERIES, data_here
 from bench.measure import quartiles
 from bench.worker import Failed, Work, Worker
 from metabook.datasets import SOURCES
+from metabook.engine import Replayed
 from metabook.episodes import Classes, FewShot
 
-BATCH = 32  # episodes
 ROUND = 0.5  # seconds that a round lasts at least
 PAUSE = 0.5  # seconds in which the workers of the one before finish what they fetch ahead
 ENDLESS = 10**9  # episodes of the data set
-SIZES = [(5, 1), (20, 5)]  # way, shot
+SIZES = [(5, 1, 32), (20, 5, 32)]  # way, shot, episodes at once
+LARGE = [(5, 1, 1024)]  # on a GPU, too
 
 
 class Episodes(Dataset):
@@ -63,24 +64,26 @@ class Episodes(Dataset):
         return self.starts[k] + torch.cat(parts)
 
 
-def ours(classes: Classes, sizes: tuple[int, int, int], device: str) -> Callable[[], None]:
-    """A batch from `FewShot.sample`, with the images on the device."""
+def ours(
+    classes: Classes, sizes: tuple[int, int, int], device: str, batch: int, record: bool = False
+) -> Callable[[], None]:
+    """A batch from `FewShot.sample`, with the images on the device; a training on a GPU records it."""
     tasks = FewShot(classes.to(device), *sizes)
     generator = torch.Generator(device).manual_seed(0)
 
     def step() -> None:
-        tasks.sample(BATCH, generator)
+        tasks.sample(batch, generator)
 
-    return step
+    return Replayed(step, torch.device(device), generator) if record else step
 
 
 def loader(
-    classes: Classes, sizes: tuple[int, int, int], device: str, workers: int
+    classes: Classes, sizes: tuple[int, int, int], device: str, batch: int, workers: int
 ) -> Callable[[], None]:
     """The next batch of a `DataLoader`, moved to the device."""
     cuda = device == "cuda"
     batches = iter(
-        DataLoader(Episodes(classes, *sizes), BATCH, num_workers=workers, pin_memory=cuda)
+        DataLoader(Episodes(classes, *sizes), batch, num_workers=workers, pin_memory=cuda)
     )
 
     def step() -> None:
@@ -92,31 +95,37 @@ def loader(
 
 SAMPLERS: dict[str, Callable[..., Callable[[], None]]] = {
     "ours": ours,
+    "ours, recorded": partial(ours, record=True),
     "DataLoader": partial(loader, workers=0),
     "DataLoader, 2 workers": partial(loader, workers=2),
     "DataLoader, 8 workers": partial(loader, workers=8),
 }
 # Batches that the workers of each may have fetched ahead, while others were measured.
-AHEAD = {"ours": 0, "DataLoader": 0, "DataLoader, 2 workers": 4, "DataLoader, 8 workers": 16}
+AHEAD = {"DataLoader, 2 workers": 4, "DataLoader, 8 workers": 16}
+ON_GPU = (
+    "ours, recorded",
+    "DataLoader, 8 workers",
+)  # a machine with a GPU has the processors for eight
 
 
 def samplers(device: str) -> list[str]:
-    """Who takes part: a machine with a GPU has the processors for eight workers."""
-    return [name for name in SAMPLERS if device == "cuda" or "8" not in name]
+    """Who takes part."""
+    return [name for name in SAMPLERS if device == "cuda" or name not in ON_GPU]
 
 
 def make(settings: dict[str, Any]) -> Work:
     """What a worker process runs: one sampler."""
     classes = SOURCES[settings["data"]].load("train")
     sizes = (settings["way"], settings["shot"], settings["query"])
-    return Work(SAMPLERS[settings["sampler"]](classes, sizes, settings["device"]))
+    sampler = SAMPLERS[settings["sampler"]]
+    return Work(sampler(classes, sizes, settings["device"], settings["batch"]))
 
 
 def contest(
-    way: int, shot: int, device: str, threads: int, rounds: int, data: str
+    way: int, shot: int, batch: int, device: str, threads: int, rounds: int, data: str
 ) -> list[dict[str, Any]]:
     """All samplers on tasks of one size, each in its own process, rounds interleaved."""
-    size = {"data": data, "way": way, "shot": shot, "query": QUERIES[data], "batch": BATCH}
+    size = {"data": data, "way": way, "shot": shot, "query": QUERIES[data], "batch": batch}
     rows = [size | {"sampler": name} for name in samplers(device)]
     times: list[list[float]] = [[] for _ in rows]
     with ExitStack() as stack:
@@ -125,10 +134,10 @@ def contest(
             settings = row | {"device": device}
             attempt(row, worker, "make", maker="bench.sampling:make", settings=settings)
             attempt(row, worker, "first")
-        for _ in tqdm(range(rounds), desc=f"sampling {way}-way {shot}-shot", leave=False):
+        for _ in tqdm(range(rounds), desc=f"sampling {way}-way {shot}-shot, {batch}", leave=False):
             for row, worker, own in zip(rows, workers, times, strict=True):
                 sleep(PAUSE)
-                ahead = AHEAD[row["sampler"]]
+                ahead = AHEAD.get(row["sampler"], 0)
                 own.append(attempt(row, worker, "round", seconds=ROUND, ahead=ahead))
     return [scored(row, own) for row, own in zip(rows, times, strict=True)]
 
@@ -152,8 +161,8 @@ def scored(row: dict[str, Any], times: list[float]) -> dict[str, Any]:
     images = row["way"] * (row["shot"] + row["query"])
     row |= {"status": "measured", "median": median, "quartiles": [low, high], "rounds": len(times)}
     return row | {
-        "episodes_per_second": BATCH / median,
-        "images_per_second": BATCH * images / median,
+        "episodes_per_second": row["batch"] / median,
+        "images_per_second": row["batch"] * images / median,
     }
 
 
@@ -161,7 +170,7 @@ def sampling(device: str, threads: int, rounds: int, only: str) -> Iterator[list
     """The rows so far, after each size of tasks."""
     rows: list[dict[str, Any]] = []
     data = data_here()
-    for way, shot in SIZES:
-        if only in f"sampling-{way}way-{shot}shot":
-            rows += contest(way, shot, device, threads, rounds, data)
+    for way, shot, batch in SIZES + (LARGE if device == "cuda" else []):
+        if only in f"sampling-{way}way-{shot}shot-{batch}":
+            rows += contest(way, shot, batch, device, threads, rounds, data)
             yield rows

@@ -55,7 +55,8 @@ def speed_line(row: dict[str, Any]) -> str:
         return f"{who} failed: {row['reason']}"
     ratios = f"{times(row['vs_peer'])} {times(row['vs_float32_peer'])}"
     cost = f"{row['peak_memory'] / 2**20:7.0f} {row['first_step']:8.2f}"
-    errors = f"{row['error']:8.1e} {row['error_float64']:8.1e}"
+    exact = row["error_float64"]
+    errors = f"{row['error']:8.1e} {'-' if exact is None else f'{exact:.1e}':>8}"
     line = f"{who} {milliseconds(row)} {row['tasks_per_second']:8.1f} {ratios} {cost} {errors}"
     return line if row["status"] == "right" else f"{line} WRONG"
 
@@ -64,7 +65,8 @@ def sampling_table(content: dict[str, Any]) -> str:
     """A line for each sampler."""
     lines = [*heading(content), ""]
     for row in content["rows"]:
-        who = f"  {row['way']:2}-way {row['shot']}-shot  {row['sampler']:22}"
+        what = f"{row['way']:2}-way {row['shot']}-shot, {row['batch']:4} at once"
+        who = f"  {what}  {row['sampler']:22}"
         if row["status"] == "failed":
             lines.append(f"{who} failed: {row['reason']}")
             continue
@@ -89,6 +91,9 @@ def accuracy_table(content: dict[str, Any]) -> str:
     """How long a training took and what it reached."""
     lines = list(heading(content))
     for row in content["rows"]:
+        if row["status"] == "failed":
+            lines += [row["command"], f"  failed: {row['reason']}"]
+            continue
         scores = row["score"] if isinstance(row["score"], list) else [row["score"]]
         lines += [row["command"], f"  {row['seconds']:.0f} s (hoped for: {row['goal_seconds']} s)"]
         lines += [

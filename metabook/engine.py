@@ -19,7 +19,7 @@ from .episodes import Episode, count, positive
 from .kernels import keep_memory, lifting, precision_of_now
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
-from .processes import Lost, Shared, summed_
+from .processes import Shared, summed_
 
 try:
     from jaxtyping import Float
@@ -72,8 +72,8 @@ def choose_lift(
     """The faster way for this learner and these inputs on its device, as measured.
 
     On a GPU one vectorised call wins.  So it does on a CPU, until images go through convolutions and
-    make more numbers at once than the caches hold, or where there are only a few large tasks.  Graphs and compilers are given the vectorised
-    call.  Raises `ValueError` for a word that is none of these.
+    make more numbers at once than the caches hold, or where there are only a few large tasks.  Graphs
+    and compilers are given the vectorised call.  Raises `ValueError` for a word that is none of these.
     """
     if lift not in get_args(Lift):
         raise ValueError(f"lift={lift!r}, expected one of {', '.join(get_args(Lift))}")
@@ -469,8 +469,8 @@ class Replayed:
     """A function of tensors, recorded as a CUDA graph for each set of shapes and then replayed.
 
     The first calls run as they stand, on a stream of their own, as CUDA wants it before a recording.
-    What it gives is overwritten by the next call.  Where recording is impossible it goes on without,
-    and says so once.
+    What it gives is overwritten by the next call.  Where recording is impossible, or more than `most`
+    sets of shapes ask for it, it goes on without and says so once.
     """
 
     warm_up, most = 3, 8  # calls before a recording; graphs that are kept
@@ -483,20 +483,19 @@ class Replayed:
     ):
         self.f, self.device, self.generators = f, device, generators
         self.calls: dict[Any, int] = {}
-        self.graphs: dict[
-            Any, tuple[Any, Any, Any]
-        ] = {}  # shapes -> graph, what goes in, comes out
+        # shapes -> graph, what goes in, what comes out
+        self.graphs: dict[Any, tuple[Any, Any, Any]] = {}
         self.why_not = ""
         if device.type != "cuda":
             self.give_up(f"graphs are recorded on CUDA devices, and this is {device}")
 
     def __call__(self, *args: Any) -> Any:
-        if self.why_not:
+        if self.why_not and not self.graphs:
             return self.f(*args)
         key = tuple((t.shape, t.dtype) for t in tree_leaves(args))
         self.calls[key] = self.calls.get(key, 0) + 1
         with torch.cuda.device(self.device):
-            if key not in self.graphs and self.calls[key] > self.warm_up:
+            if not self.why_not and key not in self.graphs and self.calls[key] > self.warm_up:
                 self.record(key, args)
             if key in self.graphs:
                 return self.replay(key, args)
@@ -515,19 +514,19 @@ class Replayed:
                 graph.register_generator_state(generator)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = self.f(*given)
-        except RuntimeError as error:
-            torch.cuda.set_stream(
-                stream
-            )  # a recording that fails may leave both as they were in it
-            for generator, state in zip(generators, states, strict=True):
-                fresh = torch.Generator(stream.device)
-                fresh.set_state(state)
-                generator.graphsafe_set_state(fresh.graphsafe_get_state())
-            cause = error.__context__ or error
-            if isinstance(cause, Lost):
-                raise cause from None
-            return self.give_up(str(cause).splitlines()[0])
-        self.graphs[key] = graph, given, results
+        except Exception as error:  # whatever it was: the same call without a graph tells
+            why = str(error.__context__ or error).strip() or type(error).__name__
+        else:
+            self.graphs[key] = graph, given, results
+            return
+        del graph  # and with it the memory of what it has recorded
+        self.graphs.clear()
+        torch.cuda.set_stream(stream)  # a recording that fails may leave both as they were in it
+        for generator, state in zip(generators, states, strict=True):
+            fresh = torch.Generator(stream.device)
+            fresh.set_state(state)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        self.give_up(why.splitlines()[0])
 
     def replay(self, key: Any, args: Any) -> Any:
         graph, given, results = self.graphs[key]
@@ -546,10 +545,10 @@ class Replayed:
         return results
 
     def give_up(self, why: str) -> None:
-        "From now on without graphs."
+        "From now on nothing more is recorded."
         self.why_not = why
-        self.graphs.clear()
-        log.warning('lift="graph" goes on without a graph: %s', why)
+        more = "more graphs" if self.graphs else "a graph"
+        log.warning('lift="graph" goes on without %s: %s', more, why)
 
 # %% ../nbs/A2_engine.ipynb #da0301cc
 class Wrong(NamedTuple):
@@ -627,12 +626,21 @@ def restore_where(
         t.copy_(torch.where(wrong, old, t))
 
 
-def capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    "Prepare an optimiser for a graph: its rates become tensors, and it asks the host nothing."
+def capturable(
+    optimizer: torch.optim.Optimizer,  # whose parameters are on the device
+    device: torch.device,  # a GPU
+) -> None:
+    """Let an optimiser work on its device alone, as a graph wants it: nothing is asked of the host.
+
+    Its rates become tensors.  So do its counts of steps, which a checkpoint may have brought to the CPU.
+    """
     for group in optimizer.param_groups:
         group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
         if "capturable" in group:
             group["capturable"] = True
+            for state in (optimizer.state.get(p, {}) for p in group["params"]):
+                if "step" in state:
+                    state["step"] = torch.as_tensor(state["step"], device=device)
         elif isinstance(optimizer, torch.optim.SGD):
             group["fused"] = True  # the other ways bring the rate to the host
     optimizer._warned_capturable_if_run_uncaptured = True  # the warm-up is meant to be

@@ -156,9 +156,14 @@ class Tasks:
     kind: Literal["classification", "regression"]
     device = torch.device("cpu")  # where `gather` puts the tensors
     same_shapes = True  # do all draws of equal size have equal shapes?
-    recordable = (
-        False  # may a GPU replay `sample`: always the same operations, nothing on the host?
-    )
+    # May a GPU replay `sample`: always the same operations, nothing on the host?  A subclass with its own
+    # `draw` or `gather` answers for these, or is not recorded.
+    recordable = False
+
+    def __init_subclass__(cls, **how: Any):
+        super().__init_subclass__(**how)
+        if not {"draw", "gather", "sample"}.isdisjoint(vars(cls)) and "recordable" not in vars(cls):
+            cls.recordable = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -618,7 +623,6 @@ class VariedWayShot(FewShot):
     """
 
     same_shapes = False
-    recordable = False
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode, wrap_torch_function
 
 try:
@@ -42,7 +43,8 @@ def channels_last(
 @cache
 def keep_memory() -> bool:  # was there somebody to tell?
     "Tell glibc's allocator to keep up to a gigabyte that was freed: the next step needs it again."
-    said = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD"} & set(os.environ)
+    settings = "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD"
+    said = any(name in os.environ for name in settings)
     library = None if said or not sys.platform.startswith("linux") else ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
         return False
@@ -74,7 +76,8 @@ def worthwhile(
 ) -> bool:
     "Is it a job for a kernel: much to do on a CPU, not lifted, and no compiler that would do better?"
     large = LARGE_LOW if x.dtype == torch.bfloat16 else LARGE
-    return x.numel() >= large and eager_on_cpu(x) and not _lifted.get()
+    sums = x.dtype != torch.float16  # which cannot hold them
+    return sums and x.numel() >= large and eager_on_cpu(x) and not _lifted.get()
 
 
 def eager_on_cpu(x: Tensor) -> bool:
@@ -119,6 +122,8 @@ class BatchNormKernel(Function):
     @staticmethod
     def backward(ctx, g, *_):
         *inputs, mean, var = ctx.saved_tensors
+        if g is None:  # nothing comes from the output
+            return (None,) * 5
         if torch.is_grad_enabled():
             return None, *_pull_back(partial(ctx.plain, eps=ctx.eps), inputs, g), None
         x, weight, _ = inputs
@@ -200,16 +205,17 @@ def first_block(
     centre, covariance = moments(p.to(torch.float32 if _lowered.get() else torch.float64))
     w = filters.flatten(1)
     v = w.to(centre)
-    offset = (v @ centre).to(w)  # the mean but for the shift
+    mean = (v @ centre).to(w) + shift
     var = ((v @ covariance) * v).sum(1).to(w).clamp_min(0)  # rounding could make it negative
     scale = weight * torch.rsqrt(var + eps)
-    constant = bias - scale * offset + (shift - shift)  # its gradient is zero, not missing
+    constant = bias + (shift - shift)  # its gradient is zero, not missing
     normalised = torch.cat([scale[:, None] * w, constant[:, None]], 1)
+    centred = p - F.pad(centre, (0, 1)).to(p)[:, None]  # ones stay ones
     halve = partial(F.max_pool2d, kernel_size=2) if pool == "max" else None
-    y = F.relu(products(p, normalised, size, halve))
+    y = F.relu(products(centred, normalised, size, halve))
     if _lifted.get():  # the grouped convolution that follows knows the default layout only
         y = y.contiguous()
-    return y, offset + shift, var
+    return y, mean, var
 
 
 def patches(
@@ -265,13 +271,15 @@ def first_and_plain(
     pool: Literal["max", "stride"] = "max",  # how the block halves the image
 ) -> bool:
     "Few channels on a CPU, and two modules that may be bypassed?"
+    if x.shape[1] > 3 or not eager_on_cpu(x):
+        return False
     hooks = "forward", "forward_pre", "backward", "backward_pre"
     heard = any(getattr(m, f"_{kind}_hooks") for m in (conv, norm) for kind in hooks)
+    changed = heard or _has_any_global_hook() or any("forward" in vars(m) for m in (conv, norm))
     step = (2, 2) if pool == "stride" else (1, 1)
     built = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     usual = built == ((3, 3), step, (1, 1), (1, 1), 1) and conv.padding_mode == "zeros"
-    plain = type(conv) is nn.Conv2d and usual and conv.bias is not None and not heard
-    return x.shape[1] <= 3 and plain and eager_on_cpu(x)
+    return type(conv) is nn.Conv2d and usual and conv.bias is not None and not changed
 
 # %% ../nbs/A8_kernels.ipynb #2760922f
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -282,10 +290,11 @@ _lowered: ContextVar[bool] = ContextVar("lowered", default=False)  # to bfloat16
 def precise(
     precision: str,  # of products
 ) -> Iterator[None]:
-    """Within it, convolutions and linear layers multiply in this precision.
+    """Within it, convolutions of images and linear layers multiply in this precision.
 
-    `"float32"`: in full.  `"tf32"`: NVIDIA GPUs may round the factors to 10 bits; no effect
-    elsewhere.  `"bfloat16"`: inputs are cast.  Raises `ValueError` for another word.
+    `"float32"`: in full.  `"tf32"`: NVIDIA GPUs may round the factors of these and all other products
+    to 10 bits; no effect elsewhere.  `"bfloat16"`: inputs of `conv2d` and `linear` are cast, and what
+    else is multiplied is as for `"tf32"`.  The innermost counts.  Raises `ValueError` for another word.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}, expected one of {', '.join(PRECISIONS)}")
@@ -330,12 +339,17 @@ class _Casts(TorchFunctionMode):
     "Convolutions of bfloat16 inputs, bfloat16 out; linear layers of bfloat16 inputs, float32 out."
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function not in (F.conv2d, F.linear):
-            return function(*args, **(kwargs or {}))
-        x, *rest = (
-            t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args
-        )
-        if function is F.conv2d:
-            x = channels_last(x) if x.shape[1] <= 3 else x  # a cast forgets the strides of few
-            return function(x, *rest, **(kwargs or {}))
-        return function(x, *rest, **(kwargs or {})).float()
+        kwargs = kwargs or {}
+        if function not in (F.conv2d, F.linear) or not _lowered.get():
+            return function(*args, **kwargs)
+        low, kwargs = [_low(t) for t in args], {name: _low(t) for name, t in kwargs.items()}
+        if function is F.linear:
+            return function(*low, **kwargs).float()
+        if low and low[0].ndim == 4 and low[0].shape[1] <= 3:
+            low[0] = channels_last(low[0])  # a cast forgets the strides of few
+        return function(*low, **kwargs)
+
+
+def _low(t: Any) -> Any:
+    "In bfloat16, if it is a tensor of numbers with a point."
+    return t.bfloat16() if isinstance(t, Tensor) and t.is_floating_point() else t

@@ -291,7 +291,8 @@ class Conv4(nn.Module):
 
     def block(self, x: Tensor, conv: nn.Conv2d, norm: BatchNorm) -> Tensor:
         "Convolution, normalisation, ReLU, and the step that halves a map."
-        alone = type(norm) is BatchNorm and not (norm.given or norm.differentiates)
+        fits = type(norm) is BatchNorm and len(norm.weight) == conv.out_channels
+        alone = fits and not (norm.given or norm.differentiates)
         first = conv is self.convs[0] and kernels.first_and_plain(x, conv, norm, self.pool)
         if not (first and alone):
             y = norm(conv(x))

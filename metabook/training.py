@@ -162,9 +162,9 @@ def evaluate(
     place(learner, device)
     parts = [p for group in frozen.groups for p in portions(group, batch)]
     mine = replace(frozen, groups=processes.dealt(parts))
-    given = answers(learner, mine, queries, batch=batch, lift=lift, progress=progress)
-    with precise(precision):
-        scores = [vmap(partial(task_score, learner.kind))(*pair) for pair in given]
+    how = dict(batch=batch, lift=lift, precision=precision, progress=progress)
+    given = answers(learner, mine, queries, **how)
+    scores = [vmap(partial(task_score, learner.kind))(*pair) for pair in given]
     per_task = processes.collected(scores, [count(p) for p in parts])
     metric = "accuracy" if learner.kind == "classification" else "mse"
     return Score(per_task, metric, frozen.hash, queries)
@@ -177,6 +177,7 @@ def answers(
     *,
     batch: int = 32,  # tasks at once
     lift: Lift = "auto",  # see `choose_lift`
+    precision: str = "tf32",  # of products, see `metabook.kernels.precise`
     progress: bool = False,  # show a bar
 ) -> list[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
     "Predictions and targets for the queries of frozen episodes, batch by batch."
@@ -192,7 +193,7 @@ def answers(
 
     learner.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), precise(precision):
             return [ask(episodes) for episodes in batches]
     finally:
         learner.train(training)
@@ -304,7 +305,7 @@ class Outer:
         self.lift = "graph" if on_gpu and lift == "auto" else lift
         self.chunk, self.recompute, self.precision = chunk, recompute, precision
         self.nonfinite, self.skipped = nonfinite, 0  # how many tasks were left out
-        if on_gpu and self.records:
+        if on_gpu:
             capturable(optimizer, self.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or (lambda step: 1.0))
         self.largest = math.inf if clip is None else clip
@@ -312,6 +313,7 @@ class Outer:
         self.verdict = Verdict(self.device)
         self.tell: Callable[[Report], None] | None = None  # who wants to know how each step went
         self.together: int | None = None  # tasks of a step in all processes, where these share them
+        self.graphs: dict[Any, Any] = {}  # that `on` has recorded
 
     @property
     def lr(self) -> float:
@@ -455,7 +457,7 @@ class Outer:
         "Go on where `state` was taken."
         self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.device.type == "cuda" and self.records:
+        if self.device.type == "cuda":
             capturable(self.optimizer, self.device)
         self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": []})
         self.taken, self.skipped = state["taken"], state["skipped"]
@@ -479,9 +481,15 @@ class Outer:
 
         here = tasks.device.type == generator.device.type == self.device.type
         if self.records and tasks.recordable and self.tell is None and here:
-            return Replayed(lambda: self.turn(drawn()), self.device, generator)
-        turn = Replayed(self.turn, self.device) if self.records else self.turn_or_skip
+            return self.replayed(lambda: self.turn(drawn()), generator)
+        turn = self.replayed(self.turn) if self.records else self.turn_or_skip
         return lambda: turn(drawn())
+
+    def replayed(self, step: Callable[..., Report], *generators: torch.Generator) -> Replayed:
+        "A step that is recorded as a graph."
+        replayed = Replayed(step, self.device, *generators)
+        self.graphs = replayed.graphs
+        return replayed
 
     @property
     def records(self) -> bool:
@@ -494,7 +502,7 @@ class Outer:
     ) -> Callable[[], Report]:
         "`turn` on this process's share: all draw the same tasks, and each gathers its own."
         self.together = meta_batch
-        turn = Replayed(self.turn, self.device) if self.records else self.turn
+        turn = self.replayed(self.turn) if self.records else self.turn
 
         def take(indices: Any) -> Report:
             mine = tree_map(lambda t: t[processes.share(self.together)], indices)
@@ -635,6 +643,7 @@ class Run:
                 asked.heard = False
                 self.finish()
         except BaseException as error:
+            self.outer.graphs.clear()  # NCCL does not let go of messages that a graph may send again
             processes.leave()
             if self.asked.made and isinstance(error, processes.Lost):
                 self.interrupted = True  # all were asked, and another was quicker
@@ -1041,6 +1050,10 @@ def read_log(folder: Path, rows: int) -> list[dict[str, Any]]:
     return found
 
 
+# What cuBLAS asks for before it repeats itself to the bit.  Torch looks once, at its first product on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 @contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
     "Within it torch refuses operations that may give another result each time they are run."
@@ -1049,7 +1062,6 @@ def repeatable(wanted: bool) -> Iterator[None]:
         return
     before = torch.are_deterministic_algorithms_enabled()
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
     torch.use_deterministic_algorithms(True)
     try:
         yield

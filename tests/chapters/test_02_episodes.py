@@ -331,6 +331,23 @@ def test_a_draw_neither_waits_nor_copies(device):
             ready.sample(2, generator)
 
 
+def test_own_ways_of_drawing_are_not_recorded():
+    # cell c3ddc9c5
+    class Turned(FewShot):
+        def gather(self, indices):
+            return super().gather(indices)
+
+    class Promised(Turned):
+        recordable = True
+
+    class Named(Promised):
+        def __repr__(self):
+            return "Named()"
+
+    assert FewShot.recordable and Sinusoids.recordable
+    assert not Turned.recordable and Promised.recordable and Named.recordable
+
+
 def test_varied_tasks_keep_their_promises(device):
     # cell 08a2ae5d
     numbered = Classes(torch.arange(120.0)[:, None], torch.full((6,), 20))  # 6 classes of 20

@@ -276,6 +276,15 @@ def test_evaluation_changes_nothing(device):
         assert torch.equal(before[name], value)
 
 
+def test_answers_come_in_the_precision_asked_for(device):
+    # cell cbb3ed73
+    torch.manual_seed(0)
+    wave = MAML(MLP([1, 40, 1]), kind="regression").to(device)
+    some = Sinusoids().freeze(4)
+    exact, rough = (evaluate(wave, some, precision=p).per_task for p in ("float32", "bfloat16"))
+    assert 1e-4 < ((rough - exact).abs() / exact).max() < 0.5
+
+
 def test_what_does_not_fit_is_refused(device):
     # cell e6c7453f
     def images(n_classes=8, each=12, size=16, seed=0):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from notebooks import ROOT
+from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 
+from bench.accuracy import accuracy
 from bench.cases import Case, Job, noise
 from bench.figures import draw
 from bench.growth import exponent, growth
@@ -23,7 +27,18 @@ from bench.processes import counts, launched
 from bench.report import report, write
 from bench.sampling import Episodes
 from bench.soak import MIB, conclusion, slope, soak, verdict
-from bench.speed import NUDGE, Contender, compared, judged, make, nudge, race, settings_of
+from bench.speed import (
+    NUDGE,
+    Contender,
+    Race,
+    compared,
+    judged,
+    make,
+    nudge,
+    race,
+    races,
+    settings_of,
+)
 from bench.table import TABLES
 from bench.worker import Failed, Worker, one_line
 from metabook.episodes import FewShot
@@ -58,7 +73,7 @@ def row(
     name: str, error: float, precision: str = "float32", median: float = 1.0, exact: float = 0.0
 ) -> dict:
     found = {"status": "measured", "median": median, "error": error, "error_float64": exact}
-    return {"name": name, "precision": precision, **found}
+    return {"case": "any", "name": name, "precision": precision, **found}
 
 
 @pytest.mark.parametrize("pool", ["max", "stride"])
@@ -104,7 +119,7 @@ def test_a_wrong_gradient_is_told():
     assert [r["status"] for r in judged(rows)] == ["right", "wrong", "wrong"]
 
 
-@pytest.mark.parametrize("moved, verdict", [(0.01, "wrong"), (0.1, "right"), (10.0, "right")])
+@pytest.mark.parametrize("moved, verdict", [(0.01, "wrong"), (0.02, "right"), (10.0, "right")])
 def test_next_to_a_kink_the_exact_gradient_sets_the_bound(moved, verdict):
     rows = judged([row("autograd", 0.0), row("ours-loop", 0.05), row("higher", 0.6)], moved)
     assert [r["status"] for r in rows] == ["right", verdict, "wrong"]
@@ -113,6 +128,20 @@ def test_next_to_a_kink_the_exact_gradient_sets_the_bound(moved, verdict):
 def test_a_kink_excuses_no_error_in_float64():
     rows = judged([row("autograd", 0.0), row("ours-loop", 0.05, exact=1e-6)], moved=0.1)
     assert [r["status"] for r in rows] == ["right", "wrong"]
+
+
+def test_who_cannot_compute_in_float64_keeps_what_was_measured(tmp_path, monkeypatch):
+    who, path = Contender("ours-loop", "float32"), tmp_path / "reference.pt"
+    torch.save(gradient(TINY, "autograd"), path)
+    with ExitStack() as stack:
+        running = Race(stack, TINY, "cpu", 1, [who])
+        running.run(1, tqdm(disable=True))
+        running.settings[who] |= {"contender": "nobody"}
+        running.check(path)
+        [found] = judged(list(running.rows()))
+    assert found["status"] == "right" and found["error"] > 0 and found["error_float64"] is None
+    content = report("speed", "cpu", 1, "", settings={}, rows=compared([found]))
+    assert TABLES["speed"](content).endswith(" -")
 
 
 def test_a_nudge_moves_every_parameter_a_little():
@@ -130,15 +159,22 @@ def test_ratios_are_to_the_fastest_peer_that_is_right():
         row("higher", 1.0, median=1.0),  # fast and wrong
         row("autograd", 0.0, "bfloat16", median=3.0),
         row("ours-auto", 0.0, "bfloat16", median=2.0),
-        {"name": "torchopt", "precision": "float32", "status": "failed", "reason": "why"},
+        {
+            "case": "any",
+            "name": "torchopt",
+            "precision": "float32",
+            "status": "failed",
+            "reason": "why",
+        },
     ]
-    ours = compared(judged(rows))[3]
+    other = row("autograd", 0.0, median=0.5) | {"case": "another"}
+    ours = compared([*judged(rows), *judged([other])])[3]
     assert (ours["vs_peer"], ours["vs_float32_peer"]) == (1.5, 2.0)
 
 
 def test_a_case_runs_through_processes_into_a_file(tmp_path):
     who = [Contender(name, "float32") for name in ("autograd", "nobody", "ours-auto")]
-    rows = race(TINY, who, "cpu", 1, rounds=1)
+    rows = compared(race(TINY, who, "cpu", 1, rounds=1))
     plain, nobody, ours = rows
     assert nobody["status"] == "failed" and "nobody" in nobody["reason"]
     assert plain["status"] == ours["status"] == "right"
@@ -156,6 +192,29 @@ def test_a_case_runs_through_processes_into_a_file(tmp_path):
     assert {"command", "versions", "device_name", "threads", "commit", "date"} <= set(content)
     assert not re.search(r"/(home|root|tmp|work|usr)/", path.read_text())
     assert "failed: " in TABLES["speed"](content)
+
+
+def test_words_choose_cases_and_contenders():
+    [(case, who)] = races("cpu", "maml-1step-5way-1shot-max autograd")
+    assert case.name == "maml-1step-5way-1shot-max"
+    assert who == [Contender("autograd", p) for p in ("float32", "bfloat16")]
+    [(_, who)] = races("cpu", "maml-5step-20way-5shot-stride ours")
+    assert {c.name for c in who} == {"ours-auto", "ours-loop", "ours-vmap"}
+    found = races("cuda", "maml-1step-5way-1shot-max")  # there a precision has a race of its own
+    assert [{c.precision for c in who} for _, who in found] == [{"float32"}, {"tf32"}, {"bfloat16"}]
+    assert races("cpu", "nobody") == []
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_training_that_fails_is_a_row_that_says_so(monkeypatch, status):
+    score = {"queries": "joint", "mean": 0.987, "ci95": 0.001, "n": 1000}
+    command = [sys.executable, "-c", f"print({json.dumps(score)!r}); raise SystemExit({status})"]
+    run = subprocess.run
+    monkeypatch.setattr("subprocess.run", lambda _, **how: run(command, **how))
+    [[found]] = accuracy("cuda", 1, 1, "")
+    content = report("accuracy", "cpu", 1, "", settings={}, rows=[found])
+    said = TABLES["accuracy"](content)
+    assert ("failed: metabook train ended with status 1" if status else "98.70 ± 0.10%") in said
 
 
 def test_a_process_that_dies_is_a_failure_with_a_reason():
