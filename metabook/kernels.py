@@ -36,8 +36,9 @@ def channels_last(
     "On a CPU: the channels of a pixel side by side in memory, and strides that say so.  Elsewhere `x`."
     if x.device.type != "cpu":
         return x
+    n, channels, height, width = x.shape
     side_by_side = x.permute(0, 2, 3, 1).flatten(2)  # [n, height, width * channels]
-    return side_by_side.unflatten(2, (x.shape[3], x.shape[1])).permute(0, 3, 1, 2)
+    return side_by_side.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 # %% ../nbs/A8_kernels.ipynb #a2a9138b
 @cache
@@ -310,9 +311,10 @@ def precision_of_now() -> Callable[[], AbstractContextManager[None]]:
 @contextmanager
 def _casting(lowered: bool) -> Iterator[None]:
     "Casts to bfloat16, if they are wanted, and a note of it for those who cast by themselves."
+    change = lowered or _lowered.get()
     token = _lowered.set(lowered)
     try:
-        with _Casts() if lowered else nullcontext():
+        with _Casts(lowered) if change else nullcontext():
             yield
     finally:
         _lowered.reset(token)
@@ -338,10 +340,17 @@ def _allowed(tf32: bool) -> Iterator[None]:
 class _Casts(TorchFunctionMode):
     "Convolutions of bfloat16 inputs, bfloat16 out; linear layers of bfloat16 inputs, float32 out."
 
+    def __init__(self, lowered: bool):
+        self.lowered = lowered  # else casts outside of these stop here
+        super().__init__()
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function not in (F.conv2d, F.linear) or not _lowered.get():
+        if function not in (F.conv2d, F.linear):
             return function(*args, **kwargs)
+        if not self.lowered:
+            with torch._C.DisableTorchFunction():
+                return function(*args, **kwargs)
         low, kwargs = [_low(t) for t in args], {name: _low(t) for name, t in kwargs.items()}
         if function is F.linear:
             return function(*low, **kwargs).float()
