@@ -27,9 +27,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'FITS', 'FEW', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'Graded', 'losses', 'grade', 'in_parts',
-           'overhearing', 'gradients', 'portions', 'averages', 'Recomputed', 'recomputing', 'answer', 'Replayed',
-           'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
+__all__ = ['Lift', 'FITS', 'FEW', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'evenly', 'Graded', 'losses', 'grade',
+           'in_parts', 'overhearing', 'gradients', 'portions', 'averages', 'Recomputed', 'recomputing', 'answer',
+           'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap", "graph", "compile"]
@@ -60,7 +60,9 @@ def _vectorised(f: Callable[..., Any], dims: Any = 0) -> Callable[..., Any]:
     return lifted
 
 # %% ../nbs/A2_engine.ipynb #a179cecb
-FITS = 2**23  # numbers, 32 MiB in float32: with more in flight at once a loop is faster on a CPU
+FITS = (
+    3 * 2**20
+)  # numbers, 12 MiB in float32: with more in flight at once a loop is faster on a CPU
 FEW = 4  # tasks: where fewer fit, a vectorised call saves too little to be worth its detours
 
 
@@ -100,7 +102,7 @@ def in_flight(
     learner: nn.Module,  # whose first convolution counts
     *inputs: Tensor,  # [tasks, n, *features]
 ) -> float:  # 0 without convolutions, infinite where the inputs are not known
-    "How many numbers the first convolution makes of a batch."
+    "How many numbers the first convolution leaves of a batch, after a stride or else pooling by two."
     kinds = nn.Conv1d | nn.Conv2d | nn.Conv3d
     first = next((m for m in learner.modules() if isinstance(m, kinds)), None)
     if first is None:
@@ -108,7 +110,15 @@ def in_flight(
     if not inputs:
         return math.inf
     pixels = sum(x.numel() for x in inputs) / first.in_channels
-    return pixels * first.out_channels / math.prod(first.stride)
+    return pixels * first.out_channels / math.prod(max(2, s) for s in first.stride)
+
+
+def evenly(
+    tasks: int,  # to be taken in portions
+    most: int,  # at once
+) -> int:  # at once, with as many portions, nearly equal
+    "No small portion is left for the end: 32 tasks of which 25 fit are two times 16."
+    return -(-tasks // -(-tasks // most))
 
 # %% ../nbs/A2_engine.ipynb #ef97eba2
 class Graded(NamedTuple):
@@ -256,7 +266,7 @@ def _portion(learner: Learner, episodes: Episode, lift: Lift, chunk: int | None)
     if not averages(learner):  # parts would be computed twice
         return count(episodes)
     if lift == "auto" and fits >= FEW:
-        return fits
+        return evenly(count(episodes), fits)
     whole_loop = choose_lift(learner, lift, *inputs) == "loop" and not in_parts(learner)
     return 1 if whole_loop else count(episodes)
 
@@ -442,7 +452,7 @@ def answer(
     "What the learner answers to the queries of each task."
     learner.check(episodes.support, episodes.query.x)
     fits = fitting(learner, episodes.support.x, episodes.query.x)
-    size = fits if lift == "auto" and fits >= FEW else count(episodes)
+    size = evenly(count(episodes), fits if lift == "auto" and fits >= FEW else count(episodes))
     whole = queries == "joint" and not in_parts(learner)
     ask = _ask_as_a_whole if whole else partial(_ask_in_parts, queries=queries)
     return torch.cat([ask(learner, part, lift) for part in portions(episodes, size)])

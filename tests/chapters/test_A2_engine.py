@@ -18,6 +18,7 @@ from metabook.engine import (
     Verdict,
     Wrong,
     choose_lift,
+    evenly,
     grade,
     gradients,
     in_flight,
@@ -95,12 +96,15 @@ def test_the_engine_chooses_by_size_and_device():
     network = Conv4(width=64, pool="stride")
     # 4 tasks of 5 (1 + 15) images: 28 x 28 pixels, 64 filters, every second pixel both ways
     assert in_flight(network, *batch_of(4, 15)) == 4 * 80 * 64 * 14 * 14
-    assert choose_lift(network, "auto", *batch_of(4, 15)) == "vmap"
+    pooled = Conv4(width=64)  # every pixel, then the largest of each four
+    assert in_flight(pooled, *batch_of(4, 15)) == in_flight(network, *batch_of(4, 15))
+    assert choose_lift(network, "auto", *batch_of(4, 10)) == "vmap"
     assert choose_lift(network, "auto", *batch_of(16, 15)) == "loop"
     assert (
-        choose_lift(network, "auto", *batch_of(3, 15)) == "loop"
+        choose_lift(network, "auto", *batch_of(3, 10)) == "loop"
     )  # few and large: nothing to save
-    assert choose_lift(network, "auto", *batch_of(3, 5)) == "vmap"
+    assert choose_lift(network, "auto", *batch_of(3, 1)) == "vmap"
+    assert [evenly(32, most) for most in (40, 32, 25, 15, 1)] == [32, 32, 16, 11, 1]
     assert choose_lift(network, "vmap", *batch_of(16, 15)) == "vmap"
     assert choose_lift(network, "loop") == "loop" and choose_lift(network, "graph") == "vmap"
     assert (
