@@ -60,9 +60,7 @@ def _vectorised(f: Callable[..., Any], dims: Any = 0) -> Callable[..., Any]:
     return lifted
 
 # %% ../nbs/A2_engine.ipynb #a179cecb
-FITS = (
-    3 * 2**20
-)  # numbers, 12 MiB in float32: with more in flight at once a loop is faster on a CPU
+FITS = 3 * 2**20  # numbers, 12 MiB in float32: with more in flight a loop is faster on a CPU
 FEW = 4  # tasks: where fewer fit, a vectorised call saves too little to be worth its detours
 
 
