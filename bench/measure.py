@@ -14,9 +14,8 @@ import torch
 
 from metabook.engine import Replayed
 
-RECORDED = (
-    Replayed.warm_up + 1
-)  # calls after the first, until a step has been recorded and replayed
+# Calls after the first, until a step has been recorded and replayed.
+RECORDED = Replayed.warm_up + 1
 
 
 def warm_up(device: str) -> None:

@@ -183,7 +183,6 @@ def autocast(job: Job) -> AbstractContextManager:
 
 def set_matmul(precision: str) -> None:
     """Let a GPU round the factors of float32 products to TF32, or forbid it."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision in (
-        "tf32",
-        "bfloat16",  # what autocast leaves in float32
-    )
+    rounded = precision in ("tf32", "bfloat16")  # there: what autocast leaves in float32
+    torch.backends.cuda.matmul.allow_tf32 = rounded
+    torch.backends.cudnn.allow_tf32 = rounded

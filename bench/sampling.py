@@ -102,10 +102,8 @@ SAMPLERS: dict[str, Callable[..., Callable[[], None]]] = {
 }
 # Batches that the workers of each may have fetched ahead, while others were measured.
 AHEAD = {"DataLoader, 2 workers": 4, "DataLoader, 8 workers": 16}
-ON_GPU = (
-    "ours, recorded",
-    "DataLoader, 8 workers",
-)  # a machine with a GPU has the processors for eight
+# Only a GPU records, and its machine has the processors for eight workers.
+ON_GPU = ("ours, recorded", "DataLoader, 8 workers")
 
 
 def samplers(device: str) -> list[str]:

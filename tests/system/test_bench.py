@@ -130,7 +130,7 @@ def test_a_kink_excuses_no_error_in_float64():
     assert [r["status"] for r in rows] == ["right", "wrong"]
 
 
-def test_who_cannot_compute_in_float64_keeps_what_was_measured(tmp_path, monkeypatch):
+def test_who_cannot_compute_in_float64_keeps_what_was_measured(tmp_path):
     who, path = Contender("ours-loop", "float32"), tmp_path / "reference.pt"
     torch.save(gradient(TINY, "autograd"), path)
     with ExitStack() as stack:
