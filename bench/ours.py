@@ -1,4 +1,4 @@
-"""The library as a contender, in each of its ways of lifting."""
+"""The library as a contender, in each of its ways to lift and to run."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from bench.cases import Job
 from metabook.engine import Replayed, gradients
 from metabook.kernels import precise
 
-LIFTS = ("auto", "loop", "vmap", "graph", "compile")
+WAYS = ("auto", "loop", "vmap", "graph", "compile")  # words for `lift` and for `run`
 
 
 def ours(
     job: Job,
-    lift: str,  # one of `LIFTS`
+    way: str,  # one of `WAYS`
 ) -> Callable[[], None]:
     """A meta-gradient of all tasks, left in `.grad` of the network's parameters.
 
     As in `metabook.training.Outer`, a GPU records it and replays it, unless it is told not to.
     """
     learner, episodes = job.learner.train(), job.episodes
+    lift = way if way in ("auto", "loop") else "vmap"
 
     def step() -> None:
         learner.zero_grad()
         with precise("float32" if job.precision == "float64" else job.precision):
-            gradients(learner, episodes, lift=lift)
+            gradients(learner, episodes, lift=lift, compiled=way == "compile")
 
-    recorded = job.device == "cuda" and lift in ("auto", "graph", "compile")
+    recorded = job.device == "cuda" and way in ("auto", "graph", "compile")
     return Replayed(step, torch.device("cuda")) if recorded else step
 
 
 OURS: dict[str, Callable[[Job], Callable[[], None]]] = {
-    f"ours-{lift}": partial(ours, lift=lift) for lift in LIFTS
+    f"ours-{way}": partial(ours, way=way) for way in WAYS
 }

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bench.cases import Case, data_here, episodes_of, job_of, speed_cases
 from bench.measure import quartiles
-from bench.ours import LIFTS, OURS
+from bench.ours import OURS, WAYS
 from bench.peers import PEERS, looped
 from bench.worker import Failed, Work, Worker
 
@@ -54,7 +54,7 @@ def contenders(case: Case, device: str, main: bool) -> list[Contender]:
     else:
         precisions = ["float32", "bfloat16"] if main else ["float32"]
     here = {"graph": device == "cuda", "compile": device == "cuda" or main}
-    lifts = [f"ours-{lift}" for lift in LIFTS if here.get(lift, True)]
+    lifts = [f"ours-{way}" for way in WAYS if here.get(way, True)]
     return [Contender(name, p) for p in precisions for name in [*PEERS, *lifts]]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ import metabook
 from . import processes
 from .checkpoints import NETWORKS, load, methods, read_config
 from .datasets import SOURCES, check, fetch, present, read_image
+from .engine import Engine
 from .episodes import Classes, Examples
 from .learners import Learner
 from metabook.recipes import (
@@ -198,8 +199,8 @@ EngineArgs = Annotated[
     typer.Option(
         "--engine",
         metavar="NAME=VALUE",
-        help="lift=auto|loop|vmap|graph|compile, chunk=TASKS, recompute=true, "
-        "precision=float32|tf32|bfloat16, nonfinite=stop|skip, deterministic=true.",
+        help="lift=auto|loop|vmap, run=auto|eager|graph|compile, chunk=TASKS, recompute=true, "
+        "precision=float32|tf32|bfloat16, nonfinite=stop|skip, deterministic=true, check=false.",
     ),
 ]
 Start = Annotated[
@@ -263,14 +264,14 @@ def train(
         raise typer.Exit(130)  # as after Ctrl-C: whoever waits may start it again
 
 
-def engine_settings(pairs: list[str]) -> dict[str, Any]:
-    "How the engine is to work.  Raises `ValueError` for a name that it does not know."
-    known = ("lift", "chunk", "recompute", "precision", "nonfinite", "deterministic")
+def engine_settings(pairs: list[str]) -> Engine:
+    "How the engine is to work.  Raises `ValueError` for a name or a word that it does not know."
+    known = [f.name for f in fields(Engine)]
     said = settings(pairs, "--engine")
     for name in said:
         if name not in known:
             raise ValueError(f"--engine {name}=...: expected one of {', '.join(known)}")
-    return said
+    return Engine(**said)
 
 
 def asked(data: str, way: int, shot: int | None, size: int, channels: int) -> dict[str, Any]:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,10 +18,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from .checkpoints import log
 from .episodes import Episode, count, positive
-from .kernels import keep_memory, lifting, precision_of_now
+from .kernels import PRECISIONS, keep_memory, lifting, precision_of_now
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
-from .processes import Shared, summed_
+from .processes import Shared
+from .trust import LIFTED, Work, claiming, composing, here, in_our_words, trusted
 
 try:
     from jaxtyping import Float
@@ -27,12 +30,65 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'FITS', 'FEW', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'evenly', 'Graded', 'losses', 'grade',
-           'in_parts', 'overhearing', 'gradients', 'portions', 'averages', 'Recomputed', 'recomputing', 'answer',
-           'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
+__all__ = ['Lift', 'Run', 'FITS', 'FEW', 'Engine', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'evenly', 'Graded',
+           'losses', 'grade', 'in_parts', 'overhearing', 'gradients', 'Way', 'portions', 'averages', 'Recomputed',
+           'recomputing', 'answer', 'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
-Lift = Literal["auto", "loop", "vmap", "graph", "compile"]
+Lift = Literal["auto", "loop", "vmap"]
+Run = Literal["auto", "eager", "graph", "compile"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How `fit` and `evaluate` compute.  The numbers are the same in every way, up to rounding.
+
+    Two words stand apart: `lift` says how a function of one task becomes one of many, `run` how the
+    step of training that is made of it is executed.  Raises `ValueError` for what none of them knows.
+    """
+
+    lift: Lift = "auto"  # see `choose_lift`
+    run: Run = (
+        "auto"  # as it stands, recorded as a CUDA graph, or compiled; "auto": a graph on a GPU
+    )
+    chunk: int | None = (
+        None  # tasks in memory at once; `None`: all, and fewer where they do not fit
+    )
+    recompute: bool = False  # compute inner steps again rather than remember them
+    precision: str = "tf32"  # of products, see `metabook.kernels.precise`
+    nonfinite: str = "stop"  # or "skip": leave tasks without a finite gradient out
+    deterministic: bool = False  # only operations that give the same result each time
+    check: bool = (
+        True  # try a lift that nobody has verified before it is used, see `metabook.trust`
+    )
+
+    def __post_init__(self) -> None:
+        known = {"lift": get_args(Lift), "run": get_args(Run), "nonfinite": ("stop", "skip")}
+        for name, words in (known | {"precision": PRECISIONS}).items():
+            if (word := getattr(self, name)) not in words:
+                run = f"; {word!r} is a word for run" if word in known["run"] else ""
+                raise ValueError(f"{name}={word!r}, expected one of {', '.join(words)}{run}")
+        if self.run == "compile" and self.lift == "loop":
+            raise ValueError('run="compile" compiles the lifted step: leave lift="loop" out')
+        if self.chunk is not None:
+            positive(chunk=self.chunk)
+
+    @classmethod
+    def told(cls, engine: Engine, older: dict[str, Any]) -> Engine:
+        "With the arguments that `fit` and `evaluate` had in 0.1.0.  Raises `TypeError` for others."
+        words = {f.name for f in fields(cls)} - {"run", "check"}
+        if unknown := sorted(older.keys() - words):
+            raise TypeError(
+                f"unknown argument {unknown[0]!r}: what is computed how, Engine(...) says"
+            )
+        if not older:
+            return engine
+        if older.get("lift") in ("graph", "compile"):
+            older = older | {"run": older["lift"], "lift": "auto"}
+        said = ", ".join(f"{k}={v!r}" for k, v in older.items())
+        text = f"arguments of 0.1.0: say engine=Engine({said})"
+        warnings.warn(text, DeprecationWarning, stacklevel=3)
+        return replace(engine, **older)
 
 
 def over_tasks(
@@ -54,7 +110,7 @@ def _vectorised(f: Callable[..., Any], dims: Any = 0) -> Callable[..., Any]:
     "`vmap(f)`, and no kernel is tried within."
 
     def lifted(*args: Any) -> Any:
-        with lifting():
+        with lifting(), composing(LIFTED):
             return torch.func.vmap(f, dims)(*args)
 
     return lifted
@@ -72,13 +128,13 @@ def choose_lift(
     """The faster way for this learner and these inputs on its device, as measured.
 
     On a GPU one vectorised call wins.  So it does on a CPU, until images go through convolutions and
-    make more numbers at once than the caches hold, or where there are only a few large tasks.  Graphs
-    and compilers are given the vectorised call.  Raises `ValueError` for a word that is none of these.
+    make more numbers at once than the caches hold, or where there are only a few large tasks.  Raises
+    `ValueError` for a word that is none of these.
     """
     if lift not in get_args(Lift):
         raise ValueError(f"lift={lift!r}, expected one of {', '.join(get_args(Lift))}")
     if lift != "auto":
-        return "loop" if lift == "loop" else "vmap"
+        return lift
     if any(p.device.type != "cpu" for p in learner.parameters()):
         return "vmap"
     flying, few = in_flight(learner, *inputs), bool(inputs) and len(inputs[0]) < FEW
@@ -131,15 +187,43 @@ def losses(
     learner: Learner,  # whose code runs
     episodes: Episode,  # a batch of tasks
     lift: Lift = "auto",  # see `choose_lift`
+    *,
+    check: bool = True,  # try a lift that nobody has verified, see `metabook.trust`
 ) -> Float[Tensor, "tasks"]:
     """The loss of every task, ready for `learner.combine` and `backward`.
 
     New running averages of `BatchNorm(stats="running")` are the mean over tasks, stored here: nothing
-    inside a lift may write.  Raises `ValueError` where the examples do not fit, see `Learner.check`.
+    inside a lift may write.  Raises `ValueError` where the examples do not fit, see `Learner.check`,
+    and `RuntimeError` for a layer that cannot be lifted as it was asked for, or not be differentiated.
     """
-    graded = grade(learner, episodes, lift)
-    _move_averages(learner, graded.statistics)
+    learner.check(episodes.support, episodes.query.x)
+    with claiming(learner), in_our_words(learner):
+        lift = _tried(learner, episodes, lift, _learned) if check else lift
+        graded = grade(learner, episodes, lift)
+        _move_averages(learner, graded.statistics)
     return graded.losses
+
+
+def _tried(
+    learner: Learner, episodes: Episode, lift: Lift, work: Work, shared: Shared | None = None
+) -> Lift:
+    "The way that was asked for, or a loop, after a trial where something would be lifted."
+    inputs = episodes.support.x, episodes.query.x
+    if lift == "auto" and all(choose_lift(learner, lift, x) == "loop" for x in inputs):
+        return lift
+    return trusted(learner, episodes, lift, work, shared)
+
+
+def _learned(learner: Learner, episodes: Episode, lift: Lift) -> list[Tensor]:
+    "What training needs, for a trial: losses and their gradient."
+    with torch.enable_grad():
+        values = grade(learner, episodes, lift).losses
+        trained = [p for p in learner.parameters() if p.requires_grad and values.requires_grad]
+        found = torch.autograd.grad(values.sum(), trained, allow_unused=True) if trained else ()
+    return [
+        values,
+        *(torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)),
+    ]
 
 
 def _move_averages(learner: Learner, statistics: Statistics) -> None:
@@ -151,10 +235,10 @@ def grade(
     learner: Learner,  # whose code runs
     episodes: Episode,  # a batch of tasks
     lift: Lift = "auto",  # see `choose_lift`
+    compiled: bool = False,  # lift by `vmap`, and compile that
 ) -> Graded:  # losses with their graph
     "The losses of tasks, and what was answered and seen on the way; writes nothing."
-    learner.check(episodes.support, episodes.query.x)
-    if lift == "compile":
+    if compiled:
         return _compiled()(learner, episodes)
     return (_in_parts if in_parts(learner) else _as_a_whole)(learner, episodes, lift)
 
@@ -219,8 +303,10 @@ def gradients(
     episodes: Episode,  # a batch of tasks
     *,
     lift: Lift = "auto",  # see `choose_lift`
+    compiled: bool = False,  # lift by `vmap`, and compile that
     chunk: int | None = None,  # how many tasks are held in memory at once; `None`: all
     recompute: bool = False,  # forget each inner step and compute it again on the way back
+    check: bool = True,  # try a lift that nobody has verified, see `metabook.trust`
     shared: Shared | None = None,  # the batch is this process's share of it; `None`: it is all
 ) -> Graded:  # losses without their graph
     """The gradient of `learner.combine(losses)`, added to the parameters' `.grad`.
@@ -228,21 +314,49 @@ def gradients(
     The same for every way of lifting and every chunk, up to rounding.  Moves running averages as
     `losses` does.  With `shared` gradient, losses and running averages are those of all processes'
     tasks, and the same in all; answers are those of this one.  Raises `ValueError` where the examples
-    do not fit, and for a learner without `step` that is to be recomputed.
+    do not fit, for a learner without `step` that is to be recomputed, and for one whose steps draw random
+    numbers; `RuntimeError` for a layer that cannot be lifted as it was asked for, or not
+    be differentiated, and where another thread uses the learner.
     """
     learner.check(episodes.support, episodes.query.x)
     keep_memory()
     shared = shared or Shared.whole(count(episodes))
-    _share_out(learner, shared)
-    with recomputing(learner) if recompute else nullcontext():
-        size = _portion(learner, episodes, lift, chunk)
-        parts = portions(episodes, size)
-        weights = _weights_ahead(learner, shared, parts, lift)
-        each = [None] if weights is None else weights.split(size)
-        done = [_descend(learner, p, w, lift, shared) for p, w in zip(parts, each, strict=True)]
-    graded = _of_all(learner, _joined(done), shared)
-    _move_averages(learner, graded.statistics)
+    with claiming(learner), in_our_words(learner):
+        if check:
+            work = _learned_again if recompute else _learned
+            tried = _tried(learner, episodes, "vmap" if compiled else lift, work, shared)
+            lift = lift if compiled else tried
+        _share_out(learner, shared)
+        with recomputing(learner) if recompute else nullcontext():
+            how = Way(lift, compiled)
+            done = _descend_all(learner, episodes, how, chunk, shared)
+        graded = _of_all(learner, _joined(done), shared)
+        _move_averages(learner, graded.statistics)
     return graded
+
+
+class Way(NamedTuple):
+    "How losses are graded."
+
+    lift: Lift
+    compiled: bool = False
+
+
+def _descend_all(
+    learner: Learner, episodes: Episode, how: Way, chunk: int | None, shared: Shared
+) -> list[Graded]:
+    "Portion by portion."
+    size = _portion(learner, episodes, how.lift, chunk)
+    parts = portions(episodes, size)
+    weights = _weights_ahead(learner, shared, parts, how)
+    each = [None] if weights is None else weights.split(size)
+    return [_descend(learner, p, w, how, shared) for p, w in zip(parts, each, strict=True)]
+
+
+def _learned_again(learner: Learner, episodes: Episode, lift: Lift) -> list[Tensor]:
+    "The same, with inner steps that are computed again."
+    with recomputing(learner):
+        return _learned(learner, episodes, lift)
 
 
 def portions(
@@ -275,7 +389,7 @@ def averages(learner: Learner) -> bool:
 
 
 def _weights_ahead(
-    learner: Learner, shared: Shared, parts: list[Episode], lift: Lift
+    learner: Learner, shared: Shared, parts: list[Episode], how: Way
 ) -> Float[Tensor, "tasks"] | None:
     "The weight of each task; `None` where it will follow from losses that are computed anyway."
     if averages(learner):
@@ -284,7 +398,7 @@ def _weights_ahead(
     if len(parts) == 1:
         return None
     with torch.no_grad():
-        return _weights(learner, torch.cat([grade(learner, p, lift).losses for p in parts]), shared)
+        return _weights(learner, torch.cat([grade(learner, p, *how).losses for p in parts]), shared)
 
 
 def _weights(
@@ -321,13 +435,13 @@ def _of_all(learner: Learner, graded: Graded, shared: Shared) -> Graded:
 
 
 def _descend(
-    learner: Learner, part: Episode, weights: Tensor | None, lift: Lift, shared: Shared
+    learner: Learner, part: Episode, weights: Tensor | None, how: Way, shared: Shared
 ) -> Graded:
     "Add the gradient of some tasks' weighted losses."
-    looped = choose_lift(learner, lift, part.query.x) == "loop"
+    looped = not how.compiled and choose_lift(learner, how.lift, part.query.x) == "loop"
     if weights is not None and looped and in_parts(learner):
-        return _one_after_another(learner, part, weights, lift)
-    graded = grade(learner, part, lift)
+        return _one_after_another(learner, part, weights, how.lift)
+    graded = grade(learner, part, *how)
     if weights is None:
         weights = _weights(learner, graded.losses, shared)
     if graded.losses.requires_grad:
@@ -407,6 +521,14 @@ class Recomputed(Function):
         return results, (0,) * len(results)
 
 
+def _luck() -> tuple[Any, ...]:
+    "Where the generators stand; elsewhere afterwards, if somebody drew."
+    state = bytes(torch.get_rng_state().numpy())
+    if not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
+        return (state,)
+    return state, *(g.get_offset() for g in torch.cuda.default_generators)
+
+
 @contextmanager
 def recomputing(learner: Learner) -> Iterator[None]:
     "Within it, each inner step of a learner that has a `step` is forgotten and computed again."
@@ -420,11 +542,18 @@ def recomputing(learner: Learner) -> Iterator[None]:
     def forgotten(*args: Any) -> Any:
         tensors, structure = tree_flatten(args)
         made: list[Any] = []  # the structure of a step's result, once it is known
-        again = precision_of_now()
+        precision, place = precision_of_now(), here()
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
-            with again():
+            luck = _luck()
+            with precision(), place():
                 leaves, result = tree_flatten(step(*tree_unflatten(tensors, structure)))
+            if luck != _luck():
+                raise ValueError(
+                    f"recompute=True, but an inner step of this {type(learner).__name__} draws random numbers "
+                    "(a Dropout?), and would draw others when it is computed again: leave recompute "
+                    "out, or draw them outside and pass them in"
+                )
             made[:] = [result]
             return tuple(leaves)
 
@@ -446,14 +575,34 @@ def answer(
     episodes: Episode,  # a batch of tasks
     lift: Lift = "auto",  # see `choose_lift`
     queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
+    *,
+    check: bool = True,  # try a lift that nobody has verified, see `metabook.trust`
 ) -> Float[Tensor, "tasks n out"]:
-    "What the learner answers to the queries of each task."
+    """What the learner answers to the queries of each task.
+
+    Raises `ValueError` where the examples do not fit, and `RuntimeError` for a layer that cannot be
+    lifted as it was asked for.
+    """
     learner.check(episodes.support, episodes.query.x)
+    with in_our_words(learner):
+        lift = _tried(learner, episodes, lift, _ANSWERED[queries]) if check else lift
+        return _answered(learner, episodes, lift, queries)
+
+
+def _answered(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Tensor:
     fits = fitting(learner, episodes.support.x, episodes.query.x)
     size = evenly(count(episodes), fits if lift == "auto" and fits >= FEW else count(episodes))
     whole = queries == "joint" and not in_parts(learner)
     ask = _ask_as_a_whole if whole else partial(_ask_in_parts, queries=queries)
     return torch.cat([ask(learner, part, lift) for part in portions(episodes, size)])
+
+
+def _trial_answers(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> list[Tensor]:
+    with torch.no_grad():
+        return [_answered(learner, episodes, lift, queries)]
+
+
+_ANSWERED = {queries: partial(_trial_answers, queries=queries) for queries in ("joint", "single")}
 
 
 def _ask_as_a_whole(learner: Learner, episodes: Episode, lift: Lift) -> Tensor:
@@ -463,14 +612,15 @@ def _ask_as_a_whole(learner: Learner, episodes: Episode, lift: Lift) -> Tensor:
 
 def _ask_in_parts(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Tensor:
     states, _ = _adapted(learner, episodes, lift)
-    predict = learner.predict if queries == "joint" else partial(_singly, learner)
     how = choose_lift(learner, lift, episodes.query.x)
+    predict = learner.predict if queries == "joint" else partial(_singly, learner, lift)
     return over_tasks(predict, states, episodes.query.x, lift=how)
 
 
-def _singly(learner: Learner, state: Any, x: Tensor) -> Tensor:
+def _singly(learner: Learner, lift: Lift, state: Any, x: Tensor) -> Tensor:
     "Predictions for the queries of one task, one by one, as a user would ask them."
-    return _vectorised(lambda one: learner.predict(state, one[None])[0])(x)
+    how = "loop" if lift == "loop" else "vmap"
+    return over_tasks(lambda one: learner.predict(state, one[None])[0], x, lift=how)
 
 # %% ../nbs/A2_engine.ipynb #e9e5742d
 class Replayed:
@@ -556,7 +706,7 @@ class Replayed:
         "From now on nothing more is recorded."
         self.why_not = why
         more = "more graphs" if self.graphs else "a graph"
-        log.warning('lift="graph" goes on without %s: %s', more, why)
+        log.warning('run="graph" goes on without %s: %s', more, why)
 
 # %% ../nbs/A2_engine.ipynb #da0301cc
 class Wrong(NamedTuple):

@@ -27,7 +27,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 # %% auto #0
 __all__ = ['LARGE', 'LARGE_LOW', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'lifting', 'worthwhile', 'eager_on_cpu',
            'whole', 'BatchNormKernel', 'batch_norm', 'merge', 'first_block', 'patches', 'moments', 'products',
-           'first_and_plain', 'precise', 'precision_of_now']
+           'first_and_plain', 'as_built', 'precise', 'precision_of_now']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
 def channels_last(
@@ -274,13 +274,25 @@ def first_and_plain(
     "Few channels on a CPU, and two modules that may be bypassed?"
     if x.shape[1] > 3 or not eager_on_cpu(x):
         return False
-    hooks = "forward", "forward_pre", "backward", "backward_pre"
-    heard = any(getattr(m, f"_{kind}_hooks") for m in (conv, norm) for kind in hooks)
-    changed = heard or _has_any_global_hook() or any("forward" in vars(m) for m in (conv, norm))
     step = (2, 2) if pool == "stride" else (1, 1)
     built = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
     usual = built == ((3, 3), step, (1, 1), (1, 1), 1) and conv.padding_mode == "zeros"
-    return type(conv) is nn.Conv2d and usual and conv.bias is not None and not changed
+    return (
+        type(conv) is nn.Conv2d
+        and usual
+        and conv.bias is not None
+        and as_built(conv)
+        and as_built(norm)
+    )
+
+
+def as_built(
+    module: nn.Module,  # that somebody may have changed
+) -> bool:
+    "Does it run the code of its class, and does nobody listen?"
+    hooks = "forward", "forward_pre", "backward", "backward_pre"
+    heard = _has_any_global_hook() or any(getattr(module, f"_{kind}_hooks") for kind in hooks)
+    return not (heard or "forward" in vars(module))
 
 # %% ../nbs/A8_kernels.ipynb #2760922f
 PRECISIONS = ("float32", "tf32", "bfloat16")

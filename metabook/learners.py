@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from .episodes import Episode, Examples, tensors
 from .networks import batch_norms
+from .trust import asking, claiming, in_our_words, require_alone, turn
 
 try:
     from jaxtyping import Float, Shaped
@@ -20,8 +23,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Kind', 'Learner', 'check_support', 'check_place', 'check_inner_loop', 'check_network', 'task_loss', 'task_score',
-           'check_match']
+__all__ = ['Kind', 'Learner', 'scoring', 'start_training', 'check_support', 'check_place', 'check_inner_loop', 'check_network',
+           'task_loss', 'task_score', 'check_match']
 
 # %% ../nbs/05_learners.ipynb #b4878f95
 Kind = Literal["classification", "regression"]
@@ -71,8 +74,14 @@ class Learner(nn.Module):
         query: Shaped[Tensor, "n *features"],  # inputs of the same task
     ) -> Float[Tensor, "n out"]:
         "Predictions for the query inputs.  Raises `ValueError` where the two do not fit, see `check`."
-        self.check(support, query)
-        return self.predict(self.adapt(support), query)
+        with asking(self), in_our_words(self):
+            self.check(support, query)
+            return self.predict(self.adapt(support), query)
+
+    def train(self, mode: bool = True) -> Learner:
+        "Switch the mode.  Raises `RuntimeError` while another thread uses the learner."
+        require_alone(self)
+        return super().train(mode)
 
     def loss(
         self,
@@ -110,9 +119,43 @@ class Learner(nn.Module):
                 f"support.y has shape {tuple(support.y.shape)}, so the way is {support.y.shape[-1]}, expected "
                 'at least two classes to tell apart: show more, or build the learner with kind="regression"'
             )
-        parameter = next(self.parameters(), None)
+        with turn():
+            parameter = next(self.parameters(), None)
         for name, x in {"support.x": support.x, "query": query}.items():
             check_place(name, x, parameter)
+
+# %% ../nbs/05_learners.ipynb #81d68383
+@contextmanager
+def scoring(learner: Learner) -> Iterator[None]:
+    "Within it the learner is in evaluation mode; afterwards each part in its own.  Raises `RuntimeError`."
+    modes = [(module, module.training) for module in learner.modules()]
+    if not any(training for _, training in modes):
+        yield  # nothing changes, so others may ask it at the same time
+        return
+    with claiming(learner):
+        learner.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def start_training(learner: Learner) -> None:
+    "Switch a learner to training mode; one that is in it already keeps the modes of its parts."
+    if learner.training:
+        return
+    frozen = [m for m in learner.modules() if _frozen(m)]
+    learner.train()
+    for module in frozen:
+        module.eval()
+
+
+def _frozen(module: nn.Module) -> bool:
+    "Has it parameters, and does none of them learn?"
+    return any(True for _ in module.parameters()) and not any(
+        p.requires_grad for p in module.parameters()
+    )
 
 # %% ../nbs/05_learners.ipynb #efd57860
 def check_support(

@@ -11,7 +11,14 @@ from torch.func import grad
 from .checkpoints import lookup, register
 from .episodes import Examples
 from .learners import Kind, Learner, check_inner_loop, check_network, task_loss
-from .networks import Parameters, Statistics, call, support_statistics
+from metabook.networks import (
+    Parameters,
+    Statistics,
+    adaptable,
+    call,
+    parameters_of,
+    support_statistics,
+)
 
 try:
     from jaxtyping import Float
@@ -26,7 +33,7 @@ __all__ = ['MAML']
 class MAML(Learner):
     """Learn an initialisation from which a few gradient steps on the support set solve a task.
 
-    Every parameter of `net` is adapted.  `steps=0` is pre-training: nothing is adapted in training,
+    Every parameter of `net` is adapted, but for those that are frozen (`requires_grad_(False)`).  `steps=0` is pre-training: nothing is adapted in training,
     and `test_steps` of fine-tuning follow in evaluation mode.  The inner loss is a mean over the
     support set; the authors' code takes the sum over classes of such means, so its rate of 0.4 for
     5-way tasks is 2.0 here.
@@ -59,7 +66,7 @@ class MAML(Learner):
 
     def adapt(self, support: Examples) -> tuple[Parameters, Statistics]:
         "The inner loop: a few steps from the learned initialisation."
-        phi = dict(self.net.named_parameters())  # phi_0 = theta
+        phi = parameters_of(self.net)  # phi_0 = theta
         for _ in range(self.steps if self.training else self.test_steps):
             phi = self.step(phi, support)
         return phi, support_statistics(self.net, phi, support.x)
@@ -70,9 +77,10 @@ class MAML(Learner):
         support: Examples,  # of one task
     ) -> Parameters:
         "One step of gradient descent on the support set: phi - alpha * gradient."
-        at = {k: p.detach() for k, p in phi.items()} if self.first_order else phi
+        moving = {k: phi[k] for k in adaptable(self.net)}  # what is frozen stays
+        at = {k: p.detach() for k, p in moving.items()} if self.first_order else moving
         g = grad(self.support_loss)(at, support)
-        return {k: p - self.lr * g[k] for k, p in phi.items()}
+        return phi | {k: p - self.lr * g[k] for k, p in moving.items()}
 
     def support_loss(
         self,

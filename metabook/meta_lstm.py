@@ -14,7 +14,7 @@ from .checkpoints import register
 from .episodes import Examples, positive
 from .learners import Kind
 from .maml import MAML
-from .networks import Parameters, Statistics, support_statistics
+from .networks import Parameters, Statistics, adaptable, support_statistics
 
 try:
     from jaxtyping import Float
@@ -170,7 +170,7 @@ class _LearnedUpdate(MAML):
 
     def start(self) -> State:
         "The learned start, nothing remembered."
-        theta = flat(dict(self.net.named_parameters()))
+        theta = flat(adaptable(self.net))  # what is frozen stays
         nothing = theta.new_zeros(self.hidden, len(theta))
         return State(theta, nothing, nothing, theta.new_zeros(2, len(theta)))
 
@@ -197,7 +197,7 @@ class _LearnedUpdate(MAML):
 
     def named(self, theta: Float[Tensor, "d"]) -> Parameters:
         "The flat vector, cut into the tensors of the network."
-        like = dict(self.net.named_parameters())
+        like = adaptable(self.net)
         parts = theta.split([p.numel() for p in like.values()])
         return {k: part.view_as(p) for (k, p), part in zip(like.items(), parts, strict=True)}
 

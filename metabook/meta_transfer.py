@@ -25,6 +25,7 @@ from .learners import Learner, check_inner_loop, check_network, task_loss
 from .networks import Parameters, call, recording
 from .training import Report
 from .transfer import Head, linear
+from .trust import turn
 
 try:
     from jaxtyping import Float
@@ -137,7 +138,8 @@ class MetaTransfer(Learner):
 
     def weights(self) -> Parameters:
         "The scaled and shifted weights: the same for all tasks."
-        return scale_and_shift(self.net, self.scale, self.shift)
+        with turn():
+            return scale_and_shift(self.net, self.scale, self.shift)
 
     def first_head(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from . import kernels
 from .checkpoints import NETWORKS, lookup, register
 from .episodes import positive
+from .trust import TWICE, composing, lending, turn
 
 try:
     from jaxtyping import Float
@@ -25,8 +27,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Statistics', 'Parameters', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'support_statistics',
-           'store_running', 'MLP', 'parameter_count', 'Conv4', 'ResNet12', 'ResidualBlock']
+__all__ = ['Statistics', 'Parameters', 'Recording', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'parameters_of',
+           'adaptable', 'support_statistics', 'store_running', 'MLP', 'parameter_count', 'Conv4', 'ResNet12',
+           'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
@@ -88,7 +91,6 @@ class BatchNorm(nn.Module):
         running = stats == "running"
         self.register_buffer("mean", torch.zeros(channels) if running else None)
         self.register_buffer("var", torch.ones(channels) if running else None)
-        self.notes: list[tuple[str, Statistics]] = []  # who is recording, under which name
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, stats={self.stats!r}"
@@ -110,12 +112,18 @@ class BatchNorm(nn.Module):
     @property
     def differentiates(self) -> bool:
         "Will somebody differentiate through the statistics of this batch, as through the support set's?"
-        return self.stats == "support" and bool(self.notes)
+        return self.stats == "support" and any(True for _ in self.notes())
 
     def note(self, mean: Tensor, var: Tensor) -> None:
         "Tell all who are recording."
-        for name, seen in self.notes:
+        for name, seen in self.notes():
             seen[_tensor_name(name, "mean")], seen[_tensor_name(name, "var")] = mean, var
+
+    def notes(self) -> Iterator[tuple[str, Statistics]]:
+        "Who is recording in this thread, and under which name."
+        for names, seen in _recordings.get():
+            if self in names:
+                yield names[self], seen
 
     def check(self, x: Tensor) -> None:
         "Raise `ValueError` where a batch cannot be normalised."
@@ -138,6 +146,8 @@ def batch_norms(module: nn.Module) -> list[BatchNorm]:
 
 # %% ../nbs/04_networks.ipynb #e2baede8
 Parameters = dict[str, Tensor]
+Recording = tuple[dict[BatchNorm, str], Statistics]  # the layers that are heard, what they said
+_recordings: ContextVar[tuple[Recording, ...]] = ContextVar("recordings", default=())
 
 
 @contextmanager
@@ -151,15 +161,13 @@ def recording(
     does `store_running`.  A layer that runs twice keeps the later ones.  Recordings may be nested.
     """
     seen: Statistics = {}
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, BatchNorm)}
-    layers = {name: layer for name, layer in layers.items() if layer.stats == stats}
-    for name, layer in layers.items():
-        layer.notes.append((name, seen))
+    layers = {m: n for n, m in network.named_modules() if isinstance(m, BatchNorm)}
+    names = {layer: name for layer, name in layers.items() if layer.stats == stats}
+    token = _recordings.set((*_recordings.get(), (names, seen)))
     try:
         yield seen
     finally:
-        for layer in layers.values():
-            layer.notes.pop()
+        _recordings.reset(token)
 
 
 def call(
@@ -168,8 +176,40 @@ def call(
     x: Float[Tensor, "n *features"],  # inputs
     statistics: Statistics | None = None,  # of the support set, for `BatchNorm(stats="support")`
 ) -> Float[Tensor, "n *out"]:
-    "The network's output with other parameters: a pure function of them, ready to be differentiated."
-    return functional_call(network, {**parameters, **(statistics or {})}, (x,))
+    """The network's output with other parameters: a pure function of them, ready to be differentiated.
+
+    Fused attention is composed, so that it can be differentiated twice.  Safe to call from threads.
+    Raises `ValueError` for a name that the network does not have.
+    """
+    tensors = {**parameters, **(statistics or {})}
+    if torch.compiler.is_compiling():
+        return functional_call(network, tensors, (x,))
+    with lending(network, tensors), composing(TWICE):
+        return network(x)
+
+
+def parameters_of(network: nn.Module) -> Parameters:
+    "Its own parameters, by name, also while another thread runs it with others."
+    with turn():
+        return dict(network.named_parameters())
+
+
+def adaptable(
+    network: nn.Module,  # whose layers may be frozen
+) -> Parameters:
+    """The parameters that an inner loop may change: those that require a gradient.
+
+    Raises `ValueError` where all are frozen, for then nothing would be learned about a task.
+    """
+    named = parameters_of(network)
+    found = {name: p for name, p in named.items() if p.requires_grad}
+    if named and not found:
+        raise ValueError(
+            f"all {len(named)} parameters of {type(network).__name__} are frozen, so an inner loop could change "
+            "nothing: set requires_grad_(True) for the layers that shall adapt (to save memory while you "
+            "only ask, use torch.no_grad)"
+        )
+    return found
 
 
 def support_statistics(

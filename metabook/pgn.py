@@ -19,8 +19,10 @@ from metabook.networks import (
     Parameters,
     Statistics,
     batch_norms,
+    parameters_of,
     support_statistics,
 )
+from .trust import turn
 
 try:
     from jaxtyping import Float, Shaped
@@ -279,7 +281,8 @@ class PGN(MAML):
 
     def check_way(self, y: Float[Tensor, "n way"]) -> int:
         "The number of classes or targets.  Raises `ValueError` unless the network has as many outputs."
-        outputs, way = len(list(self.net.parameters())[-1]), y.shape[1]
+        with turn():
+            outputs, way = len(list(self.net.parameters())[-1]), y.shape[1]
         if way != outputs:
             raise ValueError(
                 f"the network gives {outputs} outputs, but the task's way (or number of targets) is "
@@ -293,10 +296,13 @@ class PGN(MAML):
     ) -> Parameters:
         "phi_0: what the generator writes for this task, in one forward pass."
         h = unit_scale(F.relu(self.read(self.describe(support))))  # [1 + way, m]
-        last = last_layer(self.net)
-        pairs = zip(self.net.named_parameters(), self.writers, strict=True)
+        with turn():
+            last = last_layer(self.net)
+        pairs = zip(parameters_of(self.net).items(), self.writers, strict=True)
         return {
             name: write(p, h[0] if i < last else h[1:])
+            if p.requires_grad
+            else p  # frozen ones stay
             for i, ((name, p), write) in enumerate(pairs)
         }
 

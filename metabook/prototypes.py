@@ -114,7 +114,7 @@ class ProtoNet(Learner):
     def adapt(self, support: Examples) -> tuple[Tensor, Statistics]:
         "The prototypes [way, d] of the task, and the statistics by which queries are normalised."
         with recording(self.embed) as statistics:
-            z = self.embed(support.x)
+            z = call(self.embed, {}, support.x)  # with its own parameters
         return prototypes(z, support.y), statistics
 
     def predict(
@@ -122,7 +122,7 @@ class ProtoNet(Learner):
     ) -> Float[Tensor, "n way"]:
         "Logits: minus the scaled distances.  Source: Snell et al. 2017, equation 2."
         c, statistics = state
-        z = call(self.embed, {}, x, statistics)  # with its own parameters
+        z = call(self.embed, {}, x, statistics)
         return -self.scale * DISTANCES[self.distance](z, c)
 
 # %% ../nbs/13_prototypes.ipynb #06662e32

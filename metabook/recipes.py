@@ -32,6 +32,7 @@ from metabook.checkpoints import (
     write_atomically,
 )
 from .datasets import SOURCES, SPLITS, from_folder
+from .engine import Engine
 from .episodes import Classes, FewShot, Sinusoids, Tasks
 from .learners import Learner
 from .meta_transfer import HardTasks
@@ -276,7 +277,7 @@ def run_recipe(
     out: Path,  # the folder to write
     every: int | None = None,  # steps between validations; a tenth of all
     start: Path | None = None,  # a trained folder to start from; `None`: as the recipe says
-    engine: dict[str, Any] | None = None,  # lift, chunk and their like of `fit`
+    engine: Engine = Engine(),  # how it is computed
     resume: bool = False,  # go on with the run in the folder, if there is one
 ) -> dict[str, Any]:  # what config.json says
     """Train, select on validation tasks, and write what `evaluate` and `classify` need to know.
@@ -304,8 +305,8 @@ def run_recipe(
     notes = {"task": task, "recipe": asdict(recipe), "preprocessing": preprocessing(task, validate)}
     notes |= {"made": circumstances(device), "start": start and evidence(start)}
     if recipe.steps:
-        how = (engine or {}) | {"resume": resume}
-        train(learner, tasks, recipe, validate, every, seed, out, notes, how)
+        how = dict(engine=engine, resume=resume)
+        train(learner, tasks, recipe, validate, every, seed, out, notes, **how)
     else:
         taken_over(learner, tasks, validate, read_config(start), seed, out, notes)
     return read_config(out)
@@ -329,7 +330,8 @@ def train(
     seed: int,
     out: Path,
     notes: dict[str, Any],
-    engine: dict[str, Any],
+    engine: Engine,
+    resume: bool,
 ) -> None:
     "`fit` as the recipe says, its rate falling to zero along a cosine."
     fit(
@@ -345,7 +347,8 @@ def train(
         seed=seed,
         folder=out,
         notes=notes,
-        **engine,
+        engine=engine,
+        resume=resume,
     )
 
 

@@ -36,14 +36,13 @@ from metabook.checkpoints import (
     write_checkpoint,
 )
 from metabook.engine import (
+    Engine,
     Graded,
-    Lift,
     Replayed,
     Verdict,
     Wrong,
     answer,
     capturable,
-    choose_lift,
     gradients,
     losses,
     over_tasks,
@@ -54,7 +53,8 @@ from metabook.engine import (
 )
 from .episodes import Episode, Frozen, Tasks, count, one_hot, positive
 from .kernels import precise
-from .learners import Learner, task_score
+from .learners import Learner, scoring, start_training, task_score
+from .trust import claiming
 
 try:
     from jaxtyping import Bool, Float
@@ -63,9 +63,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place',
-           'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'prepare', 'begin', 'start_anew', 'last_state',
-           'identity', 'some_of', 'described', 'surroundings', 'changes', 'same_everywhere', 'run_folder', 'read_log',
-           'repeatable', 'Calibration', 'binned', 'calibration']
+           'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'require_learning', 'prepare', 'begin', 'start_anew',
+           'last_state', 'identity', 'some_of', 'described', 'surroundings', 'changes', 'same_everywhere', 'run_folder',
+           'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -147,23 +147,23 @@ def evaluate(
     device: torch.device | str | None = None,  # where; `None`: where the learner is
     queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
     batch: int = 32,  # tasks at once
-    lift: Lift = "auto",  # see `choose_lift`
-    precision: str = "tf32",  # of products, see `metabook.kernels.precise`
+    engine: Engine = Engine(),  # how it is computed: its lift, precision and check
     progress: bool = False,  # show a bar
+    **older: Any,  # lift and precision, as 0.1.0 had them
 ) -> Score:
     """Accuracy (or mean squared error) on `n` frozen tasks, with its interval.
 
-    Nothing of the learner changes: no parameter, no buffer.  Raises `ValueError` where learner and
-    tasks are of different kinds.  Processes that `torchrun` started share the batches.
+    Nothing of the learner changes: no parameter, no buffer, no part's mode.  Raises `ValueError` where
+    learner and tasks are of different kinds.  Processes that `torchrun` started share the batches.
     """
+    engine = Engine.told(engine, older)
     processes.join()
     positive(batch=batch)
     frozen = tasks if isinstance(tasks, Frozen) else tasks.freeze(n, seed)
     place(learner, device)
     parts = [p for group in frozen.groups for p in portions(group, batch)]
     mine = replace(frozen, groups=processes.dealt(parts))
-    how = dict(batch=batch, lift=lift, precision=precision, progress=progress)
-    given = answers(learner, mine, queries, **how)
+    given = answers(learner, mine, queries, batch=batch, engine=engine, progress=progress)
     scores = [vmap(partial(task_score, learner.kind))(*pair) for pair in given]
     per_task = processes.collected(scores, [count(p) for p in parts])
     metric = "accuracy" if learner.kind == "classification" else "mse"
@@ -176,8 +176,7 @@ def answers(
     queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
     *,
     batch: int = 32,  # tasks at once
-    lift: Lift = "auto",  # see `choose_lift`
-    precision: str = "tf32",  # of products, see `metabook.kernels.precise`
+    engine: Engine = Engine(),  # how it is computed: its lift, precision and check
     progress: bool = False,  # show a bar
 ) -> list[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
     "Predictions and targets for the queries of frozen episodes, batch by batch."
@@ -185,18 +184,14 @@ def answers(
     if queries not in ("joint", "single"):
         raise ValueError(f'queries={queries!r}, expected "joint" or "single"')
     batches = bar(frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate")
-    device, training = place(learner), learner.training
+    device = place(learner)
 
     def ask(episodes: Episode) -> tuple[Tensor, Tensor]:
-        given = answer(learner, episodes.to(device), lift, queries)
+        given = answer(learner, episodes.to(device), engine.lift, queries, check=engine.check)
         return given.cpu(), episodes.query.y.cpu()
 
-    learner.eval()
-    try:
-        with torch.no_grad(), precise(precision):
-            return [ask(episodes) for episodes in batches]
-    finally:
-        learner.train(training)
+    with scoring(learner), torch.no_grad(), precise(engine.precision):
+        return [ask(episodes) for episodes in batches]
 
 # %% ../nbs/06_training.ipynb #7b81687d
 def check_kind(learner: Learner, tasks: Tasks) -> None:
@@ -286,25 +281,24 @@ class Outer:
         schedule: Callable[[int], float]
         | None = None,  # from the steps taken to a factor of the rate
         clip: float | None = None,  # largest norm of the meta-gradient
-        lift: Lift = "auto",  # see `choose_lift`; on a GPU "auto" is "graph"
-        *,
-        chunk: int | None = None,  # tasks in memory at once; halved where they do not fit
-        recompute: bool = False,  # compute inner steps again rather than remember them
-        precision: str = "tf32",  # of products, see `metabook.kernels.precise`
-        nonfinite: str = "stop",  # or "skip" tasks without a finite gradient
+        engine: Engine = Engine(),  # how it is computed; the chunk is halved where memory does not suffice
+        **older: Any,  # arguments of 0.1.0 that `Engine` has now
     ):
-        if nonfinite not in ("stop", "skip"):
-            raise ValueError(f'nonfinite={nonfinite!r}, expected "stop" or "skip"')
+        engine = Engine.told(engine, older)
         if clip is not None and not (isinstance(clip, int | float) and clip > 0):
             raise ValueError(f"clip={clip!r}, expected a positive norm, or None for no clipping")
-        choose_lift(learner, lift)  # wrong words are refused here, not at the first step
-        with precise(precision), recomputing(learner) if recompute else nullcontext():
-            pass
+        with recomputing(learner) if engine.recompute else nullcontext():
+            pass  # a learner without a step is refused here, not at the first one
         self.learner, self.optimizer, self.device = learner, optimizer, place(learner)
         on_gpu = self.device.type == "cuda"
-        self.lift = "graph" if on_gpu and lift == "auto" else lift
-        self.chunk, self.recompute, self.precision = chunk, recompute, precision
-        self.nonfinite, self.skipped = nonfinite, 0  # how many tasks were left out
+        self.engine, self.run = engine, engine.run
+        if engine.run == "auto":
+            self.run = "graph" if on_gpu else "eager"
+        told = engine.lift == "auto" and engine.run == "graph"  # a graph is of the vectorised call
+        self.lift = "vmap" if told else engine.lift
+        self.chunk = engine.chunk
+        self.skipped = 0  # how many tasks were left out
+        self.known = 0  # parameters whose state the optimiser has
         if on_gpu:
             capturable(optimizer, self.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or (lambda step: 1.0))
@@ -344,17 +338,43 @@ class Outer:
         losses, answers, _ = self.descend(episodes)
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.largest)
         self.verdict.judge(losses, norm)
-        update_where(self.verdict.fine, self.optimizer)
+        self.update()
         restore_where(~self.verdict.fine, averages, before)
         return Report(episodes, losses, answers, norm)
+
+    def update(self) -> None:
+        """Let the optimiser take the step, if it is fine.
+
+        On a CPU the host asks.  Elsewhere it need not, but for what a first step brings: an optimiser
+        makes the state of a parameter when it first sees its gradient, and what a rejected step has
+        made must not stay.
+        """
+        given = sum(p.grad is not None for p in self.learner.parameters())
+        if given == 0:
+            raise ValueError(self.idle())
+        waits = self.device.type == "cpu" and not self.records
+        if given == self.known and not waits:
+            update_where(self.verdict.fine, self.optimizer)
+        elif self.verdict.fine:
+            self.optimizer.step()
+            self.known = given
+
+    def idle(self) -> str:
+        "Why nothing is trained, in words."
+        return (
+            f"no parameter of this {type(self.learner).__name__} gets a gradient, so training would change "
+            "nothing: its loss does not depend on them; look for detach, .data, no_grad or requires_grad_(False)"
+        )
 
     def descend(self, episodes: Episode) -> Graded:
         "The meta-gradient of as many tasks at once as memory holds."
         shared = processes.Shared(self.together) if self.together else None
-        how = dict(lift=self.lift, recompute=self.recompute, shared=shared)
+        compiled = self.run == "compile"
+        how = dict(lift=self.lift, compiled=compiled, check=self.engine.check, shared=shared)
+        how["recompute"] = self.engine.recompute
         while True:
             try:
-                with precise(self.precision):
+                with precise(self.engine.precision):
                     return gradients(self.learner, episodes, chunk=self.chunk, **how)
             except (torch.OutOfMemoryError, MemoryError) as error:
                 if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -401,7 +421,7 @@ class Outer:
     def turn_or_skip(self, episodes: Episode) -> Report:
         "`turn`; where that is not finite and tasks may be skipped, again without those to blame."
         report = self.turn(episodes)
-        if self.nonfinite == "stop" or self.verdict.fine:
+        if self.engine.nonfinite == "stop" or self.verdict.fine:
             return report
         sound = self.sound(episodes)
         if sound.all() or not sound.any():  # then it is not a task
@@ -430,8 +450,8 @@ class Outer:
     def sound_alone(self, one: Episode) -> bool:
         "Are the loss of this task and its gradient finite?"
         self.learner.zero_grad()
-        with precise(self.precision):
-            loss = losses(self.learner, one, "loop" if self.lift == "loop" else "vmap").sum()
+        with precise(self.engine.precision):
+            loss = losses(self.learner, one, self.lift, check=self.engine.check).sum()
         if loss.requires_grad:
             loss.backward()
         grads = (p.grad for p in self.learner.parameters() if p.grad is not None)
@@ -494,8 +514,8 @@ class Outer:
     @property
     def records(self) -> bool:
         "Shall steps be recorded as a graph?"
-        asked = self.lift == "graph" or (self.lift == "compile" and self.device.type != "cpu")
-        return asked and self.nonfinite == "stop" and processes.recordable()
+        asked = self.run == "graph" or (self.run == "compile" and self.device.type != "cpu")
+        return asked and self.engine.nonfinite == "stop" and processes.recordable()
 
     def on_share(
         self, tasks: Tasks, meta_batch: int, generator: torch.Generator
@@ -511,7 +531,7 @@ class Outer:
         def advance() -> Report:
             indices, self.together = tasks.draw(meta_batch, generator), meta_batch
             report = take(indices)
-            if self.nonfinite == "skip" and not self.verdict.fine:
+            if self.engine.nonfinite == "skip" and not self.verdict.fine:
                 sound = processes.gathered(self.sound(report.episodes).float(), meta_batch) > 0
                 if (
                     processes.world() <= sound.sum() < meta_batch
@@ -586,7 +606,8 @@ class Run:
         "Note how the training goes."
         step, elapsed = self.outer.taken, time.perf_counter() - self.began
         rate = step * len(values) / elapsed
-        skipped = {"skipped": self.outer.skipped} if self.outer.nonfinite == "skip" else {}
+        skipping = self.outer.engine.nonfinite == "skip"
+        skipped = {"skipped": self.outer.skipped} if skipping else {}
         self.note(
             step=step,
             loss=values.mean().item(),
@@ -596,12 +617,11 @@ class Run:
             **skipped,
         )
 
-    def validate(self, lift: Lift, precision: str) -> None:
+    def validate(self) -> None:
         "Score the present parameters and keep the best; without validation tasks keep the latest."
         if self.validation is None:
             return self.write()
-        how = dict(lift=lift, precision=precision)
-        self.consider(evaluate(self.learner, self.validation, **how))
+        self.consider(evaluate(self.learner, self.validation, engine=self.outer.engine))
 
     def consider(self, score: Score) -> None:
         "Keep the present parameters if this validation score is the best so far."
@@ -628,9 +648,9 @@ class Run:
 
         Who ends early leaves the other processes, so that none waits.
         """
-        self.learner.train()
+        start_training(self.learner)
         try:
-            with processes.stoppable() as asked:
+            with claiming(self.learner), processes.stoppable() as asked:
                 self.asked = asked
                 try:
                     yield
@@ -832,16 +852,11 @@ def fit(
     folder: str | Path | None = None,  # of the run; `None` writes nothing
     resume: bool = False,  # go on with the run in the folder, if there is one
     keep: int = 3,  # how many of the last checkpoints stay; 0: none is written
-    lift: Lift = "auto",  # see `choose_lift`; on a GPU "auto" is "graph"
-    chunk: int
-    | None = None,  # tasks in memory at once; `None`: all, and fewer where they do not fit
-    recompute: bool = False,  # compute inner steps again rather than remember them
-    precision: str = "tf32",  # of products, see `metabook.kernels.precise`
-    nonfinite: str = "stop",  # or "skip": leave tasks without a finite gradient out
-    deterministic: bool = False,  # only operations that give the same result each time
+    engine: Engine = Engine(),  # how it is computed
     log_every: int = 50,  # steps between rows of the log; on a GPU the host looks up only then
     progress: bool = True,  # show a bar with rate, time left, loss and validation score
     notes: dict[str, Any] | None = None,  # what else config.json shall say (JSON); see `resume`
+    **older: Any,  # arguments of 0.1.0 that `Engine` has now
 ) -> Run:
     """Meta-train; with `validate` the learner ends with the parameters of the best validation score.
 
@@ -851,20 +866,22 @@ def fit(
     another run, `FileExistsError` for a folder in use, `FloatingPointError` where a loss or a gradient
     is not finite, `OSError` where the folder cannot be written, `processes.Lost` where another process ends.
     """
+    engine = Engine.told(engine, older)
     processes.join()
     positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
     if not lr > 0:
         raise ValueError(f"lr={lr!r}: expected a positive outer rate, for example 1e-3")
+    require_learning(learner)
     device = place(learner, device)
-    how = dict(chunk=chunk, recompute=recompute, precision=precision, nonfinite=nonfinite)
-    outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, lift, **how)
+    outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, engine)
     settings = dict(steps=steps, meta_batch=meta_batch, lr=lr, clip=clip, every=every, seed=seed)
-    settings |= how | {"log_every": log_every}
+    settings |= {k: getattr(engine, k) for k in ("chunk", "recompute", "precision", "nonfinite")}
+    settings["log_every"] = log_every
     generator = torch.Generator(device).manual_seed(seed + TRAINING)
     more = dict(settings=settings, notes=notes or {}, generator=generator, keep=keep)
     run = Run(learner, tasks, outer, **more)
     prepare(run, validate, folder, resume)
-    with occupied(run.folder if processes.main() else None), repeatable(deterministic):
+    with occupied(run.folder if processes.main() else None), repeatable(engine.deterministic):
         begin(run, resume)
         advance = outer.on(tasks, meta_batch, generator)
         with run.kept():
@@ -878,9 +895,25 @@ def fit(
                 if due:
                     run.report(outer.latest.losses)
                 if step % every == 0 or step == steps:
-                    run.validate(lift, precision)
+                    run.validate()
                     run.checkpoint()
     return run
+
+
+def require_learning(learner: Learner) -> None:
+    "Raise `ValueError` where training would change nothing, saying why."
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        word = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+        raise ValueError(
+            f"gradients are switched off here (torch.{word}, or set_grad_enabled(False)), so training would "
+            "change nothing: call fit outside of it, or torch.set_grad_enabled(True) before"
+        )
+    if not any(p.requires_grad for p in learner.parameters()):
+        number = sum(1 for _ in learner.parameters())
+        raise ValueError(
+            f"all {number} parameters of this {type(learner).__name__} are frozen, so training would change "
+            "nothing: set requires_grad_(True) for the layers that shall learn"
+        )
 
 
 def prepare(
@@ -991,6 +1024,7 @@ def surroundings(run: Run) -> dict[str, Any]:
         "processes": processes.world(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "lift": outer.lift,
+        "run": outer.run,
     }
     told = ("chunk", "clip", "every", "log_every", "recompute", "precision", "nonfinite")
     return where | {k: run.settings[k] for k in told}
@@ -1131,7 +1165,7 @@ def calibration(
     seed: int = 0,  # of the episodes; not used where they are frozen already
     device: torch.device | str | None = None,  # where; `None`: where the learner is
     queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
-    lift: Lift = "auto",  # see `choose_lift`
+    engine: Engine = Engine(),  # how it is computed: its lift, precision and check
 ) -> Calibration:
     """How well a learner's confidence agrees with its accuracy, over tasks.
 
@@ -1145,6 +1179,6 @@ def calibration(
         )
     frozen = tasks if isinstance(tasks, Frozen) else tasks.freeze(n, seed)
     place(learner, device)
-    given = answers(learner, frozen, queries, lift=lift)
+    given = answers(learner, frozen, queries, engine=engine)
     sums = [binned(logits / temperature, y, bins) for logits, y in given]
     return Calibration(*(torch.cat(column) for column in zip(*sums, strict=True)), frozen.hash)

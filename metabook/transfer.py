@@ -119,7 +119,7 @@ class Pretrained(Learner):
         if len(support.y) == 0:
             return self.base_head(support.y.shape[-1])
         with recording(self.embed) as statistics:
-            z = self.embed(support.x)
+            z = call(self.embed, {}, support.x)  # with its own parameters
         return Head(*self.learn(z, support.y), statistics)
 
     def base_head(self, way: int) -> Head:

@@ -307,7 +307,7 @@ def test_statistics_are_plain():
     twin = copy.deepcopy(net)
     torch.testing.assert_close(call(twin, {}, query, outer), call(net, {}, query, outer))
     torch.testing.assert_close(net(query), twin(query))  # nothing has stayed behind
-    assert not any(layer.notes for layer in batch_norms(net))
+    assert not any(list(layer.notes()) for layer in batch_norms(net))
 
     def through(support):
         return call(net, {}, query, support_statistics(net, {}, support)).square().sum()
@@ -369,7 +369,7 @@ def test_batch_norm_errors():
     twin = copy.deepcopy(net)
     torch.testing.assert_close(call(twin, {}, query, outer), call(net, {}, query, outer))
     torch.testing.assert_close(net(query), twin(query))  # nothing has stayed behind
-    assert not any(layer.notes for layer in batch_norms(net))
+    assert not any(list(layer.notes()) for layer in batch_norms(net))
 
     def through(support):
         return call(net, {}, query, support_statistics(net, {}, support)).square().sum()

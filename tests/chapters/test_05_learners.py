@@ -11,14 +11,53 @@ from torch import nn
 from torch.func import vmap
 
 from metabook.engine import losses
-from metabook.episodes import Episode, Examples, Sinusoids
+from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.learners import Learner, check_inner_loop, task_loss, task_score
+from metabook.prototypes import ProtoNet
 from metabook.testing import ContractError, check_learner
 from metabook.training import evaluate, fit
 
 
+def test_each_part_keeps_its_mode():
+    # cell 4401ba57
+    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    learner = ProtoNet(net)
+    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
+    for prepare in (
+        frozen.eval,
+        learner.eval,
+    ):  # a part that was set, and a learner that was loaded
+        learner.train()
+        prepare()
+        before = {name: module.training for name, module in learner.named_modules()}
+        evaluate(learner, tasks, 4)
+        assert before == {name: module.training for name, module in learner.named_modules()}
+        average = frozen.running_mean.clone()
+        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
+        assert torch.equal(frozen.running_mean, average)
+
+
 @pytest.mark.proves("eq-meta-learner")
 def test_a_learner_is_adapt_then_predict():
+    # cell 4401ba57
+    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    learner = ProtoNet(net)
+    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
+    for prepare in (
+        frozen.eval,
+        learner.eval,
+    ):  # a part that was set, and a learner that was loaded
+        learner.train()
+        prepare()
+        before = {name: module.training for name, module in learner.named_modules()}
+        evaluate(learner, tasks, 4)
+        assert before == {name: module.training for name, module in learner.named_modules()}
+        average = frozen.running_mean.clone()
+        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
+        assert torch.equal(frozen.running_mean, average)
+
     # cell 4122cac2
     class RidgeWave(Learner):
         "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
@@ -54,6 +93,24 @@ def test_a_learner_is_adapt_then_predict():
 
 
 def test_what_is_frozen_is_not_trained():
+    # cell 4401ba57
+    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    learner = ProtoNet(net)
+    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
+    for prepare in (
+        frozen.eval,
+        learner.eval,
+    ):  # a part that was set, and a learner that was loaded
+        learner.train()
+        prepare()
+        before = {name: module.training for name, module in learner.named_modules()}
+        evaluate(learner, tasks, 4)
+        assert before == {name: module.training for name, module in learner.named_modules()}
+        average = frozen.running_mean.clone()
+        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
+        assert torch.equal(frozen.running_mean, average)
+
     # cell 4122cac2
     class RidgeWave(Learner):
         "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
@@ -93,6 +150,24 @@ def test_what_is_frozen_is_not_trained():
 
 
 def test_examples_that_do_not_fit_are_refused():
+    # cell 4401ba57
+    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    learner = ProtoNet(net)
+    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
+    for prepare in (
+        frozen.eval,
+        learner.eval,
+    ):  # a part that was set, and a learner that was loaded
+        learner.train()
+        prepare()
+        before = {name: module.training for name, module in learner.named_modules()}
+        evaluate(learner, tasks, 4)
+        assert before == {name: module.training for name, module in learner.named_modules()}
+        average = frozen.running_mean.clone()
+        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
+        assert torch.equal(frozen.running_mean, average)
+
     # cell 4122cac2
     class RidgeWave(Learner):
         "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
@@ -161,6 +236,24 @@ def test_examples_that_do_not_fit_are_refused():
 
 
 def test_an_inner_loop_that_cannot_work_is_refused():
+    # cell 4401ba57
+    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    learner = ProtoNet(net)
+    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
+    for prepare in (
+        frozen.eval,
+        learner.eval,
+    ):  # a part that was set, and a learner that was loaded
+        learner.train()
+        prepare()
+        before = {name: module.training for name, module in learner.named_modules()}
+        evaluate(learner, tasks, 4)
+        assert before == {name: module.training for name, module in learner.named_modules()}
+        average = frozen.running_mean.clone()
+        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
+        assert torch.equal(frozen.running_mean, average)
+
     # cell 4122cac2
     class RidgeWave(Learner):
         "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import metabook
+from metabook.engine import Engine
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks
 from metabook.learners import Learner, task_loss
 from metabook.maml import MAML
@@ -267,7 +268,7 @@ def test_evaluation_changes_nothing(device):
     expected = evaluate(learner.eval(), tasks, 20)
     first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
     torch.manual_seed(123)  # whatever else drew random numbers in the meantime
-    second = evaluate(learner, tasks, 20, lift="loop", batch=7)
+    second = evaluate(learner, tasks, 20, engine=Engine(lift="loop"), batch=7)
     assert torch.equal(first.per_task, expected.per_task)
     assert first.episodes == second.episodes
     assert torch.allclose(first.per_task, second.per_task)
@@ -281,7 +282,9 @@ def test_answers_come_in_the_precision_asked_for(device):
     torch.manual_seed(0)
     wave = MAML(MLP([1, 40, 1]), kind="regression").to(device)
     some = Sinusoids().freeze(4)
-    exact, rough = (evaluate(wave, some, precision=p).per_task for p in ("float32", "bfloat16"))
+    exact, rough = (
+        evaluate(wave, some, engine=Engine(precision=p)).per_task for p in ("float32", "bfloat16")
+    )
     assert 1e-4 < ((rough - exact).abs() / exact).max() < 0.5
 
 
@@ -320,7 +323,7 @@ def test_what_does_not_fit_is_refused(device):
     expected = evaluate(learner.eval(), tasks, 20)
     first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
     torch.manual_seed(123)  # whatever else drew random numbers in the meantime
-    second = evaluate(learner, tasks, 20, lift="loop", batch=7)
+    second = evaluate(learner, tasks, 20, engine=Engine(lift="loop"), batch=7)
     assert torch.equal(first.per_task, expected.per_task)
     assert first.episodes == second.episodes
     assert torch.allclose(first.per_task, second.per_task)
@@ -1323,7 +1326,9 @@ def test_another_run_does_not_go_on():
         fit(other, Sinusoids(5, 10), steps=4, folder=folder, resume=True, **how)
 
     _, said = heard_from(
-        lambda: wave_run(steps=6, folder=folder, resume=True, clip=9.0, nonfinite="skip")
+        lambda: wave_run(
+            steps=6, folder=folder, resume=True, clip=9.0, engine=Engine(nonfinite="skip")
+        )
     )
     told = (
         "the run goes on, but not as it would have: clip was None and is 9.0; nonfinite was 'stop'"
@@ -1507,7 +1512,9 @@ def test_an_interrupted_run_keeps_what_it_learned():
         fit(other, Sinusoids(5, 10), steps=4, folder=folder, resume=True, **how)
 
     _, said = heard_from(
-        lambda: wave_run(steps=6, folder=folder, resume=True, clip=9.0, nonfinite="skip")
+        lambda: wave_run(
+            steps=6, folder=folder, resume=True, clip=9.0, engine=Engine(nonfinite="skip")
+        )
     )
     told = (
         "the run goes on, but not as it would have: clip was None and is 9.0; nonfinite was 'stop'"
@@ -1725,7 +1732,9 @@ def test_a_full_disk_costs_only_what_came_after():
         fit(other, Sinusoids(5, 10), steps=4, folder=folder, resume=True, **how)
 
     _, said = heard_from(
-        lambda: wave_run(steps=6, folder=folder, resume=True, clip=9.0, nonfinite="skip")
+        lambda: wave_run(
+            steps=6, folder=folder, resume=True, clip=9.0, engine=Engine(nonfinite="skip")
+        )
     )
     told = (
         "the run goes on, but not as it would have: clip was None and is 9.0; nonfinite was 'stop'"
@@ -2798,15 +2807,22 @@ def test_a_bad_task_is_skipped_and_counted():
     with quiet():
         for lift in ("loop", "vmap"):
             skipping, without = Shrink(), Shrink()
-            how = dict(steps=6, meta_batch=4, log_every=6, lift=lift, progress=False)
-            run = fit(skipping, Poisoned(), nonfinite="skip", **how)
+            how = dict(steps=6, meta_batch=4, log_every=6, progress=False)
+            run = fit(skipping, Poisoned(), engine=Engine(lift, nonfinite="skip"), **how)
             fit(without, WithoutIt(), **how)
             torch.testing.assert_close(skipping.theta, without.theta)
             assert run.outer.skipped == 4 and run.log[-1]["skipped"] == 4
         with pytest.raises(FloatingPointError, match="step 1"):
-            fit(Root(), Sightings(), steps=3, meta_batch=4, nonfinite="skip", progress=False)
-    with pytest.raises(ValueError, match='nonfinite=\'ignore\', expected "stop" or "skip"'):
-        Outer(Shrink(), torch.optim.SGD(Shrink().param_groups()), nonfinite="ignore")
+            fit(
+                Root(),
+                Sightings(),
+                steps=3,
+                meta_batch=4,
+                engine=Engine(nonfinite="skip"),
+                progress=False,
+            )
+    with pytest.raises(ValueError, match="nonfinite='ignore', expected one of stop, skip"):
+        Engine(nonfinite="ignore")
 
 
 def test_equal_runs_are_equal(device):
@@ -3023,15 +3039,22 @@ def test_equal_runs_are_equal(device):
     with quiet():
         for lift in ("loop", "vmap"):
             skipping, without = Shrink(), Shrink()
-            how = dict(steps=6, meta_batch=4, log_every=6, lift=lift, progress=False)
-            run = fit(skipping, Poisoned(), nonfinite="skip", **how)
+            how = dict(steps=6, meta_batch=4, log_every=6, progress=False)
+            run = fit(skipping, Poisoned(), engine=Engine(lift, nonfinite="skip"), **how)
             fit(without, WithoutIt(), **how)
             torch.testing.assert_close(skipping.theta, without.theta)
             assert run.outer.skipped == 4 and run.log[-1]["skipped"] == 4
         with pytest.raises(FloatingPointError, match="step 1"):
-            fit(Root(), Sightings(), steps=3, meta_batch=4, nonfinite="skip", progress=False)
-    with pytest.raises(ValueError, match='nonfinite=\'ignore\', expected "stop" or "skip"'):
-        Outer(Shrink(), torch.optim.SGD(Shrink().param_groups()), nonfinite="ignore")
+            fit(
+                Root(),
+                Sightings(),
+                steps=3,
+                meta_batch=4,
+                engine=Engine(nonfinite="skip"),
+                progress=False,
+            )
+    with pytest.raises(ValueError, match="nonfinite='ignore', expected one of stop, skip"):
+        Engine(nonfinite="ignore")
 
     # cell 83b5715b
     def state_after(**how):
@@ -3050,5 +3073,12 @@ def test_equal_runs_are_equal(device):
     assert score == score_again
     assert all(torch.equal(a, b) for a, b in zip(state, state_again, strict=True))
     modes = set()
-    fit(Asked(), Sightings(), steps=1, meta_batch=2, deterministic=True, progress=False)
+    fit(
+        Asked(),
+        Sightings(),
+        steps=1,
+        meta_batch=2,
+        engine=Engine(deterministic=True),
+        progress=False,
+    )
     assert modes == {True} and not torch.are_deterministic_algorithms_enabled()

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from metabook import engine
 from metabook.checkpoints import log
 from metabook.engine import (
+    Engine,
     Replayed,
     Verdict,
     Wrong,
@@ -106,7 +107,7 @@ def test_the_engine_chooses_by_size_and_device():
     assert choose_lift(network, "auto", *batch_of(3, 1)) == "vmap"
     assert [evenly(32, most) for most in (40, 32, 25, 15, 1)] == [32, 32, 16, 11, 1]
     assert choose_lift(network, "vmap", *batch_of(16, 15)) == "vmap"
-    assert choose_lift(network, "loop") == "loop" and choose_lift(network, "graph") == "vmap"
+    assert choose_lift(network, "loop") == "loop" and choose_lift(network, "vmap") == "vmap"
     assert (
         choose_lift(network, "auto") == "loop"
     )  # without a batch to look at, it expects a large one
@@ -467,7 +468,7 @@ def test_a_step_asks_the_host_nothing():
     ):
         learner, generator = learner.train(), torch.Generator().manual_seed(0)
         optimizer = torch.optim.SGD(learner.param_groups(), lr=0.1, momentum=0.9)
-        outer = Outer(learner, optimizer, clip=1.0, lift="vmap")
+        outer = Outer(learner, optimizer, clip=1.0, engine=Engine(run="graph"))
         outer.turn(tasks.sample(2, generator))  # makes what the optimiser remembers
         before = [p.detach().clone() for p in learner.parameters()]
         with HostIsAsked():
@@ -488,7 +489,7 @@ def test_without_a_graph_it_goes_on():
     finally:
         log.removeHandler(handler)
     assert said == [
-        'lift="graph" goes on without a graph: graphs are recorded on CUDA devices, and this is cpu'
+        'run="graph" goes on without a graph: graphs are recorded on CUDA devices, and this is cpu'
     ]
 
 
@@ -497,14 +498,20 @@ def test_a_replay_is_the_step():
     # cell 3660e2dd
     if torch.cuda.is_available():  # "Run All" knows no marks
 
-        def some_steps(lift, steps=8):
+        def some_steps(engine, steps=8):
             torch.manual_seed(0)
             learner = MAML(Conv4(out=3, width=8)).to("cuda").train()
             tasks = FewShot(
                 Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(9)}).to("cuda"), 3, 1, 2
             )
             run = fit(
-                learner, tasks, steps=steps, meta_batch=4, lift=lift, log_every=1, progress=False
+                learner,
+                tasks,
+                steps=steps,
+                meta_batch=4,
+                engine=engine,
+                log_every=1,
+                progress=False,
             )
             theta = {k: p.detach() for k, p in learner.named_parameters()}
             return run.curve("loss")[1], [
@@ -513,7 +520,8 @@ def test_a_replay_is_the_step():
 
         # Biases of convolutions are left out: what is normalised next forgets them, so that their gradient
         # is rounding noise, which Adam makes steps of.
-        (losses_graph, graph), (losses_vmap, vmap) = some_steps("graph"), some_steps("vmap")
+        graph, eager = (some_steps(Engine(lift="vmap", run=run)) for run in ("graph", "eager"))
+        (losses_graph, graph), (losses_vmap, vmap) = graph, eager
         assert len(set(losses_graph)) == len(losses_graph)  # random numbers differ at each replay
         torch.testing.assert_close(losses_graph, losses_vmap, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(graph, vmap, rtol=1e-2, atol=1e-3)
@@ -545,7 +553,7 @@ def test_replays_are_recorded_by_shape():
     ):
         learner, generator = learner.train(), torch.Generator().manual_seed(0)
         optimizer = torch.optim.SGD(learner.param_groups(), lr=0.1, momentum=0.9)
-        outer = Outer(learner, optimizer, clip=1.0, lift="vmap")
+        outer = Outer(learner, optimizer, clip=1.0, engine=Engine(run="graph"))
         outer.turn(tasks.sample(2, generator))  # makes what the optimiser remembers
         before = [p.detach().clone() for p in learner.parameters()]
         with HostIsAsked():

@@ -90,17 +90,20 @@ def test_what_pre_trains_keeps_the_contract_on_batches(method: type[Learner], lo
     check_learner(method(net, classes=5, logits=logits), batches)
 
 
-def meta_gradients(learner: Learner, tasks: Tasks, lift: engine.Lift) -> list[torch.Tensor]:
+HOW = {"compile": {"lift": "vmap", "compiled": True}}
+
+
+def meta_gradients(learner: Learner, tasks: Tasks, lift: str) -> list[torch.Tensor]:
     """Losses and meta-gradient of three tasks."""
     learner = copy.deepcopy(learner).double().train()
     episodes = tasks.sample(3, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
-    graded = engine.gradients(learner, episodes, lift=lift)
+    graded = engine.gradients(learner, episodes, **HOW.get(lift, {"lift": lift}))
     return [graded.losses, *(p.grad for p in learner.parameters() if p.grad is not None)]
 
 
 @pytest.fixture
 def compiling(monkeypatch) -> Callable[[str], None]:
-    """Choose what `lift="compile"` compiles with; nothing of other tests is remembered."""
+    """Choose what `run="compile"` compiles with; nothing of other tests is remembered."""
 
     def choose(backend: str) -> None:
         torch._dynamo.reset()

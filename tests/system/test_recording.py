@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metabook.checkpoints import log
-from metabook.engine import Replayed, capturable
+from metabook.engine import Engine, Replayed, capturable
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
@@ -163,7 +163,7 @@ def trained(
     generator.manual_seed(0)
     chosen = OPTIMIZERS[optimizer](learner.param_groups())
     capturable(chosen, torch.device("cpu"))
-    outer = Outer(learner, chosen, lambda step: 0.8**step, clip=1.0, lift="vmap")
+    outer = Outer(learner, chosen, lambda step: 0.8**step, clip=1.0, engine=Engine(run="graph"))
 
     def turn():
         return outer.turn(tasks.sample(3, generator).to(dtype=torch.float64))
@@ -213,7 +213,7 @@ def test_graphs_are_kept_by_shape_and_stay_when_there_are_too_many(cuda):
     assert [calls.count(n) for n in (1, Replayed.most)] == [recorded, recorded]
     assert calls.count(Replayed.most + 2) == Replayed.warm_up + 3  # without a graph
     assert cuda == [
-        f'lift="graph" goes on without more graphs: there are more than {Replayed.most} sets of shapes'
+        f'run="graph" goes on without more graphs: there are more than {Replayed.most} sets of shapes'
     ]
     assert twice(torch.ones(1)).item() == 2.0 and calls.count(1) == recorded
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_recorded_goes_on_without(cuda, error):
         "KeyError": "'capturable'",
         "ValueError": "ValueError",
     }[type(error).__name__]
-    assert cuda == [f'lift="graph" goes on without a graph: {why}'] and not asks.graphs
+    assert cuda == [f'run="graph" goes on without a graph: {why}'] and not asks.graphs
 
 
 def test_an_optimiser_for_a_gpu_keeps_everything_there():
