@@ -7,11 +7,13 @@ python -m bench.grid --layers LayerNorm,LSTM --methods maml --lift auto,loop,vma
 from __future__ import annotations
 
 import argparse
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from math import prod
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
+from bench.report import report, write
 from metabook.engine import answer, gradients
 from metabook.episodes import Episode, Examples
 from metabook.learners import Learner
@@ -98,9 +101,15 @@ def reading(
     make: Callable[[], nn.Module],  # what reads tokens
     width: int,  # numbers that it makes of a sentence
     must: bool = True,  # see `Layer`
+    plain: Callable[[], nn.Module] | None = None,  # see `Layer`
 ) -> Layer:
     """An embedding, which comes first, and a head."""
-    return Layer(lambda: nn.Sequential(make(), *head(width)), tokens(7, 4), must)
+
+    def network(make: Callable[[], nn.Module]) -> nn.Module:
+        return nn.Sequential(make(), *head(width))
+
+    other = None if plain is None else partial(network, plain)
+    return Layer(partial(network, make), tokens(7, 4), must, other)
 
 
 def seeing(*layers: Callable[[], nn.Module], width: int) -> Layer:
@@ -325,6 +334,23 @@ class Saving(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=False)
 
 
+class Bag(nn.Module):
+    """A mean or a sum of embeddings, one by one; the padding is left out of both."""
+
+    def __init__(self, how: Literal["mean", "sum", "padded"]) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.randn(7, 5)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.one(bag) for bag in x])
+
+    def one(self, bag: Tensor) -> Tensor:
+        """Of one bag."""
+        seen = bag[bag != 0] if self.how == "padded" else bag
+        total = sum((self.weight[i] for i in seen), self.weight.new_zeros(5))
+        return total if self.how == "sum" else total / max(1, len(seen))
+
+
 class Normed(nn.Module):
     """Weight normalisation by its formula: a length and a direction for each row."""
 
@@ -489,9 +515,16 @@ EMBEDDINGS = {
     ),
     "Embedding max norm": reading(lambda: nn.Embedding(7, 3, max_norm=1.0), 12, False),
     "Embedding sparse": reading(lambda: nn.Embedding(7, 3, sparse=True), 12, False),
-    # torch has no second derivative of these three.
-    "EmbeddingBag mean": reading(lambda: nn.EmbeddingBag(7, 5, mode="mean"), 5, False),
-    "EmbeddingBag sum": reading(lambda: nn.EmbeddingBag(7, 5, mode="sum"), 5, False),
+    # torch has no second derivative of these four.
+    "EmbeddingBag mean": reading(
+        lambda: nn.EmbeddingBag(7, 5, mode="mean"), 5, plain=lambda: Bag("mean")
+    ),
+    "EmbeddingBag sum": reading(
+        lambda: nn.EmbeddingBag(7, 5, mode="sum"), 5, plain=lambda: Bag("sum")
+    ),
+    "EmbeddingBag padded": reading(
+        lambda: nn.EmbeddingBag(7, 5, mode="mean", padding_idx=0), 5, plain=lambda: Bag("padded")
+    ),
     "EmbeddingBag max": reading(lambda: nn.EmbeddingBag(7, 5, mode="max"), 5, False),
 }
 
@@ -560,8 +593,10 @@ ELEMENTWISE: dict[str, Callable[[], nn.Module]] = {
     "Softmin": lambda: nn.Softmin(-1),
 }
 ACTIVATIONS = {name: inside(make, 8, scale=2.0) for name, make in ELEMENTWISE.items()}
-# torch has no second derivative of it.
-ACTIVATIONS["Hardsigmoid"] = inside(nn.Hardsigmoid, 8, scale=2.0, must=False)
+# torch has no second derivative of it, and its first one is rounded as in float32.
+ACTIVATIONS["Hardsigmoid"] = inside(
+    nn.Hardsigmoid, 8, scale=2.0, plain=lambda: Of(lambda x: (x + 3).clamp(0, 6) / 6)
+)
 ACTIVATIONS["RReLU"] = inside(nn.RReLU, 8, must=False)  # its slopes are random
 
 CONVOLUTIONS = {
@@ -619,10 +654,8 @@ REFUSABLE = {
     "Dropout2d": inside(nn.Dropout2d, 4, 2, 2, must=False),
     "AlphaDropout": inside(nn.AlphaDropout, 8, must=False),
     # torch's own second derivative of it leaves out how the length of v depends on v.
-    "weight_norm": inside(
-        lambda: parametrizations.weight_norm(nn.Linear(8, 5)), 8, must=False, plain=Normed
-    ),
-    "weight_norm before": inside(old_weight_norm, 8, must=False, plain=Normed),
+    "weight_norm": inside(lambda: parametrizations.weight_norm(nn.Linear(8, 5)), 8, plain=Normed),
+    "weight_norm before": inside(old_weight_norm, 8, plain=Normed),
     "spectral_norm": inside(  # every forward pass moves its buffers
         lambda: parametrizations.spectral_norm(nn.Linear(8, 5)), 8, must=False
     ),
@@ -1044,6 +1077,30 @@ def picked(table: Mapping[str, Any], parts: str) -> dict[str, Any]:
     return {name: v for name, v in table.items() if any(word in name for word in words)}
 
 
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each layer and method how "auto" computed it, and how far off it was: as JSON has it.
+
+    A lift that is right by itself, without a trial, is one that "auto" takes.
+    """
+    found = {(r.layer, r.method, r.lift): r.cell for r in rows}
+    return [
+        {"layer": r.layer, "method": r.method, "must": r.must, "way": way_of(r, found)}
+        | ({} if r.cell.worst is None else {"error": r.cell.worst})
+        for r in rows
+        if r.lift == "auto"
+    ]
+
+
+def way_of(row: Row, found: Mapping[tuple[str, str, str], Cell]) -> str:
+    """How "auto" came to its result."""
+    if not row.cell.applies:
+        return "does not apply"
+    if row.cell.refusal:
+        return "refused"
+    lifted = found[row.layer, row.method, "vmap"]
+    return "looped" if lifted.wrong or lifted.refusal else "lifted"
+
+
 def main(argv: Sequence[str] | None = None) -> int:  # 1 where a cell failed
     """Print the table, and what failed."""
     parser = argparse.ArgumentParser("python -m bench.grid", description=main.__doc__)
@@ -1051,8 +1108,10 @@ def main(argv: Sequence[str] | None = None) -> int:  # 1 where a cell failed
     parser.add_argument("--methods", default="", help="parts of names, parted by commas")
     parser.add_argument("--lift", default="auto,loop", help="auto, loop, vmap, parted by commas")
     parser.add_argument("--no-check", action="store_true", help="tell the engine check=False")
+    parser.add_argument("--out", type=Path, help="a folder: write bench-lifting-cpu.json there")
     told = parser.parse_args(argv)
     torch.set_num_threads(1)
+    logging.getLogger("metabook").setLevel(logging.ERROR)  # loops are expected
     how = {"check": False} if told.no_check else {}
     which = picked(LAYERS, told.layers), picked(METHODS, told.methods)
     with warnings.catch_warnings():
@@ -1061,6 +1120,11 @@ def main(argv: Sequence[str] | None = None) -> int:  # 1 where a cell failed
     if not rows:
         parser.error("no layer or no method has such a name")
     print(table(rows), "* may be refused", *remarks(rows), sep="\n")
+    if told.out:
+        rows = [row for row in rows if row.lift != "vmap"] + grid(("vmap",), *which, check=False)
+        command = "python -m bench.grid --out results"
+        how = {"settings": {"only": told.layers or told.methods}, "rows": summary(rows)}
+        write(report("lifting", "cpu", 1, command, **how), told.out)
     return int(any(row.failed for row in rows))
 
 

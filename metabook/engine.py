@@ -21,7 +21,7 @@ from .episodes import Episode, count, positive
 from .kernels import PRECISIONS, keep_memory, lifting, precision_of_now
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
-from .processes import Shared
+from .processes import Shared, summed_
 from .trust import LIFTED, Work, claiming, composing, here, in_our_words, trusted
 
 try:
@@ -30,13 +30,13 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'Run', 'FITS', 'FEW', 'Engine', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'evenly', 'Graded',
+__all__ = ['Lift', 'RUNS', 'FITS', 'FEW', 'Engine', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'evenly', 'Graded',
            'losses', 'grade', 'in_parts', 'overhearing', 'gradients', 'Way', 'portions', 'averages', 'Recomputed',
            'recomputing', 'answer', 'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap"]
-Run = Literal["auto", "eager", "graph", "compile"]
+RUNS = ("auto", "eager", "graph", "compile")
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Engine:
     step of training that is made of it is executed.  Raises `ValueError` for what none of them knows.
     """
 
-    lift: Lift = "auto"  # see `choose_lift`
-    run: Run = (
+    lift: str = "auto"  # see `choose_lift`
+    run: str = (
         "auto"  # as it stands, recorded as a CUDA graph, or compiled; "auto": a graph on a GPU
     )
     chunk: int | None = (
@@ -63,7 +63,7 @@ class Engine:
     )
 
     def __post_init__(self) -> None:
-        known = {"lift": get_args(Lift), "run": get_args(Run), "nonfinite": ("stop", "skip")}
+        known = {"lift": get_args(Lift), "run": RUNS, "nonfinite": ("stop", "skip")}
         for name, words in (known | {"precision": PRECISIONS}).items():
             if (word := getattr(self, name)) not in words:
                 run = f"; {word!r} is a word for run" if word in known["run"] else ""

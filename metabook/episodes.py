@@ -431,8 +431,8 @@ class Classes:
     def prepare(
         self,
         x: Shaped[Tensor, "*n channels height width"] | Shaped[Tensor, "*shape"],  # stored examples
-    ) -> Float[Tensor, "*shape"]:
-        "What a network sees: bytes become (x / 255 - mean) / std, floats stay as they are."
+    ) -> Shaped[Tensor, "*shape"]:
+        "What a network sees: bytes become (x / 255 - mean) / std, other numbers stay as they are."
         if x.dtype != torch.uint8:
             return x
         dtype = torch.get_default_dtype()

@@ -21,7 +21,7 @@ from metabook.networks import (
 )
 
 try:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
 except ImportError:  # the shapes in signatures are checked by the tests, not at run time
     pass
 
@@ -93,7 +93,7 @@ class MAML(Learner):
     def predict(
         self,
         state: tuple[Parameters, Statistics],  # from `adapt`
-        x: Float[Tensor, "n *features"],  # inputs of the same task
+        x: Shaped[Tensor, "n *features"],  # inputs of the same task
     ) -> Float[Tensor, "n out"]:
         "The network with the adapted parameters."
         phi, statistics = state

@@ -28,7 +28,7 @@ from .transfer import Head, linear
 from .trust import turn
 
 try:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
 except ImportError:  # the shapes in signatures are checked by the tests, not at run time
     pass
 
@@ -182,7 +182,7 @@ class MetaTransfer(Learner):
         "L_S(h), a mean over the support set."
         return task_loss(self.kind, linear(z, *head), y)
 
-    def predict(self, state: Head, x: Float[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
+    def predict(self, state: Head, x: Shaped[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
         "Logits of the adapted head."
         z = call(self.net, self.weights(), x, state.statistics)
         return linear(z, state.weight, state.bias)

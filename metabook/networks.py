@@ -22,14 +22,14 @@ from .episodes import positive
 from .trust import TWICE, composing, lending, turn
 
 try:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
 except ImportError:  # the shapes in signatures are checked by the tests, not at run time
     pass
 
 # %% auto #0
 __all__ = ['Statistics', 'Parameters', 'Recording', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'parameters_of',
-           'adaptable', 'support_statistics', 'store_running', 'MLP', 'parameter_count', 'Conv4', 'ResNet12',
-           'ResidualBlock']
+           'is_frozen', 'adaptable', 'support_statistics', 'store_running', 'MLP', 'parameter_count', 'Conv4',
+           'ResNet12', 'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
@@ -173,7 +173,7 @@ def recording(
 def call(
     network: nn.Module,  # whose code runs
     parameters: Parameters,  # with these in place of its own
-    x: Float[Tensor, "n *features"],  # inputs
+    x: Shaped[Tensor, "n *features"],  # inputs
     statistics: Statistics | None = None,  # of the support set, for `BatchNorm(stats="support")`
 ) -> Float[Tensor, "n *out"]:
     """The network's output with other parameters: a pure function of them, ready to be differentiated.
@@ -194,15 +194,20 @@ def parameters_of(network: nn.Module) -> Parameters:
         return dict(network.named_parameters())
 
 
+def is_frozen(p: Tensor) -> bool:
+    "Is it a parameter that shall not learn?  Tensors that stand in for parameters are not frozen."
+    return isinstance(p, nn.Parameter) and not p.requires_grad
+
+
 def adaptable(
     network: nn.Module,  # whose layers may be frozen
 ) -> Parameters:
-    """The parameters that an inner loop may change: those that require a gradient.
+    """The parameters that an inner loop may change: those that are not frozen.
 
     Raises `ValueError` where all are frozen, for then nothing would be learned about a task.
     """
     named = parameters_of(network)
-    found = {name: p for name, p in named.items() if p.requires_grad}
+    found = {name: p for name, p in named.items() if not is_frozen(p)}
     if named and not found:
         raise ValueError(
             f"all {len(named)} parameters of {type(network).__name__} are frozen, so an inner loop could change "
@@ -215,7 +220,7 @@ def adaptable(
 def support_statistics(
     network: nn.Module,  # whose code runs
     parameters: Parameters,  # with these in place of its own
-    x: Float[Tensor, "n *features"],  # the support set
+    x: Shaped[Tensor, "n *features"],  # the support set
 ) -> Statistics:
     """What `call` needs so that each query stands alone: empty unless a layer says `stats="support"`."""
     if not any(layer.stats == "support" for layer in batch_norms(network)):

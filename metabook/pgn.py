@@ -19,6 +19,7 @@ from metabook.networks import (
     Parameters,
     Statistics,
     batch_norms,
+    is_frozen,
     parameters_of,
     support_statistics,
 )
@@ -300,9 +301,7 @@ class PGN(MAML):
             last = last_layer(self.net)
         pairs = zip(parameters_of(self.net).items(), self.writers, strict=True)
         return {
-            name: write(p, h[0] if i < last else h[1:])
-            if p.requires_grad
-            else p  # frozen ones stay
+            name: p if is_frozen(p) else write(p, h[0] if i < last else h[1:])
             for i, ((name, p), write) in enumerate(pairs)
         }
 

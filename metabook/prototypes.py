@@ -14,7 +14,7 @@ from .learners import Learner, check_network
 from .networks import Statistics, call, recording
 
 try:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
 except ImportError:  # the shapes in signatures are checked by the tests, not at run time
     pass
 
@@ -118,7 +118,7 @@ class ProtoNet(Learner):
         return prototypes(z, support.y), statistics
 
     def predict(
-        self, state: tuple[Tensor, Statistics], x: Float[Tensor, "n *features"]
+        self, state: tuple[Tensor, Statistics], x: Shaped[Tensor, "n *features"]
     ) -> Float[Tensor, "n way"]:
         "Logits: minus the scaled distances.  Source: Snell et al. 2017, equation 2."
         c, statistics = state

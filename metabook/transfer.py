@@ -16,7 +16,7 @@ from .networks import Statistics, batch_norms, call, recording
 from .prototypes import TINY, prototypes, unit
 
 try:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
 except ImportError:  # the shapes in signatures are checked by the tests, not at run time
     pass
 
@@ -144,7 +144,7 @@ class Pretrained(Learner):
         c = prototypes(z, y)
         return 2 * c, -c.square().sum(-1)
 
-    def predict(self, state: Head, x: Float[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
+    def predict(self, state: Head, x: Shaped[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
         "Logits of the task's head."
         z = call(self.embed, {}, x, state.statistics)
         if z.shape[-1] != (d := state.weight.shape[-1]):

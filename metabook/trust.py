@@ -85,11 +85,16 @@ def instance_norm(
     return _by_channel(_normalised(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 
-def embedding(input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
-    "`F.embedding`; the padding row is a constant."
-    if padding_idx is None or max_norm is not None:
-        return F.embedding(input, weight, padding_idx, max_norm, *args, **kwargs)
-    rows = F.embedding(input, weight, None, None, *args, **kwargs)
+def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, *args, **kwargs):
+    "`F.embedding`; the padding row is a constant.  Raises `ValueError` for a `max_norm`."
+    if max_norm is not None:
+        raise ValueError(
+            f"Embedding(max_norm={max_norm}) writes into its weight whenever it is asked, and asking shall "
+            "change nothing: leave max_norm out, and normalise the rows where they are used"
+        )
+    rows = F.embedding(input, weight, None, None, norm_type, *args, **kwargs)
+    if padding_idx is None:
+        return rows
     padding = (input == padding_idx % len(weight))[..., None]
     return torch.where(padding, rows.detach(), rows)
 
@@ -175,12 +180,14 @@ def hardsigmoid(input, inplace=False):
 
 def weight_norm(v, g, dim=0):
     "`torch._weight_norm`, whose second derivative is wrong on a CPU, lifted or not."
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
 
 TWICE: dict[Callable[..., Any], Callable[..., Any]] = {  # in inner steps
     F.scaled_dot_product_attention: attention,
     F.multi_head_attention_forward: multi_head_attention,
+    F.embedding: embedding,
     F.embedding_bag: embedding_bag,
     F.hardsigmoid: hardsigmoid,
     torch._weight_norm: weight_norm,
@@ -192,7 +199,6 @@ LIFTED: dict[Callable[..., Any], Callable[..., Any]] = TWICE | {  # in a lift
     torch.layer_norm: layer_norm,
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
-    F.embedding: embedding,
 }
 _table: ContextVar[dict[Any, Any] | None] = ContextVar("table", default=None)
 
@@ -422,44 +428,62 @@ def here() -> Callable[[], Any]:
 # %% ../nbs/A10_trust.ipynb #c15ff640
 MOST = 2  # sets of shapes of a learner, in one mode on one device, that are tried
 TOLERANCE = 1e-7  # relative, in float64: rounding is below it, what is wrong far above
-VERIFIED: dict[tuple[str, str], frozenset[str]] = {  # torch, device -> layers of the grid
-    ("2.13", "cpu"): frozenset(
+VERIFIED: dict[tuple[str, str], frozenset[str]] = {  # torch, device -> layers of the grid, whatever
+    ("2.13", "cpu"): frozenset(  # their arguments: a Dropout or an Embedding is not among them
         [
-            "Sequential",
-            "ModuleList",
-            "ModuleDict",
-            "ParameterList",
-            "Identity",
-            "Flatten",
-            "Unflatten",
-            "Linear",
-            "Bilinear",
+            "AdaptiveAvgPool1d",
+            "AdaptiveAvgPool2d",
+            "AdaptiveMaxPool2d",
+            "AvgPool1d",
+            "AvgPool2d",
+            "CELU",
             "Conv1d",
             "Conv2d",
             "Conv3d",
+            "ConvTranspose1d",
+            "ConvTranspose2d",
+            "ELU",
+            "Flatten",
+            "GELU",
+            "GLU",
+            "GroupNorm",
+            "Hardshrink",
+            "Hardsigmoid",
+            "Hardswish",
+            "Hardtanh",
+            "LPPool2d",
+            "LayerNorm",
+            "LeakyReLU",
+            "Linear",
+            "LocalResponseNorm",
+            "LogSigmoid",
+            "LogSoftmax",
+            "MaxPool1d",
+            "MaxPool2d",
+            "MaxPool3d",
+            "Mish",
+            "ModuleList",
+            "PReLU",
+            "PixelShuffle",
+            "RMSNorm",
             "ReLU",
             "ReLU6",
-            "LeakyReLU",
-            "ELU",
+            "ReflectionPad2d",
             "SELU",
-            "CELU",
-            "GELU",
+            "Sequential",
             "SiLU",
-            "Mish",
-            "Softplus",
-            "Softsign",
-            "Tanh",
             "Sigmoid",
             "Softmax",
-            "LogSoftmax",
-            "AvgPool1d",
-            "AvgPool2d",
-            "AdaptiveAvgPool2d",
-            "MaxPool2d",
-            "LayerNorm",
-            "GroupNorm",
-            "RMSNorm",
-            "Embedding",
+            "Softmin",
+            "Softplus",
+            "Softshrink",
+            "Softsign",
+            "Tanh",
+            "Tanhshrink",
+            "Threshold",
+            "Unflatten",
+            "Unfold",
+            "Upsample",
         ]
     ),
 }
@@ -594,13 +618,21 @@ def _in_double(learner: nn.Module, batch: Any, work: Work, way: Any) -> list[Ten
 def _copied(learner: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     "A copy, of another precision, also of a network that kept what it computed."
     own = [vars(m) for m in learner.modules()]
-    tensors = [t for t in tree_leaves(own) if isinstance(t, Tensor) and not t.is_leaf]
+    tensors = [t for t in tree_leaves(own) if isinstance(t, Tensor) and not _stands_alone(t)]
     twin = copy.deepcopy(learner, {id(t): t.detach().clone() for t in tensors})
     for module in twin.to(dtype=dtype).modules() if dtype else ():
         for name, value in vars(module).items():  # tables that are no buffers
             if isinstance(value, Tensor) and value.is_floating_point():
                 vars(module)[name] = value.to(dtype)
     return twin
+
+
+def _stands_alone(t: Tensor) -> bool:
+    "Can it be copied?  Some views do not even say."
+    try:
+        return t.is_leaf
+    except RuntimeError:
+        return False
 
 
 def _compared(learner: nn.Module, found: list[Tensor], right: list[Tensor]) -> str | None:

@@ -20,43 +20,53 @@ from metabook.training import evaluate, fit
 
 def test_each_part_keeps_its_mode():
     # cell 4401ba57
-    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
     learner = ProtoNet(net)
     tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-    for prepare in (
-        frozen.eval,
-        learner.eval,
-    ):  # a part that was set, and a learner that was loaded
+
+    def averages_after(prepare, *layers):
+        "Whether training leaves the running averages of layers alone."
         learner.train()
         prepare()
-        before = {name: module.training for name, module in learner.named_modules()}
+        modes = {name: module.training for name, module in learner.named_modules()}
         evaluate(learner, tasks, 4)
-        assert before == {name: module.training for name, module in learner.named_modules()}
-        average = frozen.running_mean.clone()
+        assert modes == {name: module.training for name, module in learner.named_modules()}
+        before = [layer.running_mean.clone() for layer in layers]
         fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        assert torch.equal(frozen.running_mean, average)
+        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
+
+    def set_parts():
+        frozen.eval(), resting.eval()
+
+    assert averages_after(set_parts, frozen, resting) == [True, True]
+    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
 
 
 @pytest.mark.proves("eq-meta-learner")
 def test_a_learner_is_adapt_then_predict():
     # cell 4401ba57
-    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
     learner = ProtoNet(net)
     tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-    for prepare in (
-        frozen.eval,
-        learner.eval,
-    ):  # a part that was set, and a learner that was loaded
+
+    def averages_after(prepare, *layers):
+        "Whether training leaves the running averages of layers alone."
         learner.train()
         prepare()
-        before = {name: module.training for name, module in learner.named_modules()}
+        modes = {name: module.training for name, module in learner.named_modules()}
         evaluate(learner, tasks, 4)
-        assert before == {name: module.training for name, module in learner.named_modules()}
-        average = frozen.running_mean.clone()
+        assert modes == {name: module.training for name, module in learner.named_modules()}
+        before = [layer.running_mean.clone() for layer in layers]
         fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        assert torch.equal(frozen.running_mean, average)
+        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
+
+    def set_parts():
+        frozen.eval(), resting.eval()
+
+    assert averages_after(set_parts, frozen, resting) == [True, True]
+    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
 
     # cell 4122cac2
     class RidgeWave(Learner):
@@ -94,22 +104,27 @@ def test_a_learner_is_adapt_then_predict():
 
 def test_what_is_frozen_is_not_trained():
     # cell 4401ba57
-    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
     learner = ProtoNet(net)
     tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-    for prepare in (
-        frozen.eval,
-        learner.eval,
-    ):  # a part that was set, and a learner that was loaded
+
+    def averages_after(prepare, *layers):
+        "Whether training leaves the running averages of layers alone."
         learner.train()
         prepare()
-        before = {name: module.training for name, module in learner.named_modules()}
+        modes = {name: module.training for name, module in learner.named_modules()}
         evaluate(learner, tasks, 4)
-        assert before == {name: module.training for name, module in learner.named_modules()}
-        average = frozen.running_mean.clone()
+        assert modes == {name: module.training for name, module in learner.named_modules()}
+        before = [layer.running_mean.clone() for layer in layers]
         fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        assert torch.equal(frozen.running_mean, average)
+        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
+
+    def set_parts():
+        frozen.eval(), resting.eval()
+
+    assert averages_after(set_parts, frozen, resting) == [True, True]
+    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
 
     # cell 4122cac2
     class RidgeWave(Learner):
@@ -151,22 +166,27 @@ def test_what_is_frozen_is_not_trained():
 
 def test_examples_that_do_not_fit_are_refused():
     # cell 4401ba57
-    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
     learner = ProtoNet(net)
     tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-    for prepare in (
-        frozen.eval,
-        learner.eval,
-    ):  # a part that was set, and a learner that was loaded
+
+    def averages_after(prepare, *layers):
+        "Whether training leaves the running averages of layers alone."
         learner.train()
         prepare()
-        before = {name: module.training for name, module in learner.named_modules()}
+        modes = {name: module.training for name, module in learner.named_modules()}
         evaluate(learner, tasks, 4)
-        assert before == {name: module.training for name, module in learner.named_modules()}
-        average = frozen.running_mean.clone()
+        assert modes == {name: module.training for name, module in learner.named_modules()}
+        before = [layer.running_mean.clone() for layer in layers]
         fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        assert torch.equal(frozen.running_mean, average)
+        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
+
+    def set_parts():
+        frozen.eval(), resting.eval()
+
+    assert averages_after(set_parts, frozen, resting) == [True, True]
+    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
 
     # cell 4122cac2
     class RidgeWave(Learner):
@@ -237,22 +257,27 @@ def test_examples_that_do_not_fit_are_refused():
 
 def test_an_inner_loop_that_cannot_work_is_refused():
     # cell 4401ba57
-    frozen = torch.nn.BatchNorm1d(8).requires_grad_(False)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, torch.nn.Linear(8, 4))
+    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
     learner = ProtoNet(net)
     tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-    for prepare in (
-        frozen.eval,
-        learner.eval,
-    ):  # a part that was set, and a learner that was loaded
+
+    def averages_after(prepare, *layers):
+        "Whether training leaves the running averages of layers alone."
         learner.train()
         prepare()
-        before = {name: module.training for name, module in learner.named_modules()}
+        modes = {name: module.training for name, module in learner.named_modules()}
         evaluate(learner, tasks, 4)
-        assert before == {name: module.training for name, module in learner.named_modules()}
-        average = frozen.running_mean.clone()
+        assert modes == {name: module.training for name, module in learner.named_modules()}
+        before = [layer.running_mean.clone() for layer in layers]
         fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        assert torch.equal(frozen.running_mean, average)
+        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
+
+    def set_parts():
+        frozen.eval(), resting.eval()
+
+    assert averages_after(set_parts, frozen, resting) == [True, True]
+    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
 
     # cell 4122cac2
     class RidgeWave(Learner):

@@ -899,6 +899,7 @@ def test_frozen_weights_stay():
         "The tensors of the frozen network that training changed."
         torch.manual_seed(0)
         learner = kind(Conv4(size=16, width=4, pool="stride", stats="running"), steps=2)
+        learner.train()  # as many a loop begins
         before = {k: v.clone() for k, v in learner.net.state_dict().items()}
         images = Classes.of({str(i): torch.randn(6, 1, 16, 16) for i in range(5)})
         hard = HardTasks(FewShot(images, way=3, shot=2, query=2), every=2)

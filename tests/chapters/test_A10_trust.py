@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from metabook import trust
-from metabook.engine import losses
+from metabook.engine import gradients, losses
 from metabook.episodes import Classes, Examples, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, call
@@ -77,6 +77,8 @@ def test_entries_are_what_they_replace():
         (F.embedding, lambda f: lambda t: f(tokens, t, -1), (rows,)),
         (F.hardsigmoid, lambda f: f, (4 * x,)),
     ]
+    with pytest.raises(ValueError, match=r"max_norm=1.0\) writes into its weight"):
+        trust.embedding(tokens, rows, max_norm=1.0)
     for function, how, inputs in CALLS:
         twice = function is not F.hardsigmoid
         found, right = (
@@ -163,6 +165,8 @@ def test_a_composed_lift_is_right():
         (F.embedding, lambda f: lambda t: f(tokens, t, -1), (rows,)),
         (F.hardsigmoid, lambda f: f, (4 * x,)),
     ]
+    with pytest.raises(ValueError, match=r"max_norm=1.0\) writes into its weight"):
+        trust.embedding(tokens, rows, max_norm=1.0)
     for function, how, inputs in CALLS:
         twice = function is not F.hardsigmoid
         found, right = (
@@ -440,3 +444,60 @@ def test_what_cannot_be_lifted_is_looped():
             RuntimeError, match=r"net.1 \(BatchNorm1d\).*metabook.networks.BatchNorm"
         ):
             losses(writes, episodes, lift)
+
+
+def test_solution_scaled():
+    # cell a0cda91a
+    class Scaled(nn.Module):
+        "Nothing here looks at a value: `max` is an operation like others, so it lifts as it stands."
+
+        def forward(self, x):
+            return x / x.abs().max()
+
+    learner = MAML(
+        nn.Sequential(nn.Linear(1, 8), Scaled(), nn.Linear(8, 1)), kind="regression"
+    ).train()
+    waves = Sinusoids(5, 5).sample(3)
+    torch.testing.assert_close(losses(learner, waves, "vmap"), losses(learner, waves, "loop"))
+
+
+def test_solution_without_an_entry():
+    # cell a0cda91a
+    class Scaled(nn.Module):
+        "Nothing here looks at a value: `max` is an operation like others, so it lifts as it stands."
+
+        def forward(self, x):
+            return x / x.abs().max()
+
+    learner = MAML(
+        nn.Sequential(nn.Linear(1, 8), Scaled(), nn.Linear(8, 1)), kind="regression"
+    ).train()
+    waves = Sinusoids(5, 5).sample(3)
+    torch.testing.assert_close(losses(learner, waves, "vmap"), losses(learner, waves, "loop"))
+
+    # cell afc66fa0
+    def unlike_the_loop(learner, **how):
+        "Does the gradient differ?"
+        found = []
+        for lift in ("auto", "loop"):
+            learner.zero_grad()
+            gradients(learner, waves, lift=lift, **how)
+            found.append(torch.cat([p.grad.flatten() for p in learner.parameters()]))
+        return bool((found[0] - found[1]).norm() > 1e-4 * found[1].norm())
+
+    def with_layer_norm():
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Linear(1, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 1)
+        ).double()
+        return MAML(net, lr=0.1, steps=5, kind="regression").train()
+
+    waves = Sinusoids(10, 10).sample(4).to(None, torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (F.layer_norm, torch.layer_norm):
+            patch.delitem(trust.LIFTED, name)
+        assert unlike_the_loop(with_layer_norm())  # verified with the entry, so it is not tried
+        patch.setattr(trust, "VERIFIED", {})
+        assert not unlike_the_loop(with_layer_norm())  # tried, and looped over
+        assert unlike_the_loop(with_layer_norm(), check=False)
+    assert not unlike_the_loop(with_layer_norm())

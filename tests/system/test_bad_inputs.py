@@ -1189,7 +1189,11 @@ LINES = {
         line("train maml --lr 0"), "--lr", "0.0", "expected", "a positive outer rate"
     ),
     "an unknown argument of the engine": Line(
-        line("train maml --engine speed=9"), "--engine", "speed", "expected one of", "lift, chunk"
+        line("train maml --engine speed=9"),
+        "--engine",
+        "speed",
+        "expected one of",
+        "lift, run, chunk",
     ),
     "two networks at once": Line(
         line("train maml --start {at} --network conv4"),

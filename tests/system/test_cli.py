@@ -55,7 +55,7 @@ WRONG = {
     "train protonet --way 5000": "way=5000, but the data has",
     "train protonet --data sinusoids": "protonet is for classification",
     "train maml --net widht=8": "unknown argument of conv4 'widht': did you mean 'width'",
-    "train maml --engine speed=9": "--engine speed=...: expected one of lift, chunk, recompute",
+    "train maml --engine speed=9": "--engine speed=...: expected one of lift, run, chunk, recompute",
     "train maml --engine lift=fast": "'fast'",
     "train maml --engine precision=half": "precision='half', expected one of float32, tf32",
     "train protonet --engine recompute=true": "ProtoNet has no `step` to compute again",
