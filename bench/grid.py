@@ -1086,6 +1086,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [
         {"layer": r.layer, "method": r.method, "must": r.must, "way": way_of(r, found)}
         | ({} if r.cell.worst is None else {"error": r.cell.worst})
+        | ({"said": r.cell.refusal} if r.cell.refusal else {})
         for r in rows
         if r.lift == "auto"
     ]
@@ -1117,14 +1118,14 @@ def main(argv: Sequence[str] | None = None) -> int:  # 1 where a cell failed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells where lifting is slow
         rows = grid(told.lift.split(","), *which, **how)
+        untried = grid(("vmap",), *which, check=False) if told.out else []
     if not rows:
         parser.error("no layer or no method has such a name")
     print(table(rows), "* may be refused", *remarks(rows), sep="\n")
     if told.out:
-        rows = [row for row in rows if row.lift != "vmap"] + grid(("vmap",), *which, check=False)
-        command = "python -m bench.grid --out results"
-        how = {"settings": {"only": told.layers or told.methods}, "rows": summary(rows)}
-        write(report("lifting", "cpu", 1, command, **how), told.out)
+        command, only = "python -m bench.grid --out results", told.layers or told.methods
+        content = {"settings": {"only": only}, "rows": summary([*rows, *untried])}
+        write(report("lifting", "cpu", 1, command, **content), told.out)
     return int(any(row.failed for row in rows))
 
 

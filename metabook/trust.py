@@ -23,10 +23,11 @@ from .kernels import as_built, precise
 from .processes import Shared, summed_
 
 # %% auto #0
-__all__ = ['TWICE', 'LIFTED', 'MOST', 'TOLERANCE', 'VERIFIED', 'Work', 'REFUSALS', 'layer_norm', 'batch_norm', 'instance_norm',
-           'embedding', 'attention', 'multi_head_attention', 'embedding_bag', 'hardsigmoid', 'weight_norm', 'composing',
-           'turn', 'lending', 'require_free', 'claiming', 'require_alone', 'asking', 'here', 'verified_here', 'plain',
-           'proven', 'trusted', 'objection', 'why_not', 'suspects', 'Impossible', 'in_our_words']
+__all__ = ['TWICE', 'LIFTED', 'HOLDERS', 'MOST', 'TOLERANCE', 'RIGHT', 'VERIFIED', 'Work', 'REFUSALS', 'layer_norm', 'batch_norm',
+           'instance_norm', 'embedding', 'attention', 'multi_head_attention', 'embedding_bag', 'hardsigmoid',
+           'weight_norm', 'composing', 'turn', 'lending', 'require_free', 'claiming', 'require_alone', 'asking', 'here',
+           'verified_here', 'plain', 'proven', 'trusted', 'objection', 'why_not', 'suspects', 'Impossible',
+           'in_our_words']
 
 # %% ../nbs/A10_trust.ipynb #678bd65f
 def _normalised(
@@ -426,67 +427,19 @@ def here() -> Callable[[], Any]:
     return there
 
 # %% ../nbs/A10_trust.ipynb #c15ff640
+HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Identity)
 MOST = 2  # sets of shapes of a learner, in one mode on one device, that are tried
 TOLERANCE = 1e-7  # relative, in float64: rounding is below it, what is wrong far above
-VERIFIED: dict[tuple[str, str], frozenset[str]] = {  # torch, device -> layers of the grid, whatever
-    ("2.13", "cpu"): frozenset(  # their arguments: a Dropout or an Embedding is not among them
-        [
-            "AdaptiveAvgPool1d",
-            "AdaptiveAvgPool2d",
-            "AdaptiveMaxPool2d",
-            "AvgPool1d",
-            "AvgPool2d",
-            "CELU",
-            "Conv1d",
-            "Conv2d",
-            "Conv3d",
-            "ConvTranspose1d",
-            "ConvTranspose2d",
-            "ELU",
-            "Flatten",
-            "GELU",
-            "GLU",
-            "GroupNorm",
-            "Hardshrink",
-            "Hardsigmoid",
-            "Hardswish",
-            "Hardtanh",
-            "LPPool2d",
-            "LayerNorm",
-            "LeakyReLU",
-            "Linear",
-            "LocalResponseNorm",
-            "LogSigmoid",
-            "LogSoftmax",
-            "MaxPool1d",
-            "MaxPool2d",
-            "MaxPool3d",
-            "Mish",
-            "ModuleList",
-            "PReLU",
-            "PixelShuffle",
-            "RMSNorm",
-            "ReLU",
-            "ReLU6",
-            "ReflectionPad2d",
-            "SELU",
-            "Sequential",
-            "SiLU",
-            "Sigmoid",
-            "Softmax",
-            "Softmin",
-            "Softplus",
-            "Softshrink",
-            "Softsign",
-            "Tanh",
-            "Tanhshrink",
-            "Threshold",
-            "Unflatten",
-            "Unfold",
-            "Upsample",
-        ]
-    ),
-}
+# Layers of the grid that are right whatever their arguments: no Dropout and no Embedding is among them.
+RIGHT = """
+AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool1d AvgPool2d CELU Conv1d Conv2d Conv3d
+ConvTranspose1d ConvTranspose2d ELU Flatten GELU GLU GroupNorm Hardshrink Hardsigmoid Hardswish
+Hardtanh LPPool2d LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax MaxPool1d
+MaxPool2d MaxPool3d Mish PReLU PixelShuffle RMSNorm ReLU ReLU6 ReflectionPad2d SELU Sequential SiLU
+Sigmoid Softmax Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold Unflatten Unfold
+Upsample
+"""
+VERIFIED = {("2.13", "cpu"): frozenset(RIGHT.split())}  # where: version of torch, kind of device
 Work = Callable[[nn.Module, Any, Literal["loop", "vmap"]], list[Tensor]]
 _known: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, str]]] = WeakKeyDictionary()
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -506,6 +459,8 @@ def plain(
     names: frozenset[str],  # of verified layers
 ) -> bool:
     "Is this a part of metabook, or a verified layer, and as it was built?"
+    if type(module) in HOLDERS:  # which compute nothing
+        return True
     home, name = type(module).__module__, type(module).__name__
     known = home.startswith("metabook.") or (home.startswith("torch.nn.modules.") and name in names)
     return known and as_built(module)
@@ -671,6 +626,12 @@ REFUSALS = (  # what PyTorch says, what the layer does, what to do
     ("do not yet support aten", "PyTorch has no rule for many tasks at once", 'use lift="loop"'),
     ("autograd.Function with functorch", "its autograd.Function has no rule", 'use lift="loop"'),
     ("accessing `data` under vmap", "it reads .data", 'use detach(), or lift="loop"'),
+    ("'SparseCPU'", "its gradient is sparse", "build it with sparse=False"),
+    (
+        "that doesn't have storage",
+        "it reads memory that no transform has",
+        "pad instead of packing",
+    ),
     ("dynamic shape", "the size of its result depends on values", 'use a mask, or lift="loop"'),
     *(
         (
