@@ -22,7 +22,7 @@ from .kernels import PRECISIONS, keep_memory, lifting, precision_of_now
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
 from .processes import Shared, summed_
-from .trust import LIFTED, Work, claiming, composing, here, in_our_words, trusted
+from .trust import LIFTED, TWICE, Work, claiming, composing, here, in_our_words, trusted
 
 try:
     from jaxtyping import Float
@@ -102,7 +102,8 @@ def over_tasks(
     """
     if lift == "vmap":
         return _vectorised(f)(*args)
-    results = [f(*tree_map(lambda t, i=i: t[i], args)) for i in range(count(args))]
+    with composing(TWICE):
+        results = [f(*tree_map(lambda t, i=i: t[i], args)) for i in range(count(args))]
     return tree_map(lambda *t: torch.stack(t), *results)
 
 

@@ -3,6 +3,7 @@
 # %% ../nbs/05_learners.ipynb #eed018a0
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,17 @@ class Learner(nn.Module):
             self.check(support, query)
             return self.predict(self.adapt(support), query)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        "As every module has it, also while other threads ask."
+        with turn():
+            return super().state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        with turn():  # no tensor of another thread is copied along
+            twin.__setstate__(copy.deepcopy(vars(self), memo))
+        return twin
+
     def train(self, mode: bool = True) -> Learner:
         "Switch the mode.  Raises `RuntimeError` while another thread uses the learner."
         require_alone(self)
@@ -130,7 +142,8 @@ def scoring(learner: Learner) -> Iterator[None]:
     "Within it the learner is in evaluation mode; afterwards each part in its own.  Raises `RuntimeError`."
     modes = [(module, module.training) for module in learner.modules()]
     if not any(training for _, training in modes):
-        yield  # nothing changes, so others may ask it at the same time
+        with asking(learner):
+            yield  # nothing changes, so others may ask it at the same time
         return
     with claiming(learner):
         learner.eval()

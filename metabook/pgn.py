@@ -18,6 +18,7 @@ from metabook.networks import (
     BatchNorm,
     Parameters,
     Statistics,
+    adaptable,
     batch_norms,
     is_frozen,
     parameters_of,
@@ -297,6 +298,7 @@ class PGN(MAML):
     ) -> Parameters:
         "phi_0: what the generator writes for this task, in one forward pass."
         h = unit_scale(F.relu(self.read(self.describe(support))))  # [1 + way, m]
+        adaptable(self.net)  # a network that is frozen as a whole is refused
         with turn():
             last = last_layer(self.net)
         pairs = zip(parameters_of(self.net).items(), self.writers, strict=True)

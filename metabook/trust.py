@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -86,14 +87,26 @@ def instance_norm(
     return _by_channel(_normalised(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 
-def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, *args, **kwargs):
-    "`F.embedding`; the padding row is a constant.  Raises `ValueError` for a `max_norm`."
+def embedding(
+    input,
+    weight,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    sparse=False,
+):
+    "`F.embedding`; the padding row is a constant.  Raises `ValueError` for what it could not get right."
     if max_norm is not None:
         raise ValueError(
             f"Embedding(max_norm={max_norm}) writes into its weight whenever it is asked, and asking shall "
             "change nothing: leave max_norm out, and normalise the rows where they are used"
         )
-    rows = F.embedding(input, weight, None, None, norm_type, *args, **kwargs)
+    if scale_grad_by_freq:
+        raise ValueError(
+            "Embedding(scale_grad_by_freq=True) has a wrong second derivative in PyTorch: leave it out"
+        )
+    rows = F.embedding(input, weight, None, None, norm_type, False, sparse)
     if padding_idx is None:
         return rows
     padding = (input == padding_idx % len(weight))[..., None]
@@ -115,6 +128,8 @@ def attention(
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
     logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal and attn_mask is not None:
+        raise ValueError("is_causal=True beside attn_mask: give one of them")
     if is_causal:
         attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if attn_mask is None:
@@ -161,7 +176,9 @@ def embedding_bag(
     padding_idx=None,
 ):
     "`F.embedding_bag`: the mean or sum of embeddings, without those of the padding."
-    if input.ndim != 2 or max_norm is not None or scale_grad_by_freq or sparse or mode == "max":
+    others = offsets is not None or max_norm is not None or scale_grad_by_freq or sparse
+    weighted = per_sample_weights is not None and mode != "sum"  # which PyTorch refuses
+    if input.ndim != 2 or others or weighted or mode == "max":
         how = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse)
         more = (per_sample_weights, include_last_offset, padding_idx)
         return F.embedding_bag(input, weight, *how, *more)
@@ -176,7 +193,8 @@ def embedding_bag(
 
 def hardsigmoid(input, inplace=False):
     "`F.hardsigmoid`, which has no second derivative of its own."
-    return F.relu6(input + 3) / 6
+    y = F.relu6(input + 3) / 6
+    return input.copy_(y) if inplace else y
 
 
 def weight_norm(v, g, dim=0):
@@ -265,8 +283,12 @@ def lending(
         finally:
             for (holder, key, _), own in zip(filled, before, strict=True):
                 holder[key] = own
-            for module, content in kept:
-                _give_back(module, content)
+            lost = [m for m, content in kept if _give_back(m, content)]
+        if lost:
+            raise Impossible(
+                f"{type(lost[0]).__name__}: it puts a tensor of one task into its buffer",
+                'keep averages outside of a lift, as metabook.networks.BatchNorm(stats="running") does',
+            )
 
 
 def _nothing_again() -> Any:
@@ -318,19 +340,35 @@ def _content(module: nn.Module) -> dict[str, Any]:
     return {k: (v, copy.copy(v) if type(v) in (list, dict) else None) for k, v in held.items()}
 
 
-def _give_back(module: nn.Module, content: dict[str, Any]) -> None:
-    "Let go of tensors that belong to a computation, for what was held before."
+def _give_back(module: nn.Module, content: dict[str, Any]) -> bool:
+    """Let go of tensors that it came to hold, for what was held before.
+
+    Buffers are another matter: a layer may replace them, but not by what belongs to a lift, and that
+    it tried to is told.
+    """
     held = vars(module)
-    for name in [k for k in held if k not in _OWN and _computed(held[k])]:
+    lost = _computed(held["_buffers"])
+    names = [k for k in held if k not in _OWN and (k != "_buffers" or lost)]
+    if not any(_came(held[k], content.get(k)) for k in names):
+        return False
+    for name in names:  # all together: a recurrent layer also notes whose weights it holds
         before, items = content.get(name, (None, None))
         if name not in content:
             del held[name]
-        elif items is None:
-            held[name] = before
-        else:
+        elif items is not None:
             before.clear()
             (before.extend if isinstance(before, list) else before.update)(items)
             held[name] = before
+        elif type(held[name]) not in (bool, int, float, str):  # whoever counts goes on
+            held[name] = before
+    return lost
+
+
+def _came(now: Any, content: tuple[Any, Any] | None) -> bool:
+    "Does it hold a tensor that was not there before?"
+    before, items = content or (None, None)
+    known = {id(t) for t in tree_leaves(before if items is None else items)}
+    return any(isinstance(t, Tensor) and id(t) not in known for t in tree_leaves(now))
 
 
 def _computed(value: Any) -> bool:
@@ -342,6 +380,17 @@ def _computed(value: Any) -> bool:
 _claims: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()  # module -> whose it is
 _mine: ContextVar[object] = ContextVar("mine", default=None)  # what this thread claims by
 _asking: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()  # learner -> its threads
+
+
+def _renew() -> None:
+    "In a process that was forked there is one thread, and nobody holds the turn."
+    global _turn
+    _turn = threading.RLock()
+    _claims.clear(), _asking.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 def require_free(module: nn.Module) -> None:
@@ -503,7 +552,9 @@ def objection(
     "Why the second way is not to be trusted; empty where it is, `None` where nobody can tell."
     if proven(learner):
         return ""
-    build = tuple((type(m), m.training) for m in learner.modules())
+    settings = tuple(v for v in vars(learner).values() if type(v) in (bool, int, float, str))
+    learns = tuple(p.requires_grad for p in learner.parameters())
+    build = tuple((type(m), m.training) for m in learner.modules()), settings, learns
     leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     known = _known.setdefault(learner, {}).setdefault((work, leaves[0].device, build), {})
     shapes = tuple((t.shape[1:], t.dtype) for t in leaves)
@@ -542,6 +593,10 @@ def why_not(
     "Why a lift is not to be trusted; empty where it is, `None` where the numbers are not finite."
     two = tree_map(lambda t: t[[0, min(1, len(t) - 1)]], batch)
     try:
+        _copied(learner)
+    except Exception as error:
+        return f"it cannot be copied, so nobody could compare ({_first_line(error)})"
+    try:
         right = _in_double(learner, two, work, "loop")
     except Exception as error:
         twin = _copied(learner)
@@ -572,9 +627,10 @@ def _in_double(learner: nn.Module, batch: Any, work: Work, way: Any) -> list[Ten
 
 def _copied(learner: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     "A copy, of another precision, also of a network that kept what it computed."
-    own = [vars(m) for m in learner.modules()]
-    tensors = [t for t in tree_leaves(own) if isinstance(t, Tensor) and not _stands_alone(t)]
-    twin = copy.deepcopy(learner, {id(t): t.detach().clone() for t in tensors})
+    with turn():
+        own = [vars(m) for m in learner.modules()]
+        tensors = [t for t in tree_leaves(own) if isinstance(t, Tensor) and not _stands_alone(t)]
+        twin = copy.deepcopy(learner, {id(t): t.detach().clone() for t in tensors})
     for module in twin.to(dtype=dtype).modules() if dtype else ():
         for name, value in vars(module).items():  # tables that are no buffers
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -592,8 +648,14 @@ def _stands_alone(t: Tensor) -> bool:
 
 def _compared(learner: nn.Module, found: list[Tensor], right: list[Tensor]) -> str | None:
     found, right = (torch.cat([t.detach().flatten() for t in side]) for side in (found, right))
-    if not (found.isfinite().all() and right.isfinite().all()):
+    finite = right.isfinite()  # masked answers may be infinite, at the same places
+    if (
+        found.isnan().any()
+        or right.isnan().any()
+        or not torch.equal(found[~finite], right[~finite])
+    ):
         return None
+    found, right = found[finite], right[finite]
     gap = ((found - right).norm() / right.norm().clamp_min(1e-30)).item()
     if gap <= TOLERANCE:
         return ""
@@ -636,8 +698,9 @@ REFUSALS = (  # what PyTorch says, what the layer does, what to do
     *(
         (
             said,
-            "it computes activations again on the way back, when other weights are in place",
-            "build it without activation checkpointing; Engine(recompute=True) saves memory instead",
+            "hooks on saved tensors, as activation checkpointing has them, would find other weights on the "
+            "way back",
+            "leave them out; Engine(recompute=True) saves memory instead",
         )
         for said in ("saved tensor hooks", "activations computed again")
     ),
@@ -651,7 +714,7 @@ REFUSALS = (  # what PyTorch says, what the layer does, what to do
         for said in ("mutate a captured Tensor", "updated in place", "inplace arithmetic(self")
     ),
     (
-        "is not implemented",  # "derivative for ... is not implemented", at the end: others say it, too
+        "derivative for",  # ... "is not implemented"
         "an operation of it has no second derivative",
         "use first_order=True, or another layer",
     ),
@@ -676,7 +739,8 @@ def in_our_words(module: nn.Module) -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         for said, what, remedy in REFUSALS:
             if said in str(error):
-                raise Impossible(f"{_culprit(error, module)}: {what}", remedy) from error
+                told = f"{remedy} (PyTorch: {_first_line(error)})"
+                raise Impossible(f"{_culprit(error, module)}: {what}", told) from error
         raise
 
 

@@ -59,7 +59,7 @@ def test_entries_are_what_they_replace():
 
     # cell b1b13e7c
     torch.manual_seed(0)
-    x, flat = torch.randn(6, 4, 3, dtype=torch.float64), torch.randn(3, 4, 4, dtype=torch.float64)
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
     w, b, tail = (torch.randn(n, dtype=torch.float64) for n in (4, 4, 3))
     tokens, rows = torch.tensor([[0, 2, 1], [1, 0, 0]]), torch.randn(3, 4, dtype=torch.float64)
     seen = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
@@ -147,7 +147,7 @@ def test_a_composed_lift_is_right():
 
     # cell b1b13e7c
     torch.manual_seed(0)
-    x, flat = torch.randn(6, 4, 3, dtype=torch.float64), torch.randn(3, 4, 4, dtype=torch.float64)
+    x = torch.randn(6, 4, 3, dtype=torch.float64)
     w, b, tail = (torch.randn(n, dtype=torch.float64) for n in (4, 4, 3))
     tokens, rows = torch.tensor([[0, 2, 1], [1, 0, 0]]), torch.randn(3, 4, dtype=torch.float64)
     seen = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
@@ -449,7 +449,7 @@ def test_what_cannot_be_lifted_is_looped():
 def test_solution_scaled():
     # cell a0cda91a
     class Scaled(nn.Module):
-        "Nothing here looks at a value: `max` is an operation like others, so it lifts as it stands."
+        "Nothing here looks at a value: `max` is an operation like others.  With `.item()` it is looped."
 
         def forward(self, x):
             return x / x.abs().max()
@@ -464,7 +464,7 @@ def test_solution_scaled():
 def test_solution_without_an_entry():
     # cell a0cda91a
     class Scaled(nn.Module):
-        "Nothing here looks at a value: `max` is an operation like others, so it lifts as it stands."
+        "Nothing here looks at a value: `max` is an operation like others.  With `.item()` it is looped."
 
         def forward(self, x):
             return x / x.abs().max()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -344,7 +345,7 @@ class Saving(nn.Module):
 
 @pytest.mark.parametrize("method", [MAML, PGN])
 def test_activations_that_would_be_computed_again_with_other_weights_are_refused(method):
-    with pytest.raises(RuntimeError, match=r"computes activations again.*recompute=True"):
+    with pytest.raises(RuntimeError, match=r"hooks on saved tensors.*recompute=True"):
         fit(method(Saving()), VECTORS, steps=1, **QUIET)
 
 
@@ -372,3 +373,59 @@ def test_arguments_of_the_first_version_still_work():
         fit(ProtoNet(MLP([3, 4])), VECTORS, steps=1, lifts="loop", **QUIET)
     with pytest.raises(ValueError, match="'graph' is a word for run"):
         Engine(lift="graph")
+
+
+class Assigning(nn.Module):
+    """A running average that is replaced, and a state that is carried on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(1, 1), None
+        self.register_buffer("average", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.mean(0).detach()
+        z = self.layer(x) - self.average
+        z, self.last = z if self.last is None else z + self.last, z.mean(0)
+        return z
+
+
+def test_what_a_network_carries_on_is_not_carried_from_task_to_task():
+    learner = MAML(Assigning(), kind="regression", lr=0.01).eval()
+    first, second = (evaluate(learner, Sinusoids(), 20) for _ in range(2))
+    assert torch.equal(first.per_task, second.per_task) and learner.net.last is None
+
+
+def test_an_average_that_is_replaced_is_kept_in_a_loop_and_refused_in_an_inner_step():
+    class Averaging(Assigning):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, :1])
+
+    learner = ProtoNet(Averaging())
+    fit(learner, VECTORS, steps=2, **QUIET)
+    assert learner.embed.average.any()
+    with pytest.raises(
+        RuntimeError, match="Assigning: it puts a tensor of one task into its buffer"
+    ):
+        fit(MAML(Assigning(), kind="regression", lr=0.01), Sinusoids(), steps=1, **QUIET)
+
+
+def test_learners_are_copied_and_saved_while_others_ask():
+    torch.manual_seed(0)
+    learner = MAML(MLP([3, 16, 2]), steps=3).eval()
+    before = copy.deepcopy(learner.state_dict())
+    task = Examples(torch.randn(4, 3), torch.eye(2).repeat(2, 1)), torch.randn(2, 3)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(learner, *task) for _ in range(60)]
+        for _ in range(60):
+            for state in (learner.state_dict(), copy.deepcopy(learner).state_dict()):
+                assert all(torch.equal(v, before[k]) for k, v in state.items())
+        assert all(torch.equal(a.result(), asked[0].result()) for a in asked)
+
+
+def test_a_network_that_cannot_be_copied_is_looped():
+    net = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1))
+    net.lock = threading.Lock()
+    learner = MAML(net.double(), kind="regression", lr=0.01).train()
+    torch.testing.assert_close(losses(learner, waves(3)), losses(learner, waves(3), "loop"))
