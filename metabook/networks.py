@@ -27,12 +27,16 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Statistics', 'Parameters', 'Recording', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'parameters_of',
-           'is_frozen', 'adaptable', 'support_statistics', 'store_running', 'MLP', 'parameter_count', 'Conv4',
-           'ResNet12', 'ResidualBlock']
+__all__ = ['Statistics', 'Parameters', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'parameters_of', 'is_frozen',
+           'adaptable', 'support_statistics', 'store_running', 'MLP', 'parameter_count', 'Conv4', 'ResNet12',
+           'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
+# Who is recording in this thread: the names of the layers that are heard, and what they said.
+_recordings: ContextVar[tuple[tuple[dict[nn.Module, str], Statistics], ...]] = ContextVar(
+    "recordings", default=()
+)
 
 
 def _tensor_name(
@@ -146,8 +150,6 @@ def batch_norms(module: nn.Module) -> list[BatchNorm]:
 
 # %% ../nbs/04_networks.ipynb #e2baede8
 Parameters = dict[str, Tensor]
-Recording = tuple[dict[BatchNorm, str], Statistics]  # the layers that are heard, what they said
-_recordings: ContextVar[tuple[Recording, ...]] = ContextVar("recordings", default=())
 
 
 @contextmanager
