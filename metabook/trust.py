@@ -406,13 +406,12 @@ def require_free(module: nn.Module) -> None:
 @contextmanager
 def claiming(
     learner: nn.Module,  # with all its parts
-    claim: bool = True,  # `False`: nothing is claimed
 ) -> Iterator[None]:
     """Within it, only this thread may use a learner: to train it, or to change its mode.
 
     Raises `RuntimeError` where another thread claims it already, or is asking it.
     """
-    if not claim or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         yield
         return
     mine = _mine.get() or object()
