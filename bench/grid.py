@@ -1,4 +1,4 @@
-"""Gradients of every kind of layer, held against plain loops that share no code with the library.
+"""Gradients of every kind of layer, held against plain loops written apart from the library.
 
 Each cell is a network with one layer in its middle, a method and a way of lifting, in float64.
 python -m bench.grid --layers LayerNorm,LSTM --methods maml --lift auto,loop,vmap

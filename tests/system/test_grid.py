@@ -1,4 +1,4 @@
-"""Every kind of layer with every kind of method, against loops that share no code with the library.
+"""Every kind of layer with every kind of method, against loops written apart from the library.
 
 The grid runs in a process of its own, where nobody checks shapes at each call: it takes long enough.
 """
