@@ -22,7 +22,17 @@ from .kernels import PRECISIONS, keep_memory, lifting, precision_of_now
 from .learners import Learner, task_loss
 from .networks import Statistics, recording, store_running
 from .processes import Shared, summed_
-from .trust import LIFTED, TWICE, Work, claiming, composing, here, in_our_words, trusted
+from metabook.trust import (
+    LIFTED,
+    TWICE,
+    Work,
+    claiming,
+    composing,
+    here,
+    in_our_words,
+    sparing,
+    trusted,
+)
 
 try:
     from jaxtyping import Float
@@ -198,7 +208,7 @@ def losses(
     and `RuntimeError` for a layer that cannot be lifted as it was asked for, or not be differentiated.
     """
     learner.check(episodes.support, episodes.query.x)
-    with claiming(learner), in_our_words(learner):
+    with claiming(learner), sparing(learner), in_our_words(learner):
         lift = _tried(learner, episodes, lift, _learned) if check else lift
         graded = grade(learner, episodes, lift)
         _move_averages(learner, graded.statistics)
@@ -322,7 +332,7 @@ def gradients(
     learner.check(episodes.support, episodes.query.x)
     keep_memory()
     shared = shared or Shared.whole(count(episodes))
-    with claiming(learner), in_our_words(learner):
+    with claiming(learner), sparing(learner), in_our_words(learner):
         if check:
             work = _learned_again if recompute else _learned
             tried = _tried(learner, episodes, "vmap" if compiled else lift, work, shared)
@@ -585,7 +595,7 @@ def answer(
     lifted as it was asked for.
     """
     learner.check(episodes.support, episodes.query.x)
-    with in_our_words(learner):
+    with sparing(learner), in_our_words(learner):
         lift = _tried(learner, episodes, lift, _ANSWERED[queries]) if check else lift
         return _answered(learner, episodes, lift, queries)
 

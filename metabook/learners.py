@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .episodes import Episode, Examples, tensors
 from .networks import batch_norms
-from .trust import asking, claiming, in_our_words, require_alone, turn
+from .trust import asking, claiming, in_our_words, require_alone, sparing, turn
 
 try:
     from jaxtyping import Float, Shaped
@@ -75,7 +75,7 @@ class Learner(nn.Module):
         query: Shaped[Tensor, "n *features"],  # inputs of the same task
     ) -> Float[Tensor, "n out"]:
         "Predictions for the query inputs.  Raises `ValueError` where the two do not fit, see `check`."
-        with asking(self), in_our_words(self):
+        with asking(self), sparing(self), in_our_words(self):
             self.check(support, query)
             return self.predict(self.adapt(support), query)
 

@@ -26,9 +26,9 @@ from .processes import Shared, summed_
 # %% auto #0
 __all__ = ['TWICE', 'LIFTED', 'HOLDERS', 'MOST', 'TOLERANCE', 'RIGHT', 'VERIFIED', 'Work', 'REFUSALS', 'layer_norm', 'batch_norm',
            'instance_norm', 'embedding', 'attention', 'multi_head_attention', 'embedding_bag', 'hardsigmoid',
-           'weight_norm', 'composing', 'turn', 'lending', 'require_free', 'claiming', 'require_alone', 'asking', 'here',
-           'verified_here', 'plain', 'proven', 'trusted', 'objection', 'why_not', 'suspects', 'Impossible',
-           'in_our_words']
+           'weight_norm', 'sparing', 'composing', 'turn', 'lending', 'require_free', 'claiming', 'require_alone',
+           'asking', 'here', 'verified_here', 'plain', 'proven', 'trusted', 'objection', 'why_not', 'suspects',
+           'Impossible', 'in_our_words']
 
 # %% ../nbs/A6_trust.ipynb #678bd65f
 def _normalised(
@@ -220,6 +220,27 @@ LIFTED: dict[Callable[..., Any], Callable[..., Any]] = TWICE | {  # in a lift
     F.instance_norm: instance_norm,
 }
 _table: ContextVar[dict[Any, Any] | None] = ContextVar("table", default=None)
+_spared: ContextVar[bool] = ContextVar("spared", default=False)  # nothing of the table is needed
+
+
+@contextmanager
+def sparing(
+    learner: nn.Module,  # that is about to be used
+) -> Iterator[None]:
+    "Within it nobody listens to functions, or looks after layers, where all parts are known to need neither."
+    if torch.compiler.is_compiling():
+        yield
+        return
+    token = _spared.set(proven(learner) and not any(_composed(m) for m in learner.modules()))
+    try:
+        yield
+    finally:
+        _spared.reset(token)
+
+
+def _composed(module: nn.Module) -> bool:
+    "Is it a verified layer that is right because of the table?"
+    return isinstance(module, nn.LayerNorm | nn.Hardsigmoid)
 
 
 class _Composed(TorchFunctionMode):
@@ -240,7 +261,7 @@ def composing(
 ) -> Iterator[None]:
     "Within it, functions of the table are computed from primitives.  The larger table counts."
     now = _table.get()
-    if now is not None and len(now) >= len(table) and not again:
+    if _spared.get() or (now is not None and len(now) >= len(table) and not again):
         yield
         return
     token = _table.set(table)
@@ -272,8 +293,8 @@ def lending(
     with _turn:
         require_free(network)
         filled = list(_places(network, tensors))
-        names = verified_here(network)
-        kept = [(m, _content(m)) for m in network.modules() if not plain(m, names)]
+        odd = [] if _spared.get() else _odd(network)
+        kept = [(m, _content(m)) for m in odd]
         before = [holder[key] for holder, key, _ in filled]
         try:
             for holder, key, tensor in filled:
@@ -329,6 +350,12 @@ def _holder(network: nn.Module, name: str) -> tuple[dict[str, Any], str]:
         f"{name!r} is no parameter or buffer of {type(network).__name__}: give names as "
         "named_parameters() has them"
     )
+
+
+def _odd(network: nn.Module) -> list[nn.Module]:
+    "The parts that may remember something."
+    names = verified_here(network)
+    return [m for m in network.modules() if not plain(m, names)]
 
 
 _OWN = frozenset(vars(nn.Module())) - {"_buffers"}  # what every module has: no place to remember in
@@ -461,16 +488,17 @@ def asking(
 
 def here() -> Callable[[], Any]:
     "What brings claim and table back in a backward pass, which may run in another thread."
-    claim, table = _mine.get(), _table.get()
+    claim, table, spared = _mine.get(), _table.get(), _spared.get()
 
     @contextmanager
     def there() -> Iterator[None]:
-        token = _mine.set(claim)
+        tokens = _mine.set(claim), _spared.set(spared)
         try:
             with nullcontext() if table is None else composing(table, again=True):
                 yield
         finally:
-            _mine.reset(token)
+            _mine.reset(tokens[0])
+            _spared.reset(tokens[1])
 
     return there
 
@@ -549,7 +577,7 @@ def objection(
     shared: Shared | None = None,  # processes that do the same now, with tasks of their own
 ) -> str | None:
     "Why the second way is not to be trusted; empty where it is, `None` where nobody can tell."
-    if proven(learner):
+    if _spared.get() or proven(learner):
         return ""
     settings = tuple(v for v in vars(learner).values() if type(v) in (bool, int, float, str))
     learns = tuple(p.requires_grad for p in learner.parameters())
