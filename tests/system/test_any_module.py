@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from metabook.maml import MAML
 from metabook.meta_lstm import MetaLSTM
 from metabook.networks import MLP, Conv4
 from metabook.pgn import PGN
+from metabook.processes import Shared
 from metabook.prototypes import ProtoNet
 from metabook.training import Outer, Run, evaluate, fit
 
@@ -429,3 +432,44 @@ def test_a_network_that_cannot_be_copied_is_looped():
     net.lock = threading.Lock()
     learner = MAML(net.double(), kind="regression", lr=0.01).train()
     torch.testing.assert_close(losses(learner, waves(3)), losses(learner, waves(3), "loop"))
+
+
+COMPILED = """
+import copy, torch
+from torch import nn
+from metabook import engine
+from metabook.episodes import Sinusoids
+from metabook.maml import MAML
+
+compiled = torch.compile(engine._lifted, backend="eager")
+engine._compiled = lambda: compiled
+waves = Sinusoids(10, 10).sample(4).to(None, torch.float64)
+for layer in (nn.LayerNorm(16), nn.Hardsigmoid()):
+    net = nn.Sequential(nn.Linear(1, 16), layer, nn.Tanh(), nn.Linear(16, 1)).double()
+    learner, found = MAML(net, lr=0.1, steps=2, kind="regression").train(), []
+    for how in ({"lift": "vmap", "compiled": True}, {"lift": "loop"}):
+        learner.zero_grad()
+        engine.gradients(learner, waves, **how)
+        found.append([p.grad.clone() for p in net.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+"""
+
+
+def test_a_compiled_step_is_composed_too():
+    """In a process of its own: a compiler does not read through what checks shapes in tests."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("here, others, verdict", [
+    ("", [0.0, 1.0], "in another process its lift is not right"),
+    ("mine", [0.0, 1.0], "mine"),
+    ("", [1.0, 0.0], None),
+    ("", [0.0, 0.0], ""),
+])  # fmt: skip
+def test_all_processes_take_the_worst_verdict(here, others, verdict, monkeypatch):
+    def summed(tensors: list[Tensor]) -> None:
+        tensors[0] += torch.tensor(others)
+
+    monkeypatch.setattr(trust, "summed_", summed)
+    assert trust._agreed(here, Shared(4, 0, 2)) == verdict
