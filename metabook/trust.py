@@ -713,9 +713,14 @@ REFUSALS = (  # what PyTorch says, what the layer does, what to do
     ("calling .item()", "it looks at a value", 'use torch.where, or lift="loop"'),
     ("match the broadcast shape", "PyTorch has no rule for many tasks at once", 'use lift="loop"'),
     ("do not yet support aten", "PyTorch has no rule for many tasks at once", 'use lift="loop"'),
-    ("autograd.Function with functorch", "its autograd.Function has no rule", 'use lift="loop"'),
+    (
+        "autograd.Function with functorch",
+        "its autograd.Function has no rule for transforms",
+        "give it a setup_context and generate_vmap_rule = True",
+    ),
     ("accessing `data` under vmap", "it reads .data", 'use detach(), or lift="loop"'),
     ("'SparseCPU'", "its gradient is sparse", "build it with sparse=False"),
+    ("for sparse tensors", "its gradient is sparse", "build it with sparse=False"),
     (
         "that doesn't have storage",
         "it reads memory that no transform has",
