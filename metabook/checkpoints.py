@@ -23,16 +23,18 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['log', 'VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'OURS', 'register', 'noting', 'plain', 'registered', 'methods',
-           'lookup', 'build', 'build_argument', 'staged', 'write_atomically', 'aside', 'kept_aside', 'mend', 'save',
-           'on_its_own', 'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'check_shapes',
-           'read_weights', 'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied',
-           'random_state', 'restore_random', 'differences']
+__all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'OURS', 'register', 'noting', 'plain',
+           'number', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged', 'write_atomically',
+           'aside', 'kept_aside', 'mend', 'save', 'on_its_own', 'at_home', 'heading', 'checksum', 'read_config',
+           'OtherLayout', 'check_layout', 'load', 'misshapen', 'shapes_of', 'give_types', 'read_weights', 'rehearse',
+           'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state',
+           'restore_random', 'differences']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 log = logging.getLogger("metabook")
 
 VERSION = 1  # of the layout of a trained folder
+CHECKPOINT_VERSION = 2  # of that of a checkpoint; since 2 they say on which data a run was
 NETWORKS: dict[str, type[nn.Module]] = {}  # "conv4" -> Conv4
 METHODS: dict[str, type[nn.Module]] = {}  # "maml" -> MAML
 
@@ -44,16 +46,17 @@ def register(
     """A class decorator: the class can be named on the command line and rebuilt from a trained folder.
 
     Each instance notes its arguments in `config`.  Those of an instance that is saved must be plain
-    values (numbers, strings, booleans, `None`, lists of them) or registered networks.  Raises
-    `ValueError` where the name is taken, `TypeError` where the constructor takes `*args` or `**kwargs`.
+    values (numbers, strings, booleans, `None`, lists of them), registered networks, or registered
+    learners.  Raises `ValueError` where the name is taken, by a method or a network, and `TypeError` where
+    the constructor takes `*args` or `**kwargs`.
     """
     registry = METHODS if registry is None else registry
 
     def decorate(cls: type[nn.Module]) -> type[nn.Module]:
-        if registry.get(name, cls).__qualname__ != cls.__qualname__:
-            raise ValueError(
-                f"{name!r} already names {registry[name].__name__}: choose another name"
-            )
+        for known in (METHODS, NETWORKS, registry):
+            taken = known.get(name, cls)
+            if taken.__qualname__ != cls.__qualname__ or (known is not registry and name in known):
+                raise ValueError(f"{name!r} already names {taken.__name__}: choose another name")
         cls.__init__ = noting(name, cls.__init__)
         registry[name] = cls
         return cls
@@ -96,7 +99,19 @@ def plain(
         return [plain(what, v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{what}={value!r} cannot be written as JSON: pass a plain value")
+    try:
+        return number(value)
+    except TypeError as error:
+        raise TypeError(
+            f"{what}={value!r} cannot be written as JSON: pass a plain value"
+        ) from error
+
+
+def number(value: Any) -> bool | int | float:
+    "A number of numpy as Python has it.  Raises `TypeError` for anything else."
+    if isinstance(value, Tensor) or getattr(value, "ndim", None) != 0:
+        raise TypeError(f"{type(value).__name__} {value!r} is not JSON serializable")
+    return plain("number", value.item())
 
 
 def registered(what: str, module: nn.Module) -> dict[str, Any]:
@@ -142,7 +157,8 @@ def build(
 
     Raises `ValueError` where the name is unknown or the arguments do not fit.
     """
-    known, what = (methods(), "method") if registry is None else (registry, "network")
+    registry = methods() if registry is None else registry
+    known, what = registry, "method" if registry is METHODS else "network"
     cls = lookup(config["name"], known, what)
     args = {k: build_argument(v) for k, v in config["args"].items()}
     try:
@@ -154,9 +170,10 @@ def build(
 
 
 def build_argument(value: Any) -> Any:
-    "The opposite of `plain`: what names a network becomes one."
+    "The opposite of `plain`: what names a network, or a learner, becomes one."
     if isinstance(value, dict):
-        return build(value, NETWORKS)
+        of_learners = value["name"] not in NETWORKS and value["name"] in methods()
+        return build(value, METHODS if of_learners else NETWORKS)
     return [build_argument(v) for v in value] if isinstance(value, list) else value
 
 # %% ../nbs/A3_checkpoints.ipynb #44f818b0
@@ -240,11 +257,11 @@ def save(
     """
     from safetensors.torch import save as to_bytes
 
-    folder, method = Path(folder), plain("learner", learner)
+    folder, method = at_home(folder), plain("learner", learner)
     weights = to_bytes({k: on_its_own(v) for k, v in learner.state_dict().items()})
     config = heading(weights) | {"method": method}
     config |= {k: v for k, v in more.items() if k not in config}  # `load` needs its own as they are
-    text = json.dumps(config, indent=1, allow_nan=False).encode()
+    text = json.dumps(config, indent=1, allow_nan=False, default=number).encode()
     folder.mkdir(parents=True, exist_ok=True)
     files = {"learner.safetensors": weights, "config.json": text}
     with ExitStack() as stack:
@@ -260,11 +277,16 @@ def on_its_own(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def heading(weights: bytes) -> dict[str, Any]:
+def at_home(path: str | Path) -> Path:
+    "A path as people type it: `~` is their home."
+    return Path(path).expanduser()
+
+
+def heading(weights: bytes, layout: int = VERSION) -> dict[str, Any]:
     "What every config.json begins with: layout, versions, and which parameters it belongs to."
     import metabook
 
-    versions = {"layout": VERSION, "metabook": metabook.__version__, "torch": torch.__version__}
+    versions = {"layout": layout, "metabook": metabook.__version__, "torch": torch.__version__}
     return versions | {"weights": checksum(weights)}
 
 
@@ -277,7 +299,7 @@ def read_config(
     folder: str | Path,  # a trained folder
 ) -> dict[str, Any]:
     "The configuration of a trained folder.  Raises `ValueError` where it is none, or a newer one."
-    path = Path(folder) / "config.json"
+    path = at_home(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no trained folder: it has no config.json")
     try:
@@ -297,43 +319,84 @@ class OtherLayout(ValueError):
     "A file that another version of the library wrote."
 
 
-def check_layout(path: Path, config: dict[str, Any]) -> None:
+def check_layout(path: Path, config: dict[str, Any], expected: int = VERSION) -> None:
     "Raise `OtherLayout` for a file of another layout than this version writes."
-    if config["layout"] != VERSION:
+    found, wrote = config["layout"], config.get("metabook", "unknown")
+    if expected == CHECKPOINT_VERSION and found == 1:
         raise OtherLayout(
-            f"{path} has layout {config['layout']}, this metabook reads layout {VERSION}: install the "
-            f"version of metabook that wrote it ({config.get('metabook', 'unknown')}) or a newer one"
+            f"{path} was written by metabook {wrote}, whose checkpoints do not say on which data a run was "
+            "(layout 1, expected 2), so nobody can tell whether these are the same: start again in another "
+            "folder, or go on with that version; the trained folder itself still loads"
+        )
+    if found != expected:
+        raise OtherLayout(
+            f"{path} has layout {found}, this metabook reads layout {expected}: install the "
+            f"version of metabook that wrote it ({wrote}) or a newer one"
         )
 
 
 def load(
     folder: str | Path,  # written by `save`, `fit(folder=...)` or `metabook train`
 ) -> nn.Module:
-    """The learner of a trained folder, in evaluation mode, on the CPU.
+    """The learner of a trained folder, in evaluation mode, on the CPU, its numbers in the precision they had.
 
     Nothing in the folder is executed: the method is looked up by name in the registry, and the
     parameters are plain tensors.  Nothing outside changes, not even the state of the random numbers.
     Raises `ValueError` saying what does not fit.
     """
-    folder, config = Path(folder), read_config(folder)
+    folder, config = at_home(folder), read_config(folder)
     state = read_weights(folder / "learner.safetensors", config["weights"])
     try:
         with torch.random.fork_rng(devices=[]):
-            check_shapes(config["method"], state)
+            if apart := misshapen(config["method"], state):
+                raise ValueError(
+                    f"config.json describes other parameters than its file holds: {apart}"
+                )
             learner = build(config["method"])
-        learner.to(dtype=next((t.dtype for t in state.values() if t.is_floating_point()), None))
+        give_types(learner, state)
         learner.load_state_dict(state)
+        give_types(learner, state)  # parameters that waited for their sizes
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return learner.eval()
 
 
-def check_shapes(method: dict[str, Any], state: dict[str, Tensor]) -> None:
-    "Raise `ValueError` unless parameters are those of a method; needs no memory, whatever its size."
-    with torch.device("meta"):
-        wanted = {k: tuple(t.shape) for k, t in build(method).state_dict().items()}
-    if found := differences(wanted, {k: tuple(t.shape) for k, t in state.items()}):
-        raise ValueError(f"config.json describes other parameters than its file holds: {found[0]}")
+def misshapen(
+    method: dict[str, Any],  # name and arguments
+    state: dict[str, Tensor],  # parameters
+) -> str:  # the first; empty: there is none
+    "Where parameters are not those that a method makes, in words."
+    found = {k: _shape(t) for k, t in state.items()}
+    wanted = {k: found.get(k) if s is None else s for k, s in shapes_of(method).items()}
+    return next(iter(differences(wanted, found)), "")
+
+
+def _shape(t: Tensor) -> tuple[int, ...] | None:
+    "`None` where the first data will decide."
+    return None if nn.parameter.is_lazy(t) else tuple(t.shape)
+
+
+def shapes_of(
+    method: dict[str, Any],  # name and arguments
+) -> dict[str, tuple[int, ...] | None]:  # `None`: it is decided by the first data
+    "The parameters that a method makes; needs no memory where it can be built on no device."
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                made = build(method)
+        except Exception:  # such as a constructor that reads a value; the others fail again
+            made = build(method)
+    return {k: _shape(t) for k, t in made.state_dict().items()}
+
+
+def give_types(learner: nn.Module, state: dict[str, Tensor]) -> None:
+    "Bring each parameter and buffer to the precision of its saved value; each may have its own."
+    kinds = {t.dtype for t in state.values() if t.is_floating_point()}
+    if len(kinds) == 1:
+        learner.to(dtype=kinds.pop())  # tables that are not saved, too
+    for name, t in [*learner.named_parameters(), *learner.named_buffers()]:
+        if name in state and t.dtype != state[name].dtype:
+            t.data = t.data.to(state[name].dtype)
 
 
 def read_weights(
@@ -358,6 +421,27 @@ def read_weights(
             f"{path} does not hold the parameters that its JSON file describes: {error}. It is damaged, "
             "or only one of the two files was replaced: copy both again, or train again"
         ) from error
+
+# %% ../nbs/A3_checkpoints.ipynb #5ad30c1e
+def rehearse(
+    learner: nn.Module,  # that is to be trained and saved
+) -> None:
+    """Raise unless the learner could be built again from its note: before the training, not after it.
+
+    `TypeError` where a class is not registered or an argument is no plain value, `ValueError` where the
+    note cannot be built, or gives other parameters.
+    """
+    method = json.loads(json.dumps(plain("learner", learner)))
+    try:
+        apart = misshapen(method, learner.state_dict())
+    except ValueError as error:
+        apart = str(error)
+    if apart:
+        raise ValueError(
+            f"this {type(learner).__name__} could be trained and saved, but never loaded: {apart}; expected that "
+            "its registered classes, called again with the arguments they noted, make the same parameters: "
+            "make the change in a constructor, and give it plain arguments"
+        )
 
 # %% ../nbs/A3_checkpoints.ipynb #45b68181
 def pack(
@@ -411,8 +495,9 @@ def write_checkpoint(
     tensors: dict[str, Tensor] = {}
     packed = pack(state, tensors)
     weights = to_bytes(tensors)
-    body = json.dumps(heading(weights) | {"step": step, "state": packed})
-    path = Path(folder) / CHECKPOINTS / f"step-{step:08d}.json"
+    top = heading(weights, CHECKPOINT_VERSION)
+    body = json.dumps(top | {"step": step, "state": packed})
+    path = at_home(folder) / CHECKPOINTS / f"step-{step:08d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path.with_suffix(".safetensors"), weights)
     whole = json.dumps({"checksum": checksum(body.encode()), "checkpoint": body})
@@ -445,14 +530,14 @@ def read_checkpoint(
     path: str | Path,  # its JSON file
 ) -> dict[str, Any]:  # the state that was given to `write_checkpoint`
     "Raises `ValueError`, saying what does not fit, unless both files are as they were written."
-    path = Path(path)
+    path = at_home(path)
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         body = whole["checkpoint"]
         if checksum(body.encode()) != whole["checksum"]:
             raise ValueError("it has been altered since it was written")
         content = json.loads(body)
-        check_layout(path, content)
+        check_layout(path, content, CHECKPOINT_VERSION)
         tensors = read_weights(path.with_suffix(".safetensors"), content["weights"])
         return unpack(content["state"], tensors)
     except OtherLayout:
@@ -467,14 +552,14 @@ def newest_checkpoint(
 ) -> dict[str, Any] | None:  # its state; `None` where there is no checkpoint
     """The newest state that can be read; of each one that cannot, a warning says why.
 
-    Raises `ValueError` where there are checkpoints, but none of them can be read, or where a newer
-    version of the library wrote them.
+    Raises `ValueError` where there are checkpoints, but none of them can be read, or where another
+    version of the library wrote them, with other contents.
     """
-    paths = _newest_first(Path(folder) / CHECKPOINTS)
+    paths = _newest_first(at_home(folder) / CHECKPOINTS)
     for path in paths:
         try:
             return read_checkpoint(path)
-        except OtherLayout:  # a newer version wrote it: nothing is damaged
+        except OtherLayout:  # another version wrote it: nothing is damaged
             raise
         except ValueError as error:
             log.warning("%s; looking for the one before", error)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import metabook
 from . import processes
-from .checkpoints import NETWORKS, load, methods, read_config
+from .checkpoints import NETWORKS, at_home, load, methods, read_config
 from .datasets import SOURCES, check, fetch, present, read_image
 from .engine import Engine
-from .episodes import Classes, Examples
+from .episodes import Classes, Examples, usable
 from .learners import Learner
 from metabook.recipes import (
     REPRODUCTIONS,
@@ -107,7 +107,7 @@ def device_of(name: str) -> torch.device:
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: expected cpu, cuda or auto")
-    return torch.device(name)
+    return usable(name)
 
 
 def tell(text: str, facts: Any, as_json: bool) -> None:
@@ -283,7 +283,7 @@ def asked(data: str, way: int, shot: int | None, size: int, channels: int) -> di
 
 def chosen(best: dict[str, Any] | None) -> str:
     "On what ground the parameters were selected, in words."
-    if best is None:
+    if best is None or best["mean"] is None:
         return ""
     return f"best validation {best['metric']} {best['mean']:.4g} at step {best['step']}, "
 
@@ -406,10 +406,10 @@ def classify(
 
 def read_query(path: Path, how: dict[str, Any]) -> Tensor:
     "An image to classify.  Raises `ValueError`, naming the file, where it cannot be read."
-    if not path.is_file():
+    if not at_home(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        return read_image(path, **how)
+        return read_image(at_home(path), **how)
     except Exception as error:  # an image library raises many kinds for what is no image
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
@@ -424,6 +424,11 @@ def classify_images(
     labels = torch.arange(len(classes)).repeat_interleave(classes.sizes)
     support = Examples.of(classes.prepare(classes.x), labels, len(classes))
     chances = learner(support, query).softmax(-1)
+    if chances.isnan().any():
+        raise ValueError(
+            "the learner's answers are NaN, expected numbers: give every class in --support an image, or train "
+            "the learner again"
+        )
     names = [classes.name(i) for i in range(len(classes))]
     return [
         {

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checkpoints import lookup, write_atomically
+from .checkpoints import log, lookup, write_atomically
 from .episodes import Classes, positive
 
 try:
@@ -40,7 +40,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 # %% auto #0
 __all__ = ['SPLITS', 'OMNIGLOT_FILES', 'OMNIGLOT', 'SOURCES', 'DataError', 'fingerprint', 'shuffled', 'data_root', 'glyph_list',
            'Glyphs', 'turned', 'Remote', 'members', 'omniglot_split', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet',
-           'read_image', 'from_folder', 'Source', 'present', 'fetch', 'check']
+           'read_image', 'class_folders', 'from_folder', 'Source', 'present', 'fetch', 'check']
 
 # %% ../nbs/03_datasets.ipynb #5288b7e4
 SPLITS = ("train", "val", "test")
@@ -763,7 +763,9 @@ def _mini_rows(folder: Path, split: str) -> list[tuple[str, str]]:
     """Read label and file name of each picture of a split, class by class."""
     path = folder / f"{split}.csv"
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(
+            path, newline="", encoding="utf-8-sig"
+        ) as file:  # some programs begin with a mark
             reader = csv.DictReader(file, restval="")
             missing = {"filename", "label"} - set(reader.fieldnames or ())
             rows = [] if missing else sorted((row["label"], row["filename"]) for row in reader)
@@ -887,14 +889,39 @@ def _read_images(
     return np.stack(x)
 
 # %% ../nbs/03_datasets.ipynb #3df96377
-def _images_of(folder: Path) -> list[Path]:
-    """List the files of a folder that are meant as images, sorted, hidden ones left out."""
+# What archivers, disk stations and systems leave in folders, beside all that begins with a dot.
+_LEFT_THERE = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+_LEFT_THERE |= {"lost+found", "__pycache__", "Thumbs.db", "desktop.ini"}
+
+
+def _entries_of(folder: Path) -> list[Path]:
+    """List what somebody put into a folder, sorted; not what systems and programs leave there."""
+    return sorted(f for f in folder.iterdir() if f.name[0] != "." and f.name not in _LEFT_THERE)
+
+
+def _files_of(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List the files of a folder that are meant as images, by their endings, and all others."""
     from PIL import Image
 
     readable = _formats()
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in readable}
-    files = (f for f in folder.iterdir() if f.suffix.lower() in kinds and f.name[0] != ".")
-    return sorted(f for f in files if f.is_file() or f.is_symlink())
+    files = [f for f in _entries_of(folder) if f.is_file() or f.is_symlink()]
+    images = [f for f in files if f.suffix.lower() in kinds]
+    return images, [f for f in files if f.suffix.lower() not in kinds]
+
+
+def _tell_passed_over(folder: Path, files: list[Path]) -> None:
+    """Warn that files were not read, and say which."""
+    if files:
+        ends = Counter(_shown(f.suffix.lower()) or "without an ending" for f in files)
+        told = ", ".join(f"{n} {end}" for end, n in ends.most_common(5))
+        log.warning(
+            "%s: %d files were passed over, for their ending is none of an image (%s): give images "
+            "their ending, .jpg or .png, and convert what is of another kind, such as .heic",
+            _shown(folder),
+            len(files),
+            told,
+        )
 
 
 def _shown(path: str | Path) -> str:
@@ -902,13 +929,18 @@ def _shown(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _class_folders(folder: Path) -> list[Path]:
-    """List the folders of a folder, sorted, hidden ones left out; each is named as text is."""
+def class_folders(
+    folder: Path,  # Holds a folder per class
+) -> list[Path]:
+    """List the folders of classes, sorted; what systems leave there, such as .git or __MACOSX, is none.
+
+    Raises DataError when there are none, and for a name that is no text.
+    """
     if not folder.is_dir():
         raise DataError(
             f"{_shown(folder)} is no folder; give one that holds a folder of images per class."
         )
-    classes = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+    classes = [f for f in _entries_of(folder) if f.is_dir()]
     if not classes:
         raise DataError(
             f"{_shown(folder)} holds no folders; put the images of each class into one."
@@ -929,8 +961,9 @@ def from_folder(
 ) -> Classes:  # One class per folder, sorted by name
     """Load your own images: each sub-folder is a class, named by the folder.
 
-    What is an image is decided by the file's ending; other files and hidden ones are passed
-    over. The mean and standard deviation are 1/2 and 1/4 whatever the images, so that no
+    What is an image is decided by the file's ending; other files are passed over, and a warning counts
+    them. Hidden files and what systems leave in folders (.git, .ipynb_checkpoints, __MACOSX, @eaDir)
+    are not looked at. The mean and standard deviation are 1/2 and 1/4 whatever the images, so that no
     statistic of a test set enters a score.
 
     Raises DataError when there are no folders, when a class has no image or its name is not UTF-8,
@@ -939,8 +972,9 @@ def from_folder(
     """
     _check_target(size, channels)
     folder = Path(path).expanduser()
-    classes = _class_folders(folder)
-    files = [_images_of(f) for f in classes]
+    classes = class_folders(folder)
+    files, others = zip(*map(_files_of, classes), strict=True)
+    _tell_passed_over(folder, [f for own in others for f in own])
     if empty := [f.name for f, images in zip(classes, files, strict=True) if not images]:
         raise DataError(
             f"{len(empty)} of {len(classes)} classes in {folder} have no image directly in their "

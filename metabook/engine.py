@@ -40,13 +40,15 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'RUNS', 'FITS', 'FEW', 'Engine', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'evenly', 'Graded',
-           'losses', 'grade', 'in_parts', 'overhearing', 'gradients', 'Way', 'portions', 'averages', 'Recomputed',
-           'recomputing', 'answer', 'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
+__all__ = ['Lift', 'RUNS', 'SCORING', 'FITS', 'FEW', 'Engine', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'evenly',
+           'Graded', 'losses', 'grade', 'in_parts', 'overhearing', 'gradients', 'Way', 'portions', 'averages',
+           'Recomputed', 'recomputing', 'answer', 'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where',
+           'capturable']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap"]
 RUNS = ("auto", "eager", "graph", "compile")
+SCORING = ("lift", "precision", "deterministic", "check")  # what `evaluate` hears of an `Engine`
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,26 @@ class Engine:
         text = f"arguments of 0.1.0: say engine=Engine({said})"
         warnings.warn(text, DeprecationWarning, stacklevel=3)
         return replace(engine, **older)
+
+    def require_heard(
+        self,
+        by: str,  # who listens, for the message
+        *words: str,  # to what
+    ) -> None:
+        "Raise `ValueError` where something is asked for that nobody would do."
+        ways = {"run": "eager"}  # which is how everything is done where nothing else is
+        for f in fields(self):
+            said = getattr(self, f.name)
+            if f.name not in words and said not in (f.default, ways.get(f.name, f.default)):
+                raise ValueError(
+                    f"{f.name}={said!r}: {by} does not do that, expected {', '.join(words)} alone: leave "
+                    f"{f.name} out"
+                )
+
+    @property
+    def for_scores(self) -> Engine:
+        "As much of it as `evaluate` hears."
+        return Engine(**{k: getattr(self, k) for k in SCORING})
 
 
 def over_tasks(
@@ -208,11 +230,16 @@ def losses(
     and `RuntimeError` for a layer that cannot be lifted as it was asked for, or not be differentiated.
     """
     learner.check(episodes.support, episodes.query.x)
-    with claiming(learner), sparing(learner), in_our_words(learner):
+    with claiming(learner), sparing(learner), in_our_words(learner, **_inputs(episodes)):
         lift = _tried(learner, episodes, lift, _learned) if check else lift
         graded = grade(learner, episodes, lift)
         _move_averages(learner, graded.statistics)
     return graded.losses
+
+
+def _inputs(episodes: Episode) -> dict[str, Tensor]:
+    "What a learner reads, by name."
+    return {"support.x": episodes.support.x, "query": episodes.query.x}
 
 
 def _tried(
@@ -332,7 +359,7 @@ def gradients(
     learner.check(episodes.support, episodes.query.x)
     keep_memory()
     shared = shared or Shared.whole(count(episodes))
-    with claiming(learner), sparing(learner), in_our_words(learner):
+    with claiming(learner), sparing(learner), in_our_words(learner, **_inputs(episodes)):
         if check:
             work = _learned_again if recompute else _learned
             tried = _tried(learner, episodes, "vmap" if compiled else lift, work, shared)
@@ -595,7 +622,7 @@ def answer(
     lifted as it was asked for.
     """
     learner.check(episodes.support, episodes.query.x)
-    with sparing(learner), in_our_words(learner):
+    with sparing(learner), in_our_words(learner, **_inputs(episodes)):
         lift = _tried(learner, episodes, lift, _ANSWERED[queries]) if check else lift
         return _answered(learner, episodes, lift, queries)
 

@@ -3,12 +3,17 @@
 # %% ../nbs/02_episodes.ipynb #932e56f1
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import math
 import reprlib
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,9 +26,10 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Examples', 'Episode', 'one_hot', 'tensors', 'positive', 'finite', 'check_labels', 'check_range', 'Tasks', 'Frozen',
-           'count', 'Waves', 'Sinusoids', 'Classes', 'check_alike', 'class_data', 'Picks', 'choose', 'sides',
-           'ClassTasks', 'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
+__all__ = ['PROBE', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'positive', 'usable', 'finite', 'check_labels',
+           'check_range', 'Tasks', 'Frozen', 'digest', 'count', 'Waves', 'Sinusoids', 'Classes', 'spelled',
+           'check_alike', 'class_data', 'Picks', 'choose', 'sides', 'ClassTasks', 'FewShot', 'summary', 'check_enough',
+           'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -53,7 +59,7 @@ class Examples(NamedTuple):
         positive(way=way)
         check_labels(labels, x, way)
         finite(x)
-        return cls(x, one_hot(labels, way))
+        return cls(x, like(one_hot(labels, way), x))
 
 
 class Episode(NamedTuple):
@@ -81,6 +87,14 @@ def one_hot(
     hits = labels[..., None] == torch.arange(way, device=labels.device)
     return hits.to(torch.get_default_dtype())
 
+
+def like(
+    y: Float[Tensor, "*n way"],  # labels
+    x: Shaped[Tensor, "..."],  # what they label
+) -> Float[Tensor, "*n way"]:
+    "The labels in the precision of the examples, where these are floats."
+    return y.to(x.dtype) if x.is_floating_point() else y
+
 # %% ../nbs/02_episodes.ipynb #a383c7ed
 def tensors(**arguments: Any) -> None:
     "Raise `TypeError`, naming the argument, unless every one is a tensor."
@@ -94,10 +108,25 @@ def tensors(**arguments: Any) -> None:
 def positive(**numbers: int) -> None:
     "Raise `ValueError`, naming the argument, unless every number is an integer of at least 1."
     for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:  # numpy's integers are integers
             raise ValueError(
                 f"{name}={value!r}, expected an integer of at least 1: pass one, such as {name}=1"
             )
+
+
+def usable(
+    device: torch.device | str,  # where something is to be computed
+) -> torch.device:
+    "Raise `ValueError`, saying why, for a device that torch does not have, or that has no float64."
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except Exception as error:  # of many kinds
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f'device="{device}" ({why}), expected one that torch has and that computes in float64, as some of the '
+            'sums here do: use device="cpu", or "cuda" where there is such a GPU'
+        ) from error
+    return torch.device(device)
 
 
 def finite(
@@ -156,25 +185,37 @@ class Tasks:
     kind: Literal["classification", "regression"]
     device = torch.device("cpu")  # where `gather` puts the tensors
     same_shapes = True  # do all draws of equal size have equal shapes?
-    # May a GPU replay `sample`: always the same operations, nothing on the host?  A subclass with its own
-    # `draw` or `gather` answers for these, or is not recorded.
-    recordable = False
+    # A subclass with its own `draw` or `gather` answers for the next two, or they are false.
+    recordable = (
+        False  # may a GPU replay `sample`: the same operations each time, nothing on the host?
+    )
+    determined = False  # do `describe` and what is drawn decide all that an episode holds?
 
     def __init_subclass__(cls, **how: Any):
         super().__init_subclass__(**how)
-        if not {"draw", "gather", "sample"}.isdisjoint(vars(cls)) and "recordable" not in vars(cls):
+        own = vars(cls)
+        if not {"draw", "gather", "sample"}.isdisjoint(own) and "recordable" not in own:
             cls.recordable = False
+        if not {"gather", "examples", "sample"}.isdisjoint(own) and "determined" not in own:
+            cls.determined = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
     def draw(self, n: int, generator: Generator | None = None) -> Any:
         "What `n` episodes consist of, drawn on the generator's device."
-        raise NotImplementedError
+        raise NotImplementedError(self.unwritten("draw(n, generator)"))
 
     def gather(self, indices: Any) -> Episode:
         "The tensors of drawn episodes, on the data's device."
-        raise NotImplementedError
+        raise NotImplementedError(self.unwritten("gather(indices)"))
+
+    def unwritten(self, method: str) -> str:
+        "What is missing from a subclass, and what to write, in words."
+        return (
+            f"{type(self).__name__} does not say {method}: expected draw, for the indices of n episodes, and "
+            "gather, which makes an Episode of them; `sample` and `freeze` are made of these two"
+        )
 
     def sample(
         self,
@@ -185,8 +226,26 @@ class Tasks:
         return self.gather(self.draw(n, generator))
 
     def describe(self) -> dict[str, Any]:
-        "What a trained folder says of the tasks it was trained on; JSON values."
-        return {"kind": self.kind, "tasks": repr(self)}
+        """What these tasks are, as JSON has it: kind, class, sizes, and a digest of the data behind them.
+
+        A trained folder tells it, frozen episodes are named by it, and a run that goes on is held against it.
+        """
+        who = {"class": type(self).__qualname__, "tasks": repr(self)}
+        return {"kind": self.kind} | who | {"data": self.digest()}
+
+    def digest(self) -> str:
+        "Twelve hexadecimal digits that name the data behind the tasks: here, what a few episodes hold."
+        twin, generator = (
+            copy.copy(self),
+            torch.Generator().manual_seed(0),
+        )  # a draw may leave traces
+        return digest(t for _ in range(PROBE) for t in twin.content(twin.draw(1, generator)))
+
+    def content(self, drawn: Any) -> Iterator[Tensor]:
+        "All numbers that decide, together with `describe`, what drawn episodes hold."
+        yield from tree_leaves(drawn)
+        if not self.determined:
+            yield from tree_leaves(self.gather(drawn))
 
     def freeze(
         self,
@@ -213,13 +272,12 @@ class Frozen:
 
     @cached_property
     def hash(self) -> str:
-        "Twelve hexadecimal digits that name these episodes: in every row of results they were used for."
-        digest = hashlib.sha256(repr(self.tasks).encode())
-        for leaf in tree_leaves(self.groups):
-            digest.update(
-                f"{leaf.dtype}{tuple(leaf.shape)}".encode() + leaf.cpu().numpy().tobytes()
-            )
-        return digest.hexdigest()[:12]
+        """Twelve hexadecimal digits that name these episodes: in every row of results they were used for.
+
+        Whatever an episode holds has a part in them.
+        """
+        told = json.dumps(self.tasks.describe(), sort_keys=True)
+        return digest((t for part in self.parts() for t in self.tasks.content(part)), told)
 
     def episodes(
         self,
@@ -227,9 +285,29 @@ class Frozen:
     ) -> Iterator[Episode]:
         "The episodes, `batch` at a time and in order."
         positive(batch=batch)
+        return map(self.tasks.gather, self.parts(batch))
+
+    def parts(self, batch: int = 32) -> Iterator[Any]:
+        "What was drawn, for `batch` episodes at a time."
         for group in self.groups:
             for i in range(0, count(group), batch):
-                yield self.tasks.gather(tree_map(lambda t, i=i: t[i : i + batch], group))
+                yield tree_map(lambda t, i=i: t[i : i + batch], group)
+
+
+PROBE = 8  # episodes by which tasks without stored data are known
+
+
+def digest(
+    numbers: Iterable[Tensor],  # on any device
+    text: str = "",
+) -> str:
+    "Twelve hexadecimal digits of a text and of tensors, their types and shapes: as good as never twice."
+    found = hashlib.sha256(text.encode())
+    for t in numbers:
+        found.update(f"{t.dtype}{tuple(t.shape)}".encode())
+        if not t.is_meta:  # which holds none
+            found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
 
 
 def count(indices: Any) -> int:
@@ -253,7 +331,7 @@ class Sinusoids(Tasks):
     """
 
     kind = "regression"
-    recordable = True
+    recordable = determined = True
 
     def __init__(
         self,
@@ -262,10 +340,10 @@ class Sinusoids(Tasks):
         device: torch.device | str = "cpu",  # where the tensors are made
     ):
         positive(shot=shot, query=query)
-        self.shot, self.query, self.device = shot, query, torch.device(device)
+        self.shot, self.query, self.device = int(shot), int(query), usable(device)
 
     def __repr__(self) -> str:
-        return f"Sinusoids(shot={self.shot}, query={self.query})"
+        return f"{type(self).__name__}(shot={self.shot}, query={self.query})"
 
     def draw(self, n: int, generator: Generator | None = None) -> Waves:
         positive(n=n)
@@ -327,6 +405,12 @@ class Classes:
         if empty := (self.sizes < 1).nonzero().flatten().tolist():
             raise ValueError(
                 f"class {self.name(empty[0])!r} has no examples, expected one at least: leave it out"
+            )
+        spellings = Counter(map(spelled, self.names))
+        if twice := [name for name, n in spellings.items() if n > 1]:
+            raise ValueError(
+                f"names has {twice[0]!r} {spellings[twice[0]]} times, expected each class once: a task with "
+                "both would call one class by two labels; join their examples, or rename one"
             )
 
     def check_images(self) -> None:
@@ -396,6 +480,16 @@ class Classes:
         return max(self.sizes.tolist(), default=0)
 
     @cached_property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name what the data hold.
+
+        Of data of more than `LARGE` bytes, which may lie in a file, they know only every so many-th example.
+        """
+        step = -(-self.x.nbytes // LARGE) or 1
+        cut = [] if self.cut is None else [self.cut]
+        return digest([self.sizes, *cut, self.x[::step]], type(self).__qualname__)
+
+    @cached_property
     def scaling(self) -> list[Tensor]:
         "`mean` and `std` as `prepare` needs them, each [channels, 1, 1] or [1, 1, 1]."
         exact = {"dtype": torch.float64, "device": self.x.device}
@@ -407,15 +501,14 @@ class Classes:
 
     def select(
         self,
-        classes: Sequence[int],  # which classes, in the order wanted
+        classes: Sequence[int] | Sequence[bool] | Tensor,  # numbers in the order wanted, or a mask
     ) -> Classes:
-        "Only these classes."
-        keep = torch.as_tensor(classes, dtype=torch.int64)
-        if len(keep) == 0 or not 0 <= int(keep.min()) <= int(keep.max()) < len(self):
-            raise ValueError(
-                f"classes={keep.tolist()}, but the data has {len(self)} classes: select at least one, "
-                f"by numbers from 0 to {len(self) - 1}"
-            )
+        """Only these classes: their numbers, or `True` and `False` for every class, as in `data.sizes >= 20`.
+
+        Raises `ValueError` where there is none, where a number is out of range or given twice, and where
+        a mask is of another length.
+        """
+        keep = self.numbers(torch.as_tensor(classes).cpu())
         return replace(
             self,
             x=torch.cat([self.of_class(i) for i in keep.tolist()]),
@@ -424,9 +517,38 @@ class Classes:
             cut=None if self.cut is None else self.cut[keep],
         )
 
+    def numbers(self, classes: Tensor) -> Int[Tensor, "chosen"]:
+        "Which classes numbers or a mask mean.  Raises `ValueError`."
+        keep = classes
+        if classes.dtype == torch.bool:
+            if classes.shape != (len(self),):
+                raise ValueError(
+                    f"classes is a mask of shape {tuple(classes.shape)}, expected ({len(self)},): True or False "
+                    "for every class of the data"
+                )
+            keep = classes.nonzero().flatten()
+        whole = keep.numel() == 0 or not (keep.is_floating_point() or keep.is_complex())
+        if not whole or keep.ndim != 1:
+            raise ValueError(
+                f"classes={reprlib.repr(classes.tolist())}, expected a list of whole numbers, or a mask of True and "
+                "False: give one of them"
+            )
+        keep = keep.long()
+        if len(keep) == 0 or not 0 <= int(keep.min()) <= int(keep.max()) < len(self):
+            raise ValueError(
+                f"classes={classes.tolist()}, but the data has {len(self)} classes: select at least one, "
+                f"by numbers from 0 to {len(self) - 1}"
+            )
+        if len(keep.unique()) < len(keep):
+            raise ValueError(
+                f"classes={classes.tolist()}, expected each class once: take it out where it stands again, for two "
+                "labels of one class cannot be told apart"
+            )
+        return keep
+
     def to(self, device: torch.device | str) -> Classes:
-        "The data on another device; images stay bytes."
-        return replace(self, x=self.x.to(device))
+        "The data on another device; images stay bytes.  Raises `ValueError` for one that cannot be used."
+        return replace(self, x=self.x.to(usable(device)))
 
     def prepare(
         self,
@@ -438,6 +560,14 @@ class Classes:
         dtype = torch.get_default_dtype()
         mean, std = (t.to(x.device, dtype) for t in self.scaling)
         return (x.to(dtype) / 255 - mean) / std
+
+
+LARGE = 2**30  # bytes
+
+
+def spelled(name: Any) -> str:
+    "One spelling for names that look the same: Unicode has two for many a letter with an accent."
+    return unicodedata.normalize("NFC", str(name))
 
 
 def check_alike(examples: dict[str, Tensor]) -> None:
@@ -513,6 +643,7 @@ class ClassTasks(Tasks):
     """
 
     kind = "classification"
+    determined = True
     classes: Classes  # the data
 
     @property
@@ -523,6 +654,18 @@ class ClassTasks(Tasks):
         data = self.classes
         shape = {"shape": list(data.x.shape[1:]), "mean": list(data.mean), "std": list(data.std)}
         return super().describe() | {"examples": shape}
+
+    def digest(self) -> str:
+        "That of the data; with that of a few episodes where the subclass makes something else of them."
+        return self.classes.digest + ("" if self.determined else f"-{super().digest()}")
+
+    def content(self, drawn: Picks) -> Iterator[Tensor]:
+        "Also the chosen examples, where the data are too large for their digest to know all."
+        yield from super().content(drawn)
+        if self.classes.x.nbytes > LARGE:
+            yield from (
+                self.classes.x[rows.to(self.device)] for rows in (drawn.support, drawn.query)
+            )
 
     def gather(self, indices: Picks) -> Episode:
         "The images and one-hot labels of drawn episodes."
@@ -537,7 +680,7 @@ class ClassTasks(Tasks):
     ) -> Examples:
         "One side of drawn episodes."
         x = self.classes.prepare(self.classes.x[rows])
-        return Examples(x, one_hot(labels, chosen.shape[-1]), {"classes": chosen})
+        return Examples(x, like(one_hot(labels, chosen.shape[-1]), x), {"classes": chosen})
 
 
 class FewShot(ClassTasks):
@@ -557,11 +700,12 @@ class FewShot(ClassTasks):
         query: int = 15,  # query examples of each class
     ):
         positive(way=way, shot=shot, query=query)
-        self.classes, self.way, self.shot, self.query = classes, way, shot, query
         check_enough(classes, way, shot, query)
+        self.classes, self.way, self.shot, self.query = classes, int(way), int(shot), int(query)
 
     def __repr__(self) -> str:
-        return f"FewShot({summary(self.classes)}, way={self.way}, shot={self.shot}, query={self.query})"
+        sizes = f"way={self.way}, shot={self.shot}, query={self.query}"
+        return f"{type(self).__name__}({summary(self.classes)}, {sizes})"
 
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
         positive(n=n)
@@ -588,7 +732,7 @@ class FewShot(ClassTasks):
 
 
 def summary(classes: Classes) -> str:
-    "A short name for data that two sets share only if their classes and sizes agree."
+    "A short name for data, of the names and sizes of the classes; what they hold, `Classes.digest` says."
     text = repr((list(classes.names), classes.sizes.tolist()))
     return f"{len(classes)} classes {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -602,14 +746,16 @@ def check_enough(classes: Classes, way: int, shot: int, query: int) -> None:
         )
     if classes.cut is None:
         short, need = classes.sizes - (shot + query), f"{shot + query} (shot + query)"
+        rest = f"data.select(data.sizes >= {shot + query})"
     else:
         small = torch.minimum(classes.cut, classes.sizes - classes.cut)
         short, need = small - max(shot, query), f"{max(shot, query)} on each side of its cut"
+        rest = f"data.select(torch.minimum(data.cut, data.sizes - data.cut) >= {max(shot, query)})"
     if (short < 0).any():
         i = int(short.argmin())
         raise ValueError(
             f"class {classes.name(i)!r} has {int(classes.sizes[i])} examples, but shot={shot} and "
-            f"query={query} need {need}: lower them, or leave the class out with `select`"
+            f"query={query} need {need}: lower them, or leave such classes out, with {rest}"
         )
 
 # %% ../nbs/02_episodes.ipynb #02c155a6
@@ -636,11 +782,13 @@ class VariedWayShot(FewShot):
                 raise ValueError(f"{name}={pair!r}, expected (smallest, largest), such as (2, 5)")
             positive(**{f"{name}[{i}]": number for i, number in enumerate(pair)})
         positive(query=query)
-        self.classes, self.ways, self.shots, self.query = classes, way, shot, query
         check_enough(classes, way[1], shot[1], query)
+        self.classes, self.query = classes, int(query)
+        self.ways, self.shots = tuple(map(int, way)), tuple(map(int, shot))
 
     def __repr__(self) -> str:
-        return f"VariedWayShot({summary(self.classes)}, way={self.ways}, shot={self.shots}, query={self.query})"
+        sizes = f"way={self.ways}, shot={self.shots}, query={self.query}"
+        return f"{type(self).__name__}({summary(self.classes)}, {sizes})"
 
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
         positive(n=n)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .episodes import Episode, Examples, tensors
-from .networks import batch_norms
+from .networks import mixes_examples
 from .trust import asking, claiming, in_our_words, require_alone, sparing, turn
 
 try:
@@ -51,8 +51,12 @@ class Learner(nn.Module):
 
     @property
     def transductive(self) -> bool:
-        "Do the query examples that are predicted together see one another?"
-        return any(layer.stats == "batch" for layer in batch_norms(self))
+        """Do query examples that are predicted together see one another, in evaluation mode?
+
+        Its networks are asked, with made-up inputs: see `metabook.networks.mixes_examples`.  A class whose
+        own `predict` mixes the queries has to say so: `transductive = True`.
+        """
+        return any(map(mixes_examples, self.children()))
 
     def adapt(
         self,
@@ -75,7 +79,9 @@ class Learner(nn.Module):
         query: Shaped[Tensor, "n *features"],  # inputs of the same task
     ) -> Float[Tensor, "n out"]:
         "Predictions for the query inputs.  Raises `ValueError` where the two do not fit, see `check`."
-        with asking(self), sparing(self), in_our_words(self):
+        x = getattr(support, "x", None)
+        given = {k: t for k, t in {"support.x": x, "query": query}.items() if isinstance(t, Tensor)}
+        with asking(self), sparing(self), in_our_words(self, **given):
             self.check(support, query)
             return self.predict(self.adapt(support), query)
 
@@ -212,15 +218,16 @@ def check_place(
     x: Tensor,  # examples
     parameter: Tensor | None,  # of the learner that is to read them
 ) -> None:
-    "Raise `ValueError` where examples are bytes, or floats of another precision or on another device."
+    """Raise `ValueError` where examples are bytes, or on another device.
+
+    A network may bring them to its own precision; where it does not, `metabook.trust.in_our_words` says so.
+    """
     if x.dtype == torch.uint8:
         raise ValueError(
             f"{name}: the examples are bytes ({x.dtype}), expected floats: Classes.prepare(x) makes the "
             "floats a network needs"
         )
-    if parameter is None or not x.is_floating_point():
-        return
-    if (x.dtype, x.device) != (parameter.dtype, parameter.device):
+    if parameter is not None and x.device != parameter.device:
         raise ValueError(
             f"{name}: the examples are {x.dtype} on {x.device}, the learner {parameter.dtype} on "
             f"{parameter.device}: move one of them, for example episode.to(device, dtype)"
@@ -269,17 +276,29 @@ def task_score(
     predictions: Float[Tensor, "n out"],  # logits, or predicted targets
     y: Float[Tensor, "m way"],  # one-hot or soft classes, or targets
 ) -> Float[Tensor, ""]:
-    "Accuracy in [0, 1], or mean squared error: what `evaluate` reports."
+    """Accuracy in [0, 1], or mean squared error: what `evaluate` reports.
+
+    NaN where an answer is NaN: `argmax` would take it for class 0.
+    """
     if kind == "regression":
         return task_loss(kind, predictions, y)
     check_match(predictions, y)
-    return (predictions.argmax(-1) == y.argmax(-1)).to(predictions.dtype).mean()
+    hits = (predictions.argmax(-1) == y.argmax(-1)).to(predictions.dtype)
+    return hits.masked_fill(
+        predictions.isnan().any(-1), math.nan
+    ).mean()  # no answer is no wrong answer
 
 
 def check_match(predictions: Tensor, y: Tensor) -> None:
     "Raise `ValueError` unless there is one prediction for each target, of the same width, and any at all."
     if predictions.shape == y.shape and y.numel():
         return
+    if predictions.ndim != y.ndim:
+        raise ValueError(
+            f"predictions of shape {tuple(predictions.shape)} for targets of shape {tuple(y.shape)}: predict has "
+            "to give one row of numbers for each query; end the network with nn.Flatten() and a linear layer, or "
+            "give the targets their last axis, y[..., None]"
+        )
     if predictions.shape == y.shape:
         raise ValueError(
             f"targets of shape {tuple(y.shape)}, expected at least one: nothing has no mean loss, so give "

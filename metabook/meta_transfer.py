@@ -22,7 +22,7 @@ from metabook.episodes import (
     positive,
 )
 from .learners import Learner, check_inner_loop, check_network, task_loss
-from .networks import Parameters, call, recording
+from .networks import Parameters, call, embedded, recording
 from .training import Report
 from .transfer import Head, linear
 from .trust import turn
@@ -130,7 +130,7 @@ class MetaTransfer(Learner):
     def adapt(self, support: Examples) -> Head:
         "The inner loop: a few steps of the head, on features that stay."
         with recording(self.net) as statistics:
-            z = call(self.net, self.weights(), support.x)
+            z = embedded(self.net, self.weights(), support.x)
         head = self.first_head(z, support.y)
         for _ in range(self.steps if self.training else self.test_steps):
             head = self.step(head, z, support.y)
@@ -184,7 +184,7 @@ class MetaTransfer(Learner):
 
     def predict(self, state: Head, x: Shaped[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
         "Logits of the adapted head."
-        z = call(self.net, self.weights(), x, state.statistics)
+        z = embedded(self.net, self.weights(), x, state.statistics)
         return linear(z, state.weight, state.bias)
 
 # %% ../nbs/20_meta_transfer.ipynb #a2d4e80f

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from itertools import pairwise
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from . import kernels
 from .checkpoints import NETWORKS, lookup, register
 from .episodes import positive
-from .trust import TWICE, composing, lending, turn
+from .trust import TWICE, composing, copy_of, lending, turn
 
 try:
     from jaxtyping import Float, Shaped
@@ -27,9 +27,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Statistics', 'Parameters', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'parameters_of', 'is_frozen',
-           'adaptable', 'support_statistics', 'store_running', 'MLP', 'parameter_count', 'Conv4', 'ResNet12',
-           'ResidualBlock']
+__all__ = ['Statistics', 'Parameters', 'SIDES', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'embedded',
+           'parameters_of', 'is_frozen', 'adaptable', 'support_statistics', 'mixes', 'mixes_examples', 'store_running',
+           'MLP', 'parameter_count', 'Conv4', 'ResNet12', 'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
@@ -181,13 +181,36 @@ def call(
     """The network's output with other parameters: a pure function of them, ready to be differentiated.
 
     Fused attention is composed, so that it can be differentiated twice.  Safe to call from threads.
-    Raises `ValueError` for a name that the network does not have.
+    Raises `ValueError` for a name that the network does not have, `TypeError` where it gives no tensor.
     """
     tensors = {**parameters, **(statistics or {})}
     if torch.compiler.is_compiling():
         return functional_call(network, tensors, (x,))
     with lending(network, tensors), composing(TWICE):
-        return network(x)
+        y = network(x)
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"{type(network).__name__} gives a {type(y).__name__}, expected one tensor [n, ...]: let its forward "
+            "return the answers (or the features) alone, such as the first of a pair"
+        )
+    return y
+
+
+def embedded(
+    network: nn.Module,  # whose code runs
+    parameters: Parameters,  # with these in place of its own
+    x: Shaped[Tensor, "n *features"],  # inputs
+    statistics: Statistics | None = None,  # as `call` takes them
+) -> Float[Tensor, "n d"]:
+    "`call`, where a row of numbers is needed for each example.  Raises `ValueError` where it gives another shape."
+    z = call(network, parameters, x, statistics)
+    if z.ndim != 2 or len(z) != len(x):
+        raise ValueError(
+            f"{type(network).__name__} gives features of shape {tuple(z.shape)} for examples of shape "
+            f"{tuple(x.shape)}, expected a row of numbers for each example, [{len(x)}, d]: end the network with "
+            "nn.Flatten(), or with a mean over space"
+        )
+    return z
 
 
 def parameters_of(network: nn.Module) -> Parameters:
@@ -230,6 +253,57 @@ def support_statistics(
     with recording(network) as statistics:
         call(network, parameters, x)
     return statistics
+
+
+@torch.no_grad()
+def mixes(
+    network: nn.Module,  # it is copy_of, and stays as it is
+    x: Shaped[Tensor, "n *features"],  # a few inputs
+) -> bool:
+    """In evaluation mode, does what comes out for an example depend on those that come with it?
+
+    Asked: all together, and each alone, in float64.  Layers that normalise by the support set are given
+    one.  An example that cannot come alone depends on the others.
+    """
+    twin, x = copy_of(network, torch.float64).eval(), x.double() if x.is_floating_point() else x
+    with torch.random.fork_rng(devices=[]):
+        given = support_statistics(twin, {}, x)
+        together = call(twin, {}, x, given)
+        try:
+            alone = torch.cat([call(twin, {}, one[None], given) for one in x])
+        except (ValueError, RuntimeError):
+            return True
+    return not torch.allclose(together, alone, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+def mixes_examples(
+    network: nn.Module,  # of any kind
+) -> bool:
+    """`mixes` on made-up inputs; where none that comes to mind fits, its normalisations answer.
+
+    These are the layers `BatchNorm(stats="batch")`, and those of PyTorch without running averages.
+    """
+    for x in _guesses(network):
+        with suppress(Exception):  # it reads other inputs: the next guess
+            return mixes(network, x)
+    theirs = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    ours = any(layer.stats == "batch" for layer in batch_norms(network))
+    return ours or any(layer.running_mean is None for layer in theirs)
+
+
+SIDES = (28, 32, 84, 64, 16, 224)  # of images, and lengths of series, that networks are built for
+
+
+def _guesses(network: nn.Module) -> Iterator[Tensor]:
+    "Inputs of the shapes that its weights suggest."
+    for table in (m for m in network.modules() if isinstance(m, nn.Embedding)):
+        yield torch.arange(3 * 8).remainder(table.num_embeddings).view(3, 8)
+    own = [m.size for m in network.modules() if isinstance(getattr(m, "size", None), int)]
+    generator = torch.Generator().manual_seed(0)
+    for shape in dict.fromkeys(tuple(p.shape) for p in network.parameters() if p.ndim > 1):
+        axes = len(shape) - 2
+        for side in dict.fromkeys([*own, *SIDES]) if axes else (1,):
+            yield torch.randn(3, shape[1], *[side] * axes, generator=generator)
 
 
 @torch.no_grad()

@@ -164,8 +164,9 @@ class SetEncoder(nn.Module):
         hidden: int,  # length of an embedding
     ):
         super().__init__()
-        first, *_, last = net.parameters()
-        way, images = len(last), first.ndim == 4
+        parameters = list(net.parameters())  # one will do: a layer without bias
+        first, way = parameters[0], len(parameters[-1])
+        images = first.ndim == 4
         self.reads, self.images = first.shape[1], images  # numbers of an example, or channels
         self.look = image_features(first.shape[1], hidden) if images else nn.Flatten()
         seen = hidden if images else first.shape[1]

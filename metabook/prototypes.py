@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .checkpoints import lookup, register
 from .episodes import Examples
 from .learners import Learner, check_network
-from .networks import Statistics, call, recording
+from .networks import Statistics, embedded, recording
 
 try:
     from jaxtyping import Float, Shaped
@@ -34,6 +34,7 @@ def prototypes(
     """
     if len(z) == 0:
         raise ValueError("the support set is empty: give every class at least one example")
+    y = y.to(z.dtype)
     return y.T @ z / y.sum(0)[:, None]
 
 # %% ../nbs/13_prototypes.ipynb #e91b7f91
@@ -114,7 +115,7 @@ class ProtoNet(Learner):
     def adapt(self, support: Examples) -> tuple[Tensor, Statistics]:
         "The prototypes [way, d] of the task, and the statistics by which queries are normalised."
         with recording(self.embed) as statistics:
-            z = call(self.embed, {}, support.x)  # with its own parameters
+            z = embedded(self.embed, {}, support.x)  # with its own parameters
         return prototypes(z, support.y), statistics
 
     def predict(
@@ -122,7 +123,7 @@ class ProtoNet(Learner):
     ) -> Float[Tensor, "n way"]:
         "Logits: minus the scaled distances.  Source: Snell et al. 2017, equation 2."
         c, statistics = state
-        z = call(self.embed, {}, x, statistics)
+        z = embedded(self.embed, {}, x, statistics)
         return -self.scale * DISTANCES[self.distance](z, c)
 
 # %% ../nbs/13_prototypes.ipynb #06662e32

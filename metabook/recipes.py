@@ -23,6 +23,7 @@ import metabook
 from . import processes
 from metabook.checkpoints import (
     NETWORKS,
+    at_home,
     build,
     load,
     lookup,
@@ -31,9 +32,9 @@ from metabook.checkpoints import (
     save,
     write_atomically,
 )
-from .datasets import SOURCES, SPLITS, from_folder
+from .datasets import SOURCES, SPLITS, class_folders, from_folder
 from .engine import Engine
-from .episodes import Classes, FewShot, Sinusoids, Tasks
+from .episodes import Classes, FewShot, Sinusoids, Tasks, spelled, usable
 from .learners import Learner
 from .meta_transfer import HardTasks
 from .networks import parameter_count
@@ -44,10 +45,10 @@ from .transfer import Batches
 __all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'OTHERWISE', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO',
            'TOGETHER', 'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS',
            'REPRODUCTIONS', 'TEST_TASKS', 'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images',
-           'training_tasks', 'unseen_tasks', 'network_arguments', 'make_learner', 'network_of', 'run_recipe',
-           'check_ways', 'train', 'taken_over', 'preprocessing', 'evidence', 'circumstances', 'commit', 'provenance',
-           'Published', 'Reproduction', 'reproduce', 'rows_in', 'Attempt', 'same_run', 'told', 'as_printed',
-           'seconds_of', 'percent', 'reports', 'table', 'listed']
+           'training_tasks', 'unseen_tasks', 'network_arguments', 'make_learner', 'learner_note', 'held_learner',
+           'network_of', 'run_recipe', 'check_ways', 'train', 'taken_over', 'preprocessing', 'evidence',
+           'circumstances', 'commit', 'provenance', 'Published', 'Reproduction', 'reproduce', 'rows_in', 'Attempt',
+           'same_run', 'told', 'as_printed', 'seconds_of', 'percent', 'reports', 'table', 'listed']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 @dataclass(frozen=True)
@@ -155,11 +156,13 @@ def data_named(
             f"--data {data}: expected a folder that holds train, val and test, each with a folder "
             f"of images for every class; there is no {folder / missing[0]}"
         )
-    names = {split: {f.name for f in (folder / split).iterdir() if f.is_dir()} for split in SPLITS}
+    names = {s: {spelled(f.name): f.name for f in class_folders(folder / s)} for s in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
-        if shared := sorted(names[one] & names[other]):
+        if shared := sorted(names[one].keys() & names[other].keys()):
+            found = names[one][shared[0]], names[other][shared[0]]
+            apart = "" if found[0] == found[1] else f" (spelled {found[0]!a} and {found[1]!a})"
             raise ValueError(
-                f"--data {data}: class {shared[0]!r} stands in both {one} and {other}: scores would "
+                f"--data {data}: class {shared[0]!r} stands in both {one} and {other}{apart}: scores would "
                 "count what was trained on; keep it in one"
             )
     return str(folder.resolve())
@@ -231,8 +234,19 @@ def make_learner(
     base: int | None = None,  # number of classes to pre-train on
 ) -> Learner:
     "A learner that fits the tasks, freshly initialised but for the network it starts from."
+    return build(learner_note(method, recipe, tasks, net, base))
+
+
+def learner_note(
+    method: str, recipe: Recipe, tasks: Tasks, net: nn.Module | None, base: int | None
+) -> dict[str, Any]:
+    """Name and arguments of such a learner; of one that holds a learner, with the note of that.
+
+    Which one, an argument says: the name of a method, or its name and arguments.
+    """
     cls = lookup(method, methods(), "method")
     known = dict(inspect.signature(cls).parameters)
+    first = next(iter(known))
     for name in recipe.method:
         lookup(name, known, f"argument of {method}")
     for name in recipe.net:
@@ -240,16 +254,36 @@ def make_learner(
         lookup(name, dict(inspect.signature(network).parameters), f"argument of {recipe.network}")
     if tasks.kind == "regression" and "kind" not in known:
         raise ValueError(f"{method} is for classification, and {tasks} are regression: use maml")
+    more = {"kind": "regression"} if tasks.kind == "regression" else {}
+    more |= {"classes": base} if base and "classes" in known else {}
+    if "Learner" in str(known[first].annotation):
+        held = held_learner(method, first, recipe)
+        args = {first: learner_note(*held, tasks, net, base)} | more
+        return {
+            "name": method,
+            "args": args | {k: v for k, v in recipe.method.items() if k != first},
+        }
     if net is not None and cls.head:
         raise ValueError(
             f"{method} needs a network with an output for each class and cannot start from one "
             "without: leave --start out"
         )
     fresh = network_arguments(recipe.network, tasks, cls.head) | recipe.net
-    args = {next(iter(known)): net or {"name": recipe.network, "args": fresh}}
-    args |= {"kind": "regression"} if tasks.kind == "regression" else {}
-    args |= {"classes": base} if base and "classes" in known else {}
-    return build({"name": method, "args": args | recipe.method})
+    args = {first: net or {"name": recipe.network, "args": fresh}}
+    return {"name": method, "args": args | more | recipe.method}
+
+
+def held_learner(method: str, argument: str, recipe: Recipe) -> tuple[str, Recipe]:
+    "Which learner another one holds, and its recipe.  Raises `ValueError` where nothing says so."
+    said = recipe.method.get(argument)
+    held = {"name": said} if isinstance(said, str) else said
+    if not isinstance(held, dict) or "name" not in held:
+        raise ValueError(
+            f"{argument}={said!r}: {method} holds another learner, expected its name: say which, as in --set "
+            f"{argument}=protonet, or with arguments, --set "
+            f'\'{argument}={{"name": "maml", "args": {{"lr": 0.1}}}}\''
+        )
+    return held["name"], replace(recipe, method=held.get("args", {}))
 
 
 def network_of(
@@ -265,7 +299,9 @@ def network_of(
             f"{folder} holds a {learner.config['name']} learner, whose network ends in a head for its "
             "own tasks: start from one without, such as pretrained or protonet"
         )
-    return next(iter(learner.config["args"].values()))
+    while isinstance(learner, Learner):  # which may hold another
+        learner = next(iter(learner.config["args"].values()))
+    return learner
 
 # %% ../nbs/A4_recipes.ipynb #aa9ab7f0
 def run_recipe(
@@ -285,6 +321,7 @@ def run_recipe(
     A recipe's `start` is trained first, into the folder `start` within `out`.  Raises `ValueError`
     where `out` is a file, `FileExistsError` where it holds a run.
     """
+    out, start = at_home(out), start and at_home(start)
     if out.is_file():
         raise ValueError(f"--out {out} is a file: name a folder")
     if start is None and recipe.start:
@@ -363,6 +400,11 @@ def taken_over(
 ) -> None:
     "Write a trained folder of a learner that has nothing left to learn across tasks."
     score = evaluate(learner, validate, 200, seed=seed, batch=8)
+    if score.lost:
+        raise ValueError(
+            f"{score.lost} of {score.n} validation tasks have an answer that is NaN, so there is nothing to keep: "
+            "train what it starts from again, or lower its rates"
+        )
     chosen = score.row() | {"step": 0, "tasks": repr(validate)}
     facts = {"tasks": tasks.describe(), "training": start["training"], "validation": chosen}
     if processes.main():
@@ -583,8 +625,8 @@ def reproduce(
     row.recipe(budget)
     published = None if row.published is None else asdict(row.published)
     for seed in row.seeds if seeds is None else seeds:
-        attempt = Attempt(row, budget, seed, torch.device(device), Path(runs), steps, tasks)
-        path = Path(results) / ("trials" if attempt.trial else "") / f"{name}.json"
+        attempt = Attempt(row, budget, seed, usable(device), at_home(runs), steps, tasks)
+        path = at_home(results) / ("trials" if attempt.trial else "") / f"{name}.json"
         new = attempt.measured(progress)
         others = [r for r in rows_in(path) if (r["budget"], r["seed"]) != (budget, seed)]
         rows = sorted([*others, new], key=lambda r: (r["budget"], r["seed"]))
@@ -742,7 +784,9 @@ def seconds_of(row: dict[str, Any]) -> float:
 
 
 def percent(score: dict[str, Any], sign: str = "") -> str:
-    "A score and its interval in percent."
+    "A score and its interval in percent; of one with answers that are NaN, that."
+    if score["mean"] is None:
+        return "nan"
     return f"{100 * score['mean']:{sign}.2f} ± {100 * score['ci95']:.2f}"
 
 

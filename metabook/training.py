@@ -3,25 +3,29 @@
 # %% ../nbs/06_training.ipynb #23f847d2
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import reprlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 import metabook
 from . import processes
 from metabook.checkpoints import (
+    at_home,
     differences,
     log,
     newest_checkpoint,
@@ -30,12 +34,14 @@ from metabook.checkpoints import (
     plain,
     random_state,
     read_config,
+    rehearse,
     restore_random,
     save,
     write_atomically,
     write_checkpoint,
 )
 from metabook.engine import (
+    SCORING,
     Engine,
     Graded,
     Replayed,
@@ -51,7 +57,7 @@ from metabook.engine import (
     restore_where,
     update_where,
 )
-from .episodes import Episode, Frozen, Tasks, count, one_hot, positive
+from .episodes import Episode, Frozen, Tasks, count, one_hot, positive, usable
 from .kernels import precise
 from .learners import Learner, scoring, start_training, task_score
 from .trust import claiming
@@ -62,10 +68,11 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'answers', 'check_kind', 'place',
-           'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'require_learning', 'prepare', 'begin', 'start_anew',
-           'last_state', 'identity', 'some_of', 'described', 'surroundings', 'changes', 'same_everywhere', 'run_folder',
-           'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
+__all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'frozen_of', 'answers',
+           'require_tasks', 'check_tasks', 'one_of', 'require_episodes', 'require_classes', 'place', 'bar', 'Report',
+           'diagnosis', 'Outer', 'Run', 'fit', 'require_optimizer', 'require_learning', 'prepare', 'begin',
+           'start_anew', 'last_state', 'identity', 'named', 'some_of', 'described', 'surroundings', 'changes',
+           'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -81,6 +88,11 @@ class Score:
     def n(self) -> int:
         "The number of tasks."
         return len(self.per_task)
+
+    @property
+    def lost(self) -> int:
+        "How many tasks have no score, because an answer was NaN; then the mean has none either."
+        return int(self.per_task.isnan().sum())
 
     @property
     def mean(self) -> float:
@@ -103,7 +115,8 @@ class Score:
         )
         value = f"{unit * self.mean:{form}} ± {unit * self.ci95:{form.lstrip('+')}}"
         percent = "%" if unit == 100 else ""
-        return f"{self.metric} {value}{percent} ({self.n} tasks, {self.queries} queries)"
+        lost = f", {self.lost} of them without a number" if self.lost else ""
+        return f"{self.metric} {value}{percent} ({self.n} tasks{lost}, {self.queries} queries)"
 
     def beats(
         self,
@@ -111,12 +124,15 @@ class Score:
     ) -> bool:
         "Is this mean the better one: a higher accuracy, a lower error?  One that is not a number never is."
         sign = -1 if self.metric == "mse" else 1
-        return self.mean == self.mean and (other is None or sign * self.mean > sign * other.mean)
+        if math.isnan(self.mean):
+            return False
+        return other is None or math.isnan(other.mean) or sign * self.mean > sign * other.mean
 
     def row(self) -> dict[str, Any]:
-        "The score as JSON has it, without the single tasks."
+        "The score as JSON has it, without the single tasks; `None` for what is no number."
         names = ("mean", "ci95", "n", "metric", "episodes", "queries")
-        return {name: getattr(self, name) for name in names}
+        row = {name: getattr(self, name) for name in names}
+        return row | {k: row[k] if math.isfinite(row[k]) else None for k in ("mean", "ci95")}
 
 # %% ../nbs/06_training.ipynb #5bb9e71b
 def paired(
@@ -130,7 +146,8 @@ def paired(
     if (a.episodes, a.n) != (b.episodes, b.n):
         raise ValueError(
             f"paired scores need the same episodes: {a.episodes!r} ({a.n} tasks) against "
-            f"{b.episodes!r} ({b.n} tasks); freeze once and evaluate both on that"
+            f"{b.episodes!r} ({b.n} tasks), where the hash also stands for the data; freeze once and evaluate "
+            "both on that"
         )
     if a.metric != b.metric:
         raise ValueError(f"{a.metric} cannot be compared with {b.metric}")
@@ -141,25 +158,27 @@ def paired(
 def evaluate(
     learner: Learner,  # its mode (training or evaluation) is the same afterwards
     tasks: Tasks | Frozen,  # frozen here, unless it is frozen already
-    n: int = 600,  # how many tasks; not used where they are frozen already
+    n: int | None = None,  # how many tasks: 600; only where they are not frozen already
     *,
-    seed: int = 0,  # of the episodes; not used where they are frozen already
+    seed: int | None = None,  # of the episodes: 0; only where they are not frozen already
     device: torch.device | str | None = None,  # where; `None`: where the learner is
     queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
     batch: int = 32,  # tasks at once
-    engine: Engine = Engine(),  # how it is computed: its lift, precision and check
+    engine: Engine = Engine(),  # how it is computed: its lift, precision, deterministic and check
     progress: bool = False,  # show a bar
     **older: Any,  # lift and precision, as 0.1.0 had them
 ) -> Score:
     """Accuracy (or mean squared error) on `n` frozen tasks, with its interval.
 
-    Nothing of the learner changes: no parameter, no buffer, no part's mode.  Raises `ValueError` where
-    learner and tasks are of different kinds.  Processes that `torchrun` started share the batches.
+    Nothing of the learner changes: no parameter, no buffer, no part's mode.  An answer that is NaN makes
+    the score of its task NaN, and so the mean.  Raises `ValueError` where learner and tasks are of different
+    kinds, for labels of several classes at once, and for what would be ignored: `n` or `seed` with frozen
+    tasks, words of the engine that only training hears.  Processes that `torchrun` started share the batches.
     """
     engine = Engine.told(engine, older)
     processes.join()
     positive(batch=batch)
-    frozen = tasks if isinstance(tasks, Frozen) else tasks.freeze(n, seed)
+    frozen = frozen_of(tasks, n, seed)
     place(learner, device)
     parts = [p for group in frozen.groups for p in portions(group, batch)]
     mine = replace(frozen, groups=processes.dealt(parts))
@@ -168,6 +187,20 @@ def evaluate(
     per_task = processes.collected(scores, [count(p) for p in parts])
     metric = "accuracy" if learner.kind == "classification" else "mse"
     return Score(per_task, metric, frozen.hash, queries)
+
+
+def frozen_of(tasks: Tasks | Frozen, n: int | None, seed: int | None) -> Frozen:
+    "Frozen tasks: these, or `n` of them.  Raises `ValueError` for numbers that would be ignored."
+    if not isinstance(tasks, Frozen):
+        require_tasks(tasks)
+        return tasks.freeze(600 if n is None else n, 0 if seed is None else seed)
+    for name, value in {"n": n, "seed": seed}.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value}, but these are {len(tasks)} tasks of seed {tasks.seed}, frozen already: leave "
+                f"{name} out, or give tasks that are not frozen"
+            )
+    return tasks
 
 
 def answers(
@@ -179,35 +212,113 @@ def answers(
     engine: Engine = Engine(),  # how it is computed: its lift, precision and check
     progress: bool = False,  # show a bar
 ) -> list[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
-    "Predictions and targets for the queries of frozen episodes, batch by batch."
-    check_kind(learner, frozen.tasks)
+    "Predictions and targets for the queries of frozen episodes, batch by batch.  Raises as `evaluate` does."
+    engine.require_heard("scoring", *SCORING)
+    check_tasks(learner, frozen)
     if queries not in ("joint", "single"):
         raise ValueError(f'queries={queries!r}, expected "joint" or "single"')
     batches = bar(frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate")
     device = place(learner)
 
     def ask(episodes: Episode) -> tuple[Tensor, Tensor]:
+        if learner.kind == "classification":
+            require_classes("query.y", episodes.query.y)
         given = answer(learner, episodes.to(device), engine.lift, queries, check=engine.check)
         return given.cpu(), episodes.query.y.cpu()
 
-    with scoring(learner), torch.no_grad(), precise(engine.precision):
+    exact = repeatable(engine.deterministic)
+    with exact, scoring(learner), torch.no_grad(), precise(engine.precision):
         return [ask(episodes) for episodes in batches]
 
 # %% ../nbs/06_training.ipynb #7b81687d
-def check_kind(learner: Learner, tasks: Tasks) -> None:
-    "Raise `ValueError` where learner and tasks are of different kinds."
-    if learner.kind != tasks.kind:
+def require_tasks(tasks: Any, name: str = "tasks") -> None:
+    "Raise `TypeError` for what is no distribution over tasks, such as data that they could be made of."
+    if not hasattr(tasks, "sample"):
+        raise TypeError(
+            f"{name}={reprlib.repr(tasks)}, expected tasks: make them, for example "
+            "FewShot(classes, way=5, shot=1) of classes"
+        )
+    if getattr(tasks, "kind", None) not in ("classification", "regression"):
+        raise TypeError(
+            f"{name}={reprlib.repr(tasks)} do not say their kind, expected classification or regression: set "
+            f'kind = "classification" in {type(tasks).__name__}'
+        )
+
+
+def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") -> None:
+    """Raise unless these can be tasks for this learner: looks at one of them.
+
+    `TypeError` for what are no tasks, `ValueError` for tasks of another kind, and for one that has not the
+    shape of a task.
+    """
+    frozen = isinstance(tasks, Frozen)
+    of = tasks.tasks if frozen else tasks
+    require_tasks(of, name)
+    if learner.kind != of.kind:
         raise ValueError(
-            f"a {learner.kind} learner cannot be used on {tasks.kind} tasks ({tasks}): "
-            f"build {type(learner).__name__} for {tasks.kind}"
+            f"a {learner.kind} learner cannot be used on {of.kind} tasks ({of}): "
+            f"build {type(learner).__name__} for {of.kind}"
+        )
+    first = next(tasks.episodes(1), None) if frozen else one_of(tasks)
+    if first is None:  # this process has no share of them
+        return
+    require_episodes(first, of)
+    if of.kind == "classification":
+        for side, examples in zip(("support", "query"), first, strict=True):
+            require_classes(f"{side}.y", examples.y)
+    wait = [p for p in learner.parameters() if nn.parameter.is_lazy(p)]
+    if wait:  # parameters that get their sizes from the first data
+        with scoring(learner), torch.no_grad():
+            one = tree_map(lambda t: t[0].to(wait[0].device), first)
+            learner(one.support, one.query.x)
+
+
+def one_of(tasks: Tasks) -> Episode:
+    "One task with a leading axis, as a copy of these would draw it: it leaves no trace."
+    return copy.copy(tasks).sample(1, torch.Generator().manual_seed(0))
+
+
+def require_episodes(first: Any, tasks: Tasks) -> None:
+    "Raise `ValueError` unless this is an `Episode` of one task, each tensor with its axes."
+    for side in ("support", "query"):
+        examples = getattr(first, side, None)
+        if not isinstance(getattr(examples, "y", None), Tensor):
+            raise ValueError(
+                f"{tasks} give {reprlib.repr(first)}, expected an Episode of Examples: let gather return "
+                "Episode(Examples(x, y), Examples(x, y))"
+            )
+        shape = tuple(examples.y.shape)
+        if len(shape) != 3 or not examples.y.is_floating_point():
+            raise ValueError(
+                f"{tasks} give {side}.y as {examples.y.dtype} of shape {shape} for one task, expected floats of shape "
+                f"[1, n, out]: give targets their last axis, y[..., None], and classes a row each, one_hot(labels, way)"
+            )
+
+
+def require_classes(
+    name: str,  # of the argument
+    y: Float[Tensor, "*tasks n way"],  # labels
+) -> None:
+    "Raise `ValueError` unless each row names one class, or is a distribution over classes."
+    if y.is_meta or not y.numel():
+        return
+    sums = y.sum(-1)
+    odd = (sums - 1).abs() > 0.01
+    if bool(odd.any()) or bool((y < 0).any()):
+        found = sums[odd][0].item() if bool(odd.any()) else y.min().item()
+        raise ValueError(
+            f"{name}: a row of labels {'sums to' if bool(odd.any()) else 'has'} {found:.4g}, expected one-hot rows, or "
+            "probabilities that sum to 1: several classes at once (multi-hot) have no accuracy; learn each as a "
+            'task of its own, or as targets, with kind="regression"'
         )
 
 
 def place(learner: Learner, device: torch.device | str | None = None) -> torch.device:
-    "Move the learner where it is wanted; say where it is."
+    "Move the learner where it is wanted; say where it is.  Raises `ValueError` for a device that cannot be used."
     if device is not None:
-        learner.to(device)
-    return next((p.device for p in learner.parameters()), torch.device("cpu"))
+        learner.to(usable(device))
+    found = next((p.device for p in learner.parameters()), torch.device("cpu"))
+    return found if found.type in ("cpu", "cuda") else usable(found)
 
 
 def bar(items: Any, total: int, show: bool, label: str, done: int = 0) -> Any:
@@ -285,7 +396,7 @@ class Outer:
         **older: Any,  # arguments of 0.1.0 that `Engine` has now
     ):
         engine = Engine.told(engine, older)
-        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+        if clip is not None and not (isinstance(clip, Real) and clip > 0):
             raise ValueError(f"clip={clip!r}, expected a positive norm, or None for no clipping")
         with recomputing(learner) if engine.recompute else nullcontext():
             pass  # a learner without a step is refused here, not at the first one
@@ -621,7 +732,9 @@ class Run:
         "Score the present parameters and keep the best; without validation tasks keep the latest."
         if self.validation is None:
             return self.write()
-        self.consider(evaluate(self.learner, self.validation, engine=self.outer.engine))
+        batch = min(32, self.outer.chunk or 32)  # what memory allowed
+        how = dict(batch=batch, engine=self.outer.engine.for_scores)
+        self.consider(evaluate(self.learner, self.validation, **how))
 
     def consider(self, score: Score) -> None:
         "Keep the present parameters if this validation score is the best so far."
@@ -630,6 +743,14 @@ class Run:
             state = self.learner.state_dict()
             self.best_state = {k: v.detach().clone() for k, v in state.items()}
             self.write()
+        if score.lost:
+            log.warning(
+                "step %d: %d of %d validation tasks have an answer that is NaN, so these parameters are not kept: "
+                "lower the inner rate, take fewer steps in testing, or set clip",
+                self.outer.taken,
+                score.lost,
+                score.n,
+            )
         row = score.row()
         self.note(step=self.outer.taken, validation=row.pop("mean"), **row)
 
@@ -828,6 +949,8 @@ class Run:
         kept = (
             f"of step {self.best_step}, validation {self.best}" if self.best else "of the last step"
         )
+        if self.validation and self.outer.taken and not self.best:
+            kept += ", for no validation score was a number"
         return f"{self.outer.taken} steps in {self.seconds:.1f} s, parameters {kept}"
 
 # %% ../nbs/06_training.ipynb #d0222d47
@@ -871,12 +994,15 @@ def fit(
     positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
     if not lr > 0:
         raise ValueError(f"lr={lr!r}: expected a positive outer rate, for example 1e-3")
+    require_optimizer(optimizer)
     require_learning(learner)
     device = place(learner, device)
-    outer = Outer(learner, optimizer(learner.param_groups(), lr=lr), schedule, clip, engine)
+    check_tasks(learner, tasks)
+    made = optimizer(learner.param_groups(), lr=float(lr))
+    outer = Outer(learner, made, schedule, clip, engine)
     settings = dict(steps=steps, meta_batch=meta_batch, lr=lr, clip=clip, every=every, seed=seed)
     settings |= {k: getattr(engine, k) for k in ("chunk", "recompute", "precision", "nonfinite")}
-    settings["log_every"] = log_every
+    settings = {k: plain(k, v) for k, v in (settings | {"log_every": log_every}).items()}
     generator = torch.Generator(device).manual_seed(seed + TRAINING)
     more = dict(settings=settings, notes=notes or {}, generator=generator, keep=keep)
     run = Run(learner, tasks, outer, **more)
@@ -898,6 +1024,16 @@ def fit(
                     run.validate()
                     run.checkpoint()
     return run
+
+
+def require_optimizer(optimizer: Any) -> None:
+    "Raise `TypeError` for an optimiser that is made already: `fit` makes it, for the learner's parameters."
+    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
+        name = type(optimizer).__name__
+        raise TypeError(
+            f"optimizer is an instance of {name}, made already, expected a class, or a function of parameters and lr: pass "
+            f"optimizer=torch.optim.Adam and lr=...; more settings, such as weight_decay, with functools.partial"
+        )
 
 
 def require_learning(learner: Learner) -> None:
@@ -924,6 +1060,7 @@ def prepare(
 ) -> None:
     "What can be refused is refused here, not after an hour."
     if validate is not None and not isinstance(validate, Frozen):
+        require_tasks(validate, "validate")
         validate = validate.freeze(VALIDATION_TASKS, VALIDATION)
     if not isinstance(run.keep, int) or run.keep < 0:
         raise ValueError(f"keep={run.keep!r}: expected how many checkpoints stay, 0 for none")
@@ -931,8 +1068,8 @@ def prepare(
         raise ValueError(
             f"validate has {len(validate)} task: a score needs an interval, so freeze at least 2"
         )
-    for some in [run.tasks] if validate is None else [run.tasks, validate.tasks]:
-        check_kind(run.learner, some)
+    if validate is not None:
+        check_tasks(run.learner, validate, "validate")
     run.validation, run.outer.tell = validate, getattr(run.tasks, "feedback", None)
     run.settings |= {"optimizer": type(run.outer.optimizer).__name__}
     run.folder = run_folder(folder, run, resume)
@@ -993,10 +1130,15 @@ def identity(run: Run) -> dict[str, Any]:
         "optimizer": {
             k: v for k, v in defaults.items() if isinstance(v, int | float | str | tuple)
         },
-        "tasks": repr(run.tasks),
-        "validation_tasks": run.validation and f"{run.validation.tasks!r}, {run.validation.hash}",
+        "tasks": run.tasks.describe(),
+        "validation": run.validation and named(run.validation),
         "parameters": {name: described(p) for name, p in run.learner.named_parameters()},
     }
+
+
+def named(frozen: Frozen) -> dict[str, Any]:
+    "What frozen tasks are, and which of them."
+    return frozen.tasks.describe() | {"episodes": frozen.hash}
 
 
 def some_of(differences: list[str], most: int = 5) -> str:
@@ -1055,8 +1197,8 @@ def run_folder(folder: str | Path | None, run: Run, resume: bool) -> Path | None
         if resume:
             raise ValueError("resume=True, but there is no folder to go on with: name one")
         return None
-    folder = Path(folder)
-    plain("learner", run.learner)
+    folder = at_home(folder)
+    rehearse(run.learner)
     if run.keep and changes(run.tasks) and not hasattr(run.tasks, "state_dict"):
         raise TypeError(
             f"{run.tasks!r} learn from feedback, so a checkpoint must hold what they remember: give "
@@ -1158,18 +1300,19 @@ def binned(
 def calibration(
     learner: Learner,  # for classification
     tasks: Tasks | Frozen,  # frozen here, unless it is frozen already
-    n: int = 600,  # how many tasks; not used where they are frozen already
+    n: int | None = None,  # how many tasks: 600; only where they are not frozen already
     *,
     temperature: float = 1.0,  # logits are divided by it: above 1 makes less sure
     bins: int = 15,  # of equal width
-    seed: int = 0,  # of the episodes; not used where they are frozen already
+    seed: int | None = None,  # of the episodes: 0; only where they are not frozen already
     device: torch.device | str | None = None,  # where; `None`: where the learner is
     queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
-    engine: Engine = Engine(),  # how it is computed: its lift, precision and check
+    engine: Engine = Engine(),  # how it is computed: its lift, precision, deterministic and check
 ) -> Calibration:
     """How well a learner's confidence agrees with its accuracy, over tasks.
 
-    Raises `ValueError` for a regression learner, and unless temperature is positive.
+    Raises `ValueError` for a regression learner, unless temperature is positive, where an answer is NaN, and
+    for what `evaluate` refuses.
     """
     positive(bins=bins)
     if learner.kind != "classification" or not temperature > 0:
@@ -1177,8 +1320,13 @@ def calibration(
             f"calibration of a {learner.kind} learner at temperature={temperature}: "
             "expected a classification learner and a positive temperature"
         )
-    frozen = tasks if isinstance(tasks, Frozen) else tasks.freeze(n, seed)
+    frozen = frozen_of(tasks, n, seed)
     place(learner, device)
     given = answers(learner, frozen, queries, engine=engine)
+    if lost := sum(int(logits.isnan().flatten(1).any(1).sum()) for logits, _ in given):
+        raise ValueError(
+            f"in {lost} of {len(frozen)} tasks an answer is NaN, so its confidence is no number: lower the inner rate "
+            "or the number of inner steps in testing, or train again"
+        )
     sums = [binned(logits / temperature, y, bins) for logits, y in given]
     return Calibration(*(torch.cat(column) for column in zip(*sums, strict=True)), frozen.hash)

@@ -12,7 +12,7 @@ from torch.func import grad
 from .checkpoints import lookup, register
 from .episodes import Classes, ClassTasks, Examples, Picks, class_data, positive, summary
 from .learners import Learner, check_inner_loop, check_network, task_loss
-from .networks import Statistics, batch_norms, call, recording
+from .networks import Statistics, batch_norms, embedded, recording
 from .prototypes import TINY, prototypes, unit
 
 try:
@@ -119,7 +119,7 @@ class Pretrained(Learner):
         if len(support.y) == 0:
             return self.base_head(support.y.shape[-1])
         with recording(self.embed) as statistics:
-            z = call(self.embed, {}, support.x)  # with its own parameters
+            z = embedded(self.embed, {}, support.x)  # with its own parameters
         return Head(*self.learn(z, support.y), statistics)
 
     def base_head(self, way: int) -> Head:
@@ -146,7 +146,7 @@ class Pretrained(Learner):
 
     def predict(self, state: Head, x: Shaped[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
         "Logits of the task's head."
-        z = call(self.embed, {}, x, state.statistics)
+        z = embedded(self.embed, {}, x, state.statistics)
         if z.shape[-1] != (d := state.weight.shape[-1]):
             raise ValueError(
                 f"embed gives {z.shape[-1]} numbers where its attribute features says {d}: build it "

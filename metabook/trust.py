@@ -24,11 +24,11 @@ from .kernels import as_built, precise
 from .processes import Shared, summed_
 
 # %% auto #0
-__all__ = ['TWICE', 'LIFTED', 'HOLDERS', 'MOST', 'TOLERANCE', 'RIGHT', 'VERIFIED', 'Work', 'REFUSALS', 'layer_norm', 'batch_norm',
-           'instance_norm', 'embedding', 'attention', 'multi_head_attention', 'embedding_bag', 'hardsigmoid',
-           'weight_norm', 'sparing', 'composing', 'turn', 'lending', 'require_free', 'claiming', 'require_alone',
-           'asking', 'here', 'verified_here', 'plain', 'proven', 'trusted', 'objection', 'why_not', 'suspects',
-           'Impossible', 'in_our_words']
+__all__ = ['TWICE', 'LIFTED', 'HOLDERS', 'MOST', 'TOLERANCE', 'RIGHT', 'VERIFIED', 'Work', 'REFUSALS', 'OF_TYPES', 'layer_norm',
+           'batch_norm', 'instance_norm', 'embedding', 'attention', 'multi_head_attention', 'embedding_bag',
+           'hardsigmoid', 'weight_norm', 'sparing', 'composing', 'turn', 'lending', 'require_free', 'claiming',
+           'require_alone', 'asking', 'here', 'verified_here', 'plain', 'proven', 'trusted', 'objection', 'why_not',
+           'copy_of', 'suspects', 'Impossible', 'in_our_words']
 
 # %% ../nbs/A6_trust.ipynb #678bd65f
 def _normalised(
@@ -620,13 +620,13 @@ def why_not(
     "Why a lift is not to be trusted; empty where it is, `None` where the numbers are not finite."
     two = tree_map(lambda t: t[[0, min(1, len(t) - 1)]], batch)
     try:
-        _copied(learner)
+        copy_of(learner)
     except Exception as error:
-        return f"it cannot be copied, so nobody could compare ({_first_line(error)})"
+        return f"it cannot be copy_of, so nobody could compare ({_first_line(error)})"
     try:
         right = _in_double(learner, two, work, "loop")
     except Exception as error:
-        twin = _copied(learner)
+        twin = copy_of(learner)
         with in_our_words(twin):
             work(twin, two, "loop")  # an error of its own goes on from here
         return f"in float64 it cannot be computed, so nobody could compare ({_first_line(error)})"
@@ -647,12 +647,12 @@ def _in_double(learner: nn.Module, batch: Any, work: Work, way: Any) -> list[Ten
         torch.autocast(device.type, enabled=False),
         precise("float32"),  # no casts
     ):
-        twin = _copied(learner, torch.float64)
+        twin = copy_of(learner, torch.float64)
         with in_our_words(twin):
             return work(twin, wide, way)
 
 
-def _copied(learner: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def copy_of(learner: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     "A copy, of another precision, also of a network that kept what it computed."
     with turn():
         own = [vars(m) for m in learner.modules()]
@@ -761,19 +761,41 @@ class Impossible(RuntimeError):
         self.what = what
 
 
+# How PyTorch says that two numbers are of different precision.
+OF_TYPES = ("same dtype", "expected scalar type", "should be the same", "have the same data type")
+
+
 @contextmanager
-def in_our_words(module: nn.Module) -> Iterator[None]:
-    "Around a module's code: what PyTorch refuses is told with the layer and the way out."
+def in_our_words(
+    module: nn.Module,
+    **given: Tensor,  # what it is given, by the names of the arguments
+) -> Iterator[None]:
+    "Around a module's code: what PyTorch refuses is told with the layer, or the argument, and the way out."
     try:
         yield
     except Impossible:
         raise
     except (RuntimeError, NotImplementedError) as error:
+        if any(said in str(error) for said in OF_TYPES):
+            _require_like(module, given, error)
         for said, what, remedy in REFUSALS:
             if said in str(error):
                 told = f"{remedy} (PyTorch: {_first_line(error)})"
                 raise Impossible(f"{_culprit(error, module)}: {what}", told) from error
         raise
+
+
+def _require_like(module: nn.Module, given: dict[str, Tensor], error: Exception) -> None:
+    "Raise `ValueError` for an argument in another precision than all parameters."
+    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    device = next((p.device for p in module.parameters()), None)
+    for name, x in given.items():
+        if kinds and x.is_floating_point() and x.dtype not in kinds:
+            own = " and ".join(sorted(map(str, kinds)))
+            raise ValueError(
+                f"{name}: the examples are {x.dtype} on {x.device}, the learner {own} on {device}: move one of "
+                "them, for example episode.to(device, dtype)"
+            ) from error
 
 
 def _culprit(error: BaseException, module: nn.Module) -> str:

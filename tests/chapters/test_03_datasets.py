@@ -567,6 +567,9 @@ def test_a_folder_of_your_own():
                 Image.new("RGB", (40, 30), colour).save(Path(folder, name, f"{i}.png"))
         Path(folder, "red", "notes.txt").write_text("no image, and not meant as one")
         Path(folder, "red", ".hidden.png").write_text("hidden")
+        for left_there in (".git", "__MACOSX", "@eaDir", "blue ü/.ipynb_checkpoints", "red/@eaDir"):
+            Path(folder, left_there).mkdir()
+            Image.new("RGB", (9, 9)).save(Path(folder, left_there, "0.png"))
         data = from_folder(folder, size=16)
         grey = from_folder(folder, size=16, channels=1, invert=True)
     assert data.names == ["blue ü", "red"] and data.sizes.tolist() == [2, 3]
@@ -606,6 +609,9 @@ def test_images_that_nobody_can_want():
                 Image.new("RGB", (40, 30), colour).save(Path(folder, name, f"{i}.png"))
         Path(folder, "red", "notes.txt").write_text("no image, and not meant as one")
         Path(folder, "red", ".hidden.png").write_text("hidden")
+        for left_there in (".git", "__MACOSX", "@eaDir", "blue ü/.ipynb_checkpoints", "red/@eaDir"):
+            Path(folder, left_there).mkdir()
+            Image.new("RGB", (9, 9)).save(Path(folder, left_there, "0.png"))
         data = from_folder(folder, size=16)
         grey = from_folder(folder, size=16, channels=1, invert=True)
     assert data.names == ["blue ü", "red"] and data.sizes.tolist() == [2, 3]

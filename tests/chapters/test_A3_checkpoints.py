@@ -18,6 +18,7 @@ import torch
 
 import metabook
 from metabook.checkpoints import (
+    NETWORKS,
     build,
     differences,
     methods,
@@ -27,6 +28,7 @@ from metabook.checkpoints import (
     plain,
     random_state,
     register,
+    rehearse,
     restore_random,
     save,
     unpack,
@@ -199,6 +201,78 @@ def test_shared_and_reordered_tensors_are_saved():
     for learner in (tied, reordered):
         again = metabook.load(save(fresh(), learner)).state_dict()
         assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+
+
+def test_what_could_never_be_loaded_is_refused_before_the_training():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell 00063326
+    for learner in some_learners():
+        before = torch.get_rng_state()
+        again = metabook.load(save(fresh(), learner))
+        assert torch.equal(before, torch.get_rng_state())
+        assert type(again) is type(learner) and not again.training
+        assert torch.equal(predictions(learner), predictions(again))
+        assert plain("learner", again) == plain("learner", learner)
+    # cell 516a67d6
+    tied = MAML(MLP([2, 2, 2, 2]))
+    tied.net.layers[1].weight = tied.net.layers[0].weight
+    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
+    for learner in (tied, reordered):
+        again = metabook.load(save(fresh(), learner)).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+
+    # cell 0e4f6b52
+    @register("reads-a-value", NETWORKS)
+    class ReadsAValue(torch.nn.Module):
+        "Its constructor asks a tensor for a number, as those of vision transformers do."
+
+        def __init__(self, depth: int = 2):
+            super().__init__()
+            self.rates = [r.item() for r in torch.linspace(0, 0.1, depth)]
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in self.rates)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
+
+    rehearse(learner := ProtoNet(ReadsAValue()))
+    again = metabook.load(save(fresh(), learner))
+    assert torch.equal(again.embed.layers[1].weight, learner.embed.layers[1].weight)
+    learner.embed.layers.append(torch.nn.Linear(2, 2))  # behind the constructor's back
+    with pytest.raises(ValueError, match=r"trained and saved, but never loaded: .*layers\.2"):
+        rehearse(learner)
 
 
 def test_damage_is_noticed_and_named():
