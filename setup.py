@@ -24,6 +24,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    # Said, so that an editable install puts this folder on Python's path.  It would leave a finder otherwise, which
+    # Python asks last: in the folder above a clone it finds the clone itself first, a package without contents.
+    package_dir={"": "."},
     python_requires=">=" + cfg["min_python"],
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={

@@ -97,7 +97,7 @@ def plain(
         return {"name": config["name"], "args": {k: plain(k, v) for k, v in config["args"].items()}}
     if isinstance(value, list | tuple):
         return [plain(what, v) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | str) or type(value) is float:
         return value
     try:
         return number(value)
@@ -111,7 +111,7 @@ def number(value: Any) -> bool | int | float:
     "A number of numpy as Python has it.  Raises `TypeError` for anything else."
     if isinstance(value, Tensor) or getattr(value, "ndim", None) != 0:
         raise TypeError(f"{type(value).__name__} {value!r} is not JSON serializable")
-    return plain("number", value.item())
+    return value.item()
 
 
 def registered(what: str, module: nn.Module) -> dict[str, Any]:

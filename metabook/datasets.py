@@ -356,7 +356,8 @@ def turned(
     turns = [torch.rot90(classes.x, k, (-2, -1)) for k in range(4)]
     names = [f"{name}/rot{90 * k:03d}" for k in range(4) for name in classes.names]
     cut = None if classes.cut is None else classes.cut.repeat(4)
-    return replace(classes, x=torch.cat(turns), sizes=classes.sizes.repeat(4), names=names, cut=cut)
+    whole = {"x": torch.cat(turns), "sizes": classes.sizes.repeat(4), "origin": ""}
+    return replace(classes, names=names, cut=cut, **whole)
 
 # %% ../nbs/03_datasets.ipynb #b925ddf9
 @dataclass(frozen=True)

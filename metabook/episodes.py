@@ -26,10 +26,10 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['PROBE', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'positive', 'usable', 'finite', 'check_labels',
-           'check_range', 'Tasks', 'Frozen', 'digest', 'count', 'Waves', 'Sinusoids', 'Classes', 'spelled',
-           'check_alike', 'class_data', 'Picks', 'choose', 'sides', 'ClassTasks', 'FewShot', 'summary', 'check_enough',
-           'VariedWayShot', 'uneven']
+__all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'positive', 'usable', 'finite',
+           'check_labels', 'check_range', 'Tasks', 'Frozen', 'digest', 'count', 'Waves', 'Sinusoids', 'Classes',
+           'spelled', 'check_alike', 'class_data', 'Picks', 'choose', 'sides', 'ClassTasks', 'FewShot', 'summary',
+           'check_enough', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -235,11 +235,10 @@ class Tasks:
 
     def digest(self) -> str:
         "Twelve hexadecimal digits that name the data behind the tasks: here, what a few episodes hold."
-        twin, generator = (
-            copy.copy(self),
-            torch.Generator().manual_seed(0),
-        )  # a draw may leave traces
-        return digest(t for _ in range(PROBE) for t in twin.content(twin.draw(1, generator)))
+        twin = copy.copy(self)  # a draw may leave traces
+        look = twin.draw if self.determined else twin.sample
+        generator = torch.Generator().manual_seed(LOOK)
+        return digest(t for _ in range(PROBE) for t in tree_leaves(look(1, generator)))
 
     def content(self, drawn: Any) -> Iterator[Tensor]:
         "All numbers that decide, together with `describe`, what drawn episodes hold."
@@ -254,9 +253,9 @@ class Tasks:
     ) -> Frozen:
         "The `n` episodes of a seed, held as indices that were drawn on the CPU."
         positive(n=n)
-        generator = torch.Generator().manual_seed(seed)
-        sizes = [n] if self.same_shapes else [1] * n
-        return Frozen(self, [self.draw(k, generator) for k in sizes], seed)
+        generator = torch.Generator().manual_seed(int(seed))
+        sizes = [int(n)] if self.same_shapes else [1] * n
+        return Frozen(self, [self.draw(k, generator) for k in sizes], int(seed))
 
 
 @dataclass(frozen=True)
@@ -276,7 +275,10 @@ class Frozen:
 
         Whatever an episode holds has a part in them.
         """
-        told = json.dumps(self.tasks.describe(), sort_keys=True)
+        told = {
+            k: v for k, v in self.tasks.describe().items() if k != "examples"
+        }  # that the data decide
+        told = json.dumps(told, sort_keys=True)
         return digest((t for part in self.parts() for t in self.tasks.content(part)), told)
 
     def episodes(
@@ -295,6 +297,7 @@ class Frozen:
 
 
 PROBE = 8  # episodes by which tasks without stored data are known
+LOOK = 3 << 30  # the seed of these: nobody is trained, validated or tested on them
 
 
 def digest(
@@ -306,7 +309,9 @@ def digest(
     for t in numbers:
         found.update(f"{t.dtype}{tuple(t.shape)}".encode())
         if not t.is_meta:  # which holds none
-            found.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
+            row = t.detach().cpu().reshape(-1)
+            row = row if row.stride(0) == 1 else row.clone(memory_format=torch.contiguous_format)
+            found.update(row.view(torch.uint8).numpy())
     return found.hexdigest()[:12]
 
 
@@ -379,6 +384,7 @@ class Classes:
     cut: Int[Tensor, "classes"] | None = None  # see `sides`: examples before and after the cut
     mean: tuple[float, ...] = (0.0,)  # of each channel, after division by 255
     std: tuple[float, ...] = (1.0,)
+    origin: str = ""  # digest of the data that these were computed from, see `with_features`
 
     def __post_init__(self) -> None:
         tensors(x=self.x, sizes=self.sizes)
@@ -485,9 +491,12 @@ class Classes:
 
         Of data of more than `LARGE` bytes, which may lie in a file, they know only every so many-th example.
         """
+        if self.origin:
+            return self.origin
         step = -(-self.x.nbytes // LARGE) or 1
         cut = [] if self.cut is None else [self.cut]
-        return digest([self.sizes, *cut, self.x[::step]], type(self).__qualname__)
+        seen = f"{self.mean} {self.std}" if self.x.dtype == torch.uint8 else ""
+        return digest([self.sizes, *cut, self.x[::step]], f"{type(self).__qualname__} {seen}")
 
     @cached_property
     def scaling(self) -> list[Tensor]:
@@ -511,6 +520,7 @@ class Classes:
         keep = self.numbers(torch.as_tensor(classes).cpu())
         return replace(
             self,
+            origin=self.origin and digest([keep], self.origin),
             x=torch.cat([self.of_class(i) for i in keep.tolist()]),
             sizes=self.sizes[keep],
             names=[self.names[i] for i in keep.tolist()] if self.names else (),
@@ -549,6 +559,21 @@ class Classes:
     def to(self, device: torch.device | str) -> Classes:
         "The data on another device; images stay bytes.  Raises `ValueError` for one that cannot be used."
         return replace(self, x=self.x.to(usable(device)))
+
+    def with_features(
+        self,
+        z: Shaped[Tensor, "n *features"],  # numbers that somebody computed from `x`, row by row
+    ) -> Classes:
+        """The same examples, told in other numbers: once, say, by a network that is frozen.
+
+        Their episodes keep their names, so that scores on features can be paired with scores on images.
+        Raises `ValueError` unless there is a row for each example.
+        """
+        if len(z) != len(self.x):
+            raise ValueError(
+                f"z has {len(z)} rows, but the data {len(self.x)} examples: give a row for each, in their order"
+            )
+        return replace(self, x=z, origin=self.digest)
 
     def prepare(
         self,
@@ -662,7 +687,7 @@ class ClassTasks(Tasks):
     def content(self, drawn: Picks) -> Iterator[Tensor]:
         "Also the chosen examples, where the data are too large for their digest to know all."
         yield from super().content(drawn)
-        if self.classes.x.nbytes > LARGE:
+        if self.classes.x.nbytes > LARGE and not self.classes.origin:
             yield from (
                 self.classes.x[rows.to(self.device)] for rows in (drawn.support, drawn.query)
             )
@@ -755,7 +780,7 @@ def check_enough(classes: Classes, way: int, shot: int, query: int) -> None:
         i = int(short.argmin())
         raise ValueError(
             f"class {classes.name(i)!r} has {int(classes.sizes[i])} examples, but shot={shot} and "
-            f"query={query} need {need}: lower them, or leave such classes out, with {rest}"
+            f"query={query} need {need}: lower them, or leave the class out, and others that are as small, with {rest}"
         )
 
 # %% ../nbs/02_episodes.ipynb #02c155a6

@@ -77,8 +77,11 @@ def worthwhile(
 ) -> bool:
     "Is it a job for a kernel: much to do on a CPU, not lifted, and no compiler that would do better?"
     large = LARGE_LOW if x.dtype == torch.bfloat16 else LARGE
-    sums = x.dtype != torch.float16  # which cannot hold them
-    return sums and x.numel() >= large and eager_on_cpu(x) and not _lifted.get()
+    if (
+        not eager_on_cpu(x) or _lifted.get()
+    ):  # asked first: an exported program shall take any number
+        return False
+    return x.dtype != torch.float16 and x.numel() >= large  # float16 cannot hold the sums
 
 
 def eager_on_cpu(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .episodes import Episode, Examples, tensors
-from .networks import mixes_examples
+from .networks import NoScript, mixes_examples
 from .trust import asking, claiming, in_our_words, require_alone, sparing, turn
 
 try:
@@ -31,7 +31,7 @@ __all__ = ['Kind', 'Learner', 'scoring', 'start_training', 'check_support', 'che
 Kind = Literal["classification", "regression"]
 
 
-class Learner(nn.Module):
+class Learner(NoScript, nn.Module):
     """A map from a task's support set to a predictor; the base class of every method.
 
     A subclass writes `adapt` and `predict` for ONE task; the engine lifts them over a batch of tasks.

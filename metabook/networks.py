@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from functools import partial
 from itertools import pairwise
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Statistics', 'Parameters', 'SIDES', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'embedded',
-           'parameters_of', 'is_frozen', 'adaptable', 'support_statistics', 'mixes', 'mixes_examples', 'store_running',
-           'MLP', 'parameter_count', 'Conv4', 'ResNet12', 'ResidualBlock']
+__all__ = ['Statistics', 'Parameters', 'SIDES', 'NoScript', 'no_script', 'refuse_tracing', 'normalise', 'BatchNorm',
+           'batch_norms', 'recording', 'call', 'embedded', 'parameters_of', 'is_frozen', 'adaptable',
+           'support_statistics', 'mixes', 'mixes_examples', 'store_running', 'MLP', 'parameter_count', 'Conv4',
+           'ResNet12', 'ResidualBlock']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
@@ -45,6 +46,28 @@ def _tensor_name(
 ) -> str:
     "Where `functional_call` finds a tensor of a layer."
     return f"{name}.{what}" if name else what
+
+
+class NoScript:
+    "A part of a module that TorchScript cannot read: it refuses to be scripted, and says what to do."
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(no_script(self))
+
+
+def no_script(module: Any) -> str:
+    "Why a module is not for `torch.jit`, and what to use instead, in words."
+    return (
+        f"{type(module).__name__} cannot be scripted or traced by torch.jit, expected torch.export: a trace would keep "
+        "the number of examples it saw. Use torch.export.export(module, (x,), dynamic_shapes=({0: "
+        'torch.export.Dim("n")},)), where module holds the learner and what adapt gave'
+    )
+
+
+def refuse_tracing(module: nn.Module) -> None:
+    "Raise `RuntimeError` inside `torch.jit.trace`."
+    if torch.jit.is_tracing():
+        raise RuntimeError(no_script(module))
 
 
 def normalise(
@@ -65,7 +88,7 @@ def normalise(
     return centred * scale.to(own).view(shape) + bias.to(own).view(shape), mean, var
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(NoScript, nn.Module):
     """Batch normalisation of `[n, channels, *space]`, in three modes.
 
     `stats="batch"`: every batch by its own mean and variance.  Queries that are predicted together see
@@ -105,6 +128,7 @@ class BatchNorm(nn.Module):
         return self.mean is not None and not (self.stats == "running" and self.training)
 
     def forward(self, x: Float[Tensor, "n channels *space"]) -> Float[Tensor, "n channels *space"]:
+        refuse_tracing(self)
         self.check(x)
         if self.given:
             return normalise(x, self.weight, self.bias, self.eps, self.mean, self.var)[0]
@@ -183,6 +207,7 @@ def call(
     Fused attention is composed, so that it can be differentiated twice.  Safe to call from threads.
     Raises `ValueError` for a name that the network does not have, `TypeError` where it gives no tensor.
     """
+    refuse_tracing(network)
     tensors = {**parameters, **(statistics or {})}
     if torch.compiler.is_compiling():
         return functional_call(network, tensors, (x,))
@@ -204,10 +229,10 @@ def embedded(
 ) -> Float[Tensor, "n d"]:
     "`call`, where a row of numbers is needed for each example.  Raises `ValueError` where it gives another shape."
     z = call(network, parameters, x, statistics)
-    if z.ndim != 2 or len(z) != len(x):
+    if z.ndim != 2 or z.shape[0] != x.shape[0]:  # `len` would fix the number in an exported program
         raise ValueError(
             f"{type(network).__name__} gives features of shape {tuple(z.shape)} for examples of shape "
-            f"{tuple(x.shape)}, expected a row of numbers for each example, [{len(x)}, d]: end the network with "
+            f"{tuple(x.shape)}, expected a row of numbers for each example, [{x.shape[0]}, d]: end the network with "
             "nn.Flatten(), or with a mean over space"
         )
     return z
@@ -319,7 +344,7 @@ def store_running(
 
 # %% ../nbs/04_networks.ipynb #52fd4281
 @register("mlp", NETWORKS)
-class MLP(nn.Module):
+class MLP(NoScript, nn.Module):
     """Linear layers with ReLU between them; inputs are flattened, `[n, *features] -> [n, sizes[-1]]`.
 
     Raises `ValueError` for fewer than two sizes, and for inputs of another width.  The sinusoid network

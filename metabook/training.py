@@ -29,6 +29,7 @@ from metabook.checkpoints import (
     differences,
     log,
     newest_checkpoint,
+    number,
     occupied,
     pack,
     plain,
@@ -57,7 +58,7 @@ from metabook.engine import (
     restore_where,
     update_where,
 )
-from .episodes import Episode, Frozen, Tasks, count, one_hot, positive, usable
+from .episodes import LOOK, Episode, Frozen, Tasks, count, one_hot, positive, usable
 from .kernels import precise
 from .learners import Learner, scoring, start_training, task_score
 from .trust import claiming
@@ -69,10 +70,10 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'frozen_of', 'answers',
-           'require_tasks', 'check_tasks', 'one_of', 'require_episodes', 'require_classes', 'place', 'bar', 'Report',
-           'diagnosis', 'Outer', 'Run', 'fit', 'require_optimizer', 'require_learning', 'prepare', 'begin',
-           'start_anew', 'last_state', 'identity', 'named', 'some_of', 'described', 'surroundings', 'changes',
-           'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
+           'require_tasks', 'check_tasks', 'waits', 'give_sizes', 'one_of', 'require_episodes', 'require_classes',
+           'place', 'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'require_optimizer', 'require_learning',
+           'prepare', 'begin', 'start_anew', 'last_state', 'identity', 'named', 'some_of', 'described', 'surroundings',
+           'changes', 'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -266,16 +267,28 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
     if of.kind == "classification":
         for side, examples in zip(("support", "query"), first, strict=True):
             require_classes(f"{side}.y", examples.y)
-    wait = [p for p in learner.parameters() if nn.parameter.is_lazy(p)]
-    if wait:  # parameters that get their sizes from the first data
+    if waits(learner):
         with scoring(learner), torch.no_grad():
-            one = tree_map(lambda t: t[0].to(wait[0].device), first)
-            learner(one.support, one.query.x)
+            give_sizes(learner, first.query.x[0])
+
+
+def waits(module: nn.Module) -> bool:
+    "Has it parameters that get their sizes from the first data?"
+    return any(nn.parameter.is_lazy(p) for p in module.parameters())
+
+
+def give_sizes(learner: Learner, x: Tensor) -> None:
+    "Show its networks the first data, for parameters that wait for their sizes."
+    for part in filter(waits, learner.children()):
+        if isinstance(part, Learner):
+            give_sizes(part, x)
+        else:
+            part(x.to(next(part.parameters()).device))
 
 
 def one_of(tasks: Tasks) -> Episode:
     "One task with a leading axis, as a copy of these would draw it: it leaves no trace."
-    return copy.copy(tasks).sample(1, torch.Generator().manual_seed(0))
+    return copy.copy(tasks).sample(1, torch.Generator().manual_seed(LOOK))
 
 
 def require_episodes(first: Any, tasks: Tasks) -> None:
@@ -706,7 +719,7 @@ class Run:
         "Add a row to the log, to `log.jsonl` in the run's folder, and to what the bar shows."
         self.seconds = time.perf_counter() - self.began
         self.log.append(row | {"seconds": round(self.seconds, 3)})
-        line = json.dumps(self.log[-1]) + "\n"
+        line = json.dumps(self.log[-1], default=number) + "\n"
         if self.folder and processes.main():
             with self.writing("log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
                 file.write(line)
@@ -732,9 +745,8 @@ class Run:
         "Score the present parameters and keep the best; without validation tasks keep the latest."
         if self.validation is None:
             return self.write()
-        batch = min(32, self.outer.chunk or 32)  # what memory allowed
-        how = dict(batch=batch, engine=self.outer.engine.for_scores)
-        self.consider(evaluate(self.learner, self.validation, **how))
+        engine = self.outer.engine.for_scores
+        self.consider(evaluate(self.learner, self.validation, engine=engine))
 
     def consider(self, score: Score) -> None:
         "Keep the present parameters if this validation score is the best so far."
@@ -881,7 +893,8 @@ class Run:
 
     def compare(self, state: dict[str, Any]) -> None:
         "Raise `ValueError` where another run was checkpointed; say what may change the rounding."
-        now = json.loads(json.dumps({"run": self.identity, "how": surroundings(self)}))
+        now = {"run": self.identity, "how": surroundings(self)}
+        now = json.loads(json.dumps(now, default=number))
         rates = [run.pop("rates") for run in (state["identity"], now["run"])]
         common = set(rates[0]) & set(rates[1])  # a longer run has more of them
         known = [{"rates": {k: v for k, v in r.items() if k in common}} for r in rates]
@@ -1003,7 +1016,7 @@ def fit(
     settings = dict(steps=steps, meta_batch=meta_batch, lr=lr, clip=clip, every=every, seed=seed)
     settings |= {k: getattr(engine, k) for k in ("chunk", "recompute", "precision", "nonfinite")}
     settings = {k: plain(k, v) for k, v in (settings | {"log_every": log_every}).items()}
-    generator = torch.Generator(device).manual_seed(seed + TRAINING)
+    generator = torch.Generator(device).manual_seed(settings["seed"] + TRAINING)
     more = dict(settings=settings, notes=notes or {}, generator=generator, keep=keep)
     run = Run(learner, tasks, outer, **more)
     prepare(run, validate, folder, resume)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -1306,7 +1305,7 @@ def test_features_once_give_the_same_scores():
         "The same classes, with features in place of images."
         embed.eval()
         parts = [embed(classes.prepare(x)) for x in classes.x.split(500)]
-        return replace(classes, x=torch.cat(parts))
+        return classes.with_features(torch.cat(parts))
 
     # cell 4d0afd6a
     noise = Classes(torch.randint(0, 256, (60, 1, 16, 16), dtype=torch.uint8), torch.full((5,), 12))
@@ -1356,7 +1355,7 @@ def test_somebody_elses_network():
         "The same classes, with features in place of images."
         embed.eval()
         parts = [embed(classes.prepare(x)) for x in classes.x.split(500)]
-        return replace(classes, x=torch.cat(parts))
+        return classes.with_features(torch.cat(parts))
 
     # cell 3c271e7a
     class Backbone(nn.Module):

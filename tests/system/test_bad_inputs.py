@@ -923,7 +923,7 @@ RUNS = {
         scoring(queries="one"), ValueError, "queries", "'one'", "expected", '"joint" or "single"'
     ),
     "scores on tasks of another kind": Row(
-        scoring(tasks=TWO_WAY.freeze(2)),
+        scoring(tasks=TWO_WAY),
         *(
             ValueError,
             "regression learner",

@@ -291,7 +291,8 @@ def test_classes_that_do_not_add_up_are_refused(sizes: list[int], n: int, names:
 
 @given(classes(), st.data())
 def test_selected_classes_keep_their_examples(data: Classes, choice: st.DataObject) -> None:
-    kept = choice.draw(st.lists(st.integers(0, len(data) - 1), min_size=1, max_size=5))
+    numbers = st.integers(0, len(data) - 1)
+    kept = choice.draw(st.lists(numbers, min_size=1, max_size=5, unique=True))
     selected = data.select(kept)
     for new, old in enumerate(kept):
         assert equal(selected.of_class(new), data.of_class(old))

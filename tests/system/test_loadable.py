@@ -1,0 +1,730 @@
+"""What is trained can be loaded, anywhere; and errors that name what is wrong.  Each input was found by a user."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from notebooks import ROOT
+from PIL import Image
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import metabook
+from metabook import checkpoints, cli, datasets, recipes
+from metabook.checkpoints import METHODS, NETWORKS, load, register, rehearse, save, write_checkpoint
+from metabook.datasets import from_folder
+from metabook.engine import Engine
+from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks, VariedWayShot
+from metabook.learners import Learner
+from metabook.maml import MAML
+from metabook.meta_lstm import MetaLSTM
+from metabook.networks import MLP, Conv4, ResNet12
+from metabook.pgn import PGN
+from metabook.prototypes import ProtoNet
+from metabook.recipes import Recipe, make_learner, network_of
+from metabook.training import evaluate, fit
+from metabook.transfer import Batches, Pretrained
+
+QUIET: dict[str, Any] = {"meta_batch": 2, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def as_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes and types in signatures are checked in tests only: here nobody but the library looks."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    checkpoints.methods()
+    before = [dict(METHODS), dict(NETWORKS)]
+    yield
+    for registry, known in zip((METHODS, NETWORKS), before, strict=True):
+        registry.clear()
+        registry.update(known)
+
+
+def classes(*features: int, dtype: torch.dtype = torch.float32) -> Classes:
+    g = torch.Generator().manual_seed(0)
+    return Classes.of({str(i): torch.randn(8, *features, generator=g).to(dtype) for i in range(6)})
+
+
+def vectors() -> FewShot:
+    return FewShot(classes(3), 2, 1, 3)
+
+
+def same_answers(one: Learner, other: Learner, tasks: Tasks) -> bool:
+    return torch.equal(*(evaluate(m, tasks, 8).per_task for m in (one, other)))
+
+
+# --- constructors
+
+
+def depth_by_value() -> type[nn.Module]:
+    @register("stochastic-depth", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, depth: int = 3, rate: float = 0.1):
+            super().__init__()
+            self.rates = [r.item() for r in torch.linspace(0, rate, depth)]
+            self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in self.rates)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
+
+    return Net
+
+
+def by_numpy() -> type[nn.Module]:
+    @register("orthogonal-start", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.layer = nn.Linear(3, width)
+            self.layer.weight.data = torch.from_numpy(self.layer.weight.detach().numpy() + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    return Net
+
+
+def lazy() -> type[nn.Module]:
+    @register("lazy", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.layers = nn.Sequential(nn.LazyLinear(width), nn.ReLU(), nn.LazyLinear(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    return Net
+
+
+@pytest.mark.parametrize(
+    "network, method",
+    [(depth_by_value, ProtoNet), (by_numpy, ProtoNet), (lazy, ProtoNet), (lazy, MAML)],
+)
+def test_what_cannot_be_built_without_numbers_is_built_with_them(
+    network: Callable[[], type[nn.Module]], method: type[Learner], tmp_path: Path
+):
+    net = network()
+    learner = method(net())
+    how = dict(validate=vectors(), every=1, folder=tmp_path / "run", **QUIET)
+    fit(learner, vectors(), steps=2, **how)
+    assert same_answers(learner, load(tmp_path / "run"), vectors())
+    fit(method(net()), vectors(), steps=3, resume=True, **how)
+
+
+def test_what_could_not_be_loaded_is_not_trained(tmp_path: Path):
+    learner = Pretrained(Conv4(1, out=5, size=16, width=4, pool="stride"))
+    learner.embed.head = nn.Identity()  # as people take a head off
+    images = FewShot(classes(1, 16, 16), 2, 1, 3)
+    with pytest.raises(ValueError, match=r"trained and saved, but never loaded: embed\.head"):
+        fit(learner, images, steps=1, folder=tmp_path / "run", **QUIET)
+    assert not (tmp_path / "run").exists()
+    fit(learner, images, steps=1, **QUIET)  # without a folder nothing is promised
+
+
+def test_a_constructor_that_fails_the_second_time_is_found_before_the_training():
+    built = []
+
+    @register("only-once", NETWORKS)
+    class Once(nn.Module):
+        def __init__(self, width: int = 2):
+            super().__init__()
+            if built:
+                raise KeyError("the file is gone")
+            built.append(self)
+            self.layer = nn.Linear(3, width)
+
+    with pytest.raises((ValueError, KeyError), match="the file is gone"):
+        rehearse(ProtoNet(Once()))
+
+
+def test_one_name_is_a_method_or_a_network():
+    with pytest.raises(ValueError, match="'mlp' already names MLP"):
+        register("mlp")(type("Other", (Learner,), {}))
+    with pytest.raises(ValueError, match="'maml' already names MAML"):
+        register("maml", NETWORKS)(type("Other", (nn.Module,), {"__init__": lambda self: None}))
+
+
+# --- precision
+
+
+def in_bfloat16() -> type[nn.Module]:
+    @register("frozen-in-bfloat16", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, stem: bool = True):
+            super().__init__()
+            self.stem = nn.Linear(3, 3) if stem else nn.Identity()
+            self.backbone = nn.Linear(3, 8).bfloat16().requires_grad_(False)
+            self.register_buffer("table", torch.tensor([1 / 3], dtype=torch.float64))
+            self.register_buffer("steps", torch.tensor(2**40 + 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.backbone(self.stem(x).bfloat16()).float() + self.table.float()
+
+    return Net
+
+
+@pytest.mark.parametrize("stem", [True, False])
+def test_each_part_keeps_its_precision(stem: bool, tmp_path: Path):
+    learner = ProtoNet(in_bfloat16()(stem))
+    support, query = Examples(torch.randn(4, 3), torch.eye(2).repeat(2, 1)), torch.randn(2, 3)
+    again = load(save(tmp_path, learner))
+    kinds = {k: v.dtype for k, v in learner.state_dict().items()}
+    assert {k: v.dtype for k, v in again.state_dict().items()} == kinds
+    assert set(kinds.values()) >= {torch.bfloat16, torch.float64, torch.int64}
+    assert torch.equal(learner(support, query), again(support, query))
+    assert evaluate(again, vectors(), 8).n == 8
+
+
+def test_float64_all_the_way():
+    wide = FewShot(classes(3, dtype=torch.float64), 2, 1, 3)
+    for learner in (ProtoNet(MLP([3, 4])), MAML(MLP([3, 2])), PGN(MLP([3, 2]))):
+        fit(learner.double(), wide, steps=1, **QUIET)
+        assert evaluate(learner, wide, 4).per_task.dtype == torch.float64
+
+
+@pytest.mark.parametrize("engine", [Engine(lift="loop"), Engine(lift="vmap"), Engine()], ids=str)
+def test_data_in_another_precision_is_told(engine: Engine):
+    wide = FewShot(classes(3, dtype=torch.float64), 2, 1, 3)
+    message = r"support.x: the examples are torch.float64 on cpu, the learner torch.float32 on cpu: move one"
+    for learner in (ProtoNet(MLP([3, 4])), MAML(MLP([3, 2]))):
+        with pytest.raises(ValueError, match=message):
+            fit(learner, wide, steps=1, engine=engine, **QUIET)
+        with pytest.raises(ValueError, match=message):
+            evaluate(learner, wide, 4, engine=engine)
+
+
+# --- paths
+
+
+def test_home_is_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    learner = ProtoNet(MLP([3, 4]))
+    save("~/saved", learner)
+    assert same_answers(learner, load("~/saved"), vectors())
+    how = dict(steps=1, validate=vectors(), folder="~/run", **QUIET)
+    fit(learner, vectors(), **how)
+    fit(learner, vectors(), **(how | {"steps": 2}), resume=True)
+    write_checkpoint("~/other", 1, {"a": 1})
+    assert checkpoints.newest_checkpoint("~/other") == {"a": 1}
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "images" / name / "0.png")
+    assert len(from_folder("~/images", 16)) == 2
+    assert {p.name for p in tmp_path.iterdir()} == {"saved", "run", "other", "images"}
+
+
+# --- numbers of numpy
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path):
+    labels = np.array([0, 1, 2, 2])
+    assert Examples.of(torch.randn(4, 3), torch.as_tensor(labels), labels.max() + 1).y.shape == (
+        4,
+        3,
+    )
+    data, one, three = classes(3), np.int64(1), np.int32(3)
+    tasks = [FewShot(data, np.int64(2), shot, 1) for shot in np.arange(1, 6)]
+    assert tasks[0].freeze(4).hash == FewShot(data, 2, 1, 1).freeze(4).hash
+    assert repr(tasks[0]) == repr(FewShot(data, 2, 1, 1)) and json.dumps(tasks[0].describe())
+    assert repr(Sinusoids(one, three)) == repr(Sinusoids(1, 3)) and Batches(data, three).sample(1)
+    assert repr(VariedWayShot(data, (np.int64(2), three), (one, one), one)) == repr(
+        VariedWayShot(data, (2, 3), (1, 1), 1)
+    )
+    learner = MAML(MLP([three, np.int64(2)]), lr=np.float32(0.1), steps=one)
+    how = dict(
+        lr=np.float32(1e-3),
+        meta_batch=np.int64(2),
+        every=one,
+        seed=np.int64(7),
+        clip=np.float64(1.0),
+    )
+    run = fit(
+        learner,
+        FewShot(data, 2, 1, 3),
+        steps=np.int64(2),
+        folder=tmp_path,
+        progress=False,
+        notes={"n": one},
+        **how,
+    )
+    again, config = load(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    assert again.lr == pytest.approx(0.1) and again.steps == 1 and config["n"] == 1
+    assert config["training"]["lr"] == pytest.approx(1e-3) and run.settings["steps"] == 2
+    for score in (evaluate(learner, vectors(), np.int64(4), seed=np.int64(1), batch=three),):
+        assert score.n == 4
+    fit(
+        learner,
+        FewShot(data, 2, 1, 3),
+        steps=3,
+        folder=tmp_path,
+        progress=False,
+        resume=True,
+        notes={"n": 1},
+        **how,
+    )
+
+
+def test_what_is_no_number_is_still_refused():
+    for wrong in (np.array([1, 2]), torch.tensor(1), object()):
+        with pytest.raises(TypeError, match="cannot be written as JSON"):
+            checkpoints.plain("note", wrong)
+    for right, plain in ((np.float64(0.5), 0.5), (np.bool_(True), True), (np.array(3), 3)):
+        found = checkpoints.plain("note", right)
+        assert found == plain and type(found) is type(plain)
+
+
+# --- export
+
+
+class Served(nn.Module):
+    """An adapted learner, as people serve one."""
+
+    def __init__(self, learner: Learner, support: Examples):
+        super().__init__()
+        self.learner, self.state = learner.eval(), learner.adapt(support)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.learner.predict(self.state, x)
+
+
+SERVED: dict[str, Callable[[], Learner]] = {
+    "ProtoNet": lambda: ProtoNet(Conv4(width=4)),
+    "ProtoNet, support statistics": lambda: ProtoNet(
+        Conv4(width=4, pool="stride", stats="support")
+    ),
+    "ProtoNet, built-in layers": lambda: ProtoNet(
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    ),
+    "MAML": lambda: MAML(Conv4(out=2, width=4, stats="support")),
+    "MetaLSTM": lambda: MetaLSTM(Conv4(out=2, width=4, pool="stride", stats="support"), steps=1),
+    "PGN": lambda: PGN(Conv4(out=2, width=4, pool="stride", stats="support")),
+    "Pretrained": lambda: Pretrained(ResNet12(1, widths=(2, 2, 2, 2), stats="running")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", SERVED.values(), ids=SERVED)
+@torch.no_grad()
+def test_an_adapted_learner_is_exported_for_any_number_of_queries(learner: Callable[[], Learner]):
+    support = Examples(torch.randn(4, 1, 28, 28), torch.eye(2).repeat(2, 1))
+    served = Served(learner(), support)
+    n = torch.export.Dim("n", min=1, max=4096)
+    program = torch.export.export(
+        served, (torch.randn(4, 1, 28, 28),), dynamic_shapes={"x": {0: n}}
+    )
+    for number in (1, 5, 70):
+        x = torch.randn(number, 1, 28, 28)
+        torch.testing.assert_close(program.module()(x), served(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_with_the_way_out():
+    x = torch.randn(4, 1, 28, 28)
+    served = Served(ProtoNet(Conv4(width=4)), Examples(x, torch.eye(2).repeat(2, 1)))
+    mlp = Served(ProtoNet(MLP([3, 2])), Examples(x[:, 0, 0, :3], torch.eye(2).repeat(2, 1)))
+    for refused in (
+        lambda: torch.jit.script(MLP([3, 2])),
+        lambda: torch.jit.script(Conv4()),
+        lambda: torch.jit.script(served),
+        lambda: torch.jit.trace(Conv4(width=4), x),
+        lambda: torch.jit.trace(ResNet12(1, widths=(2, 2, 2, 2)), x),
+        lambda: torch.jit.trace(served, x),
+        lambda: torch.jit.trace(mlp, x[:, 0, 0, :3]),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"torch\.jit, expected torch\.export.*dynamic_shapes"
+        ):
+            refused()
+
+
+# --- the install
+
+
+def test_the_library_is_found_from_the_folder_above_a_clone(tmp_path: Path):
+    """A clone is called as the package is; what is installed must win against an empty namespace."""
+    (tmp_path / "metabook").mkdir()
+    shutil.copy(ROOT / "README.md", tmp_path / "metabook")
+    code = "import metabook; print(metabook.__version__)"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.stdout.strip() == metabook.__version__, done.stderr
+
+
+# --- folders of images
+
+
+def test_files_that_are_passed_over_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (20, 20)).save(tmp_path / name / f"{i}.jpg")
+        for i in range(9):
+            shutil.copy(tmp_path / name / "0.jpg", tmp_path / name / f"{i}")
+            (tmp_path / name / f"IMG_{i}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    assert from_folder(tmp_path, 16).sizes.tolist() == [2, 2]
+    assert "36 files were passed over" in caplog.text
+    assert "18 without an ending, 18 .heic" in caplog.text
+
+
+LEFT = (".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir")
+
+
+def test_what_systems_leave_is_no_class_and_no_image(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for split, letters in (("train", "abc"), ("val", "de"), ("test", "fg")):
+        for name in (*letters, *LEFT):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(tmp_path / split / name / "0.png")
+            for left in (*LEFT, ".DS_Store", "Thumbs.db"):
+                (tmp_path / split / name / left).mkdir()
+            (tmp_path / split / name / "._0.png").write_bytes(b"not an image")
+    found = recipes.data_named(str(tmp_path))
+    assert [
+        recipes.classes_of({"data": found, "size": 16, "channels": 3}, s).names
+        for s in ("train", "val")
+    ] == [
+        ["a", "b", "c"],
+        ["d", "e"],
+    ]
+    assert not caplog.records
+
+
+def test_a_list_with_a_byte_order_mark_is_read(tmp_path: Path):
+    rows = [f"{c}{i}.jpg,{c:02}" for c in range(20) for i in range(2)]
+    (tmp_path / "test.csv").write_text("\n".join(["filename,label", *rows]), encoding="utf-8-sig")
+    assert len(datasets._mini_rows(tmp_path, "test")) == 40
+
+
+# --- messages
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x
+
+
+class SampleAlone(Tasks):
+    kind = "regression"
+
+    def sample(self, n: int, generator: Any = None) -> Episode:
+        return Sinusoids().sample(n, generator)
+
+
+class Flat(Sinusoids):
+    def gather(self, indices: Any) -> Episode:
+        return Episode(*(s._replace(y=s.y[..., 0]) for s in super().gather(indices)))
+
+
+class Nameless(Sinusoids):
+    kind = None
+
+
+def curve() -> MAML:
+    return MAML(MLP([1, 8, 1]), kind="regression", lr=0.01)
+
+
+def train(learner: Learner, tasks: Any, **how: Any) -> Any:
+    return fit(learner, tasks, steps=1, **(QUIET | how))
+
+
+def images() -> FewShot:
+    return FewShot(classes(1, 8, 8), 3, 1, 2)
+
+
+MESSAGES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "forgot Flatten": (
+        lambda: train(ProtoNet(nn.Conv2d(1, 4, 3)), images()),
+        ValueError,
+        (
+            "Conv2d",
+            "shape (3, 4, 6, 6)",
+            "expected a row of numbers for each example",
+            "nn.Flatten()",
+        ),
+    ),
+    "forgot Flatten, with a head": (
+        lambda: train(MAML(nn.Conv2d(1, 3, 3)), images()),
+        ValueError,
+        ("predictions", "shape (3, 3, 6, 6)", "one row of numbers for each query", "nn.Flatten()"),
+    ),
+    "forgot Flatten, pre-trained": (
+        lambda: train(Pretrained(nn.Conv2d(1, 4, 3)), images()),
+        ValueError,
+        ("Conv2d", "(3, 4, 6, 6)", "expected a row of numbers", "nn.Flatten()"),
+    ),
+    "the network gives a pair": (
+        lambda: train(ProtoNet(Pair(3, 4)), vectors()),
+        TypeError,
+        ("Pair", "a tuple", "expected one tensor", "let its forward return"),
+    ),
+    "targets without their axis": (
+        lambda: train(curve(), Flat()),
+        ValueError,
+        ("support.y", "shape (1, 5)", "expected floats of shape [1, n, out]", "y[..., None]"),
+    ),
+    "tasks with sample alone": (
+        lambda: evaluate(curve(), SampleAlone(), 4),
+        NotImplementedError,
+        ("SampleAlone", "draw(n, generator)", "expected draw", "which makes an Episode"),
+    ),
+    "tasks of no kind": (
+        lambda: train(curve(), Nameless()),
+        TypeError,
+        ("tasks", "Nameless", "expected classification or regression", "set kind"),
+    ),
+    "Classes as tasks": (
+        lambda: train(ProtoNet(MLP([3, 4])), classes(3)),
+        TypeError,
+        ("tasks=", "Classes(6", "expected tasks", "FewShot(classes, way=5, shot=1)"),
+    ),
+    "Classes to validate": (
+        lambda: train(ProtoNet(MLP([3, 4])), vectors(), validate=classes(3)),
+        TypeError,
+        ("validate=", "Classes(6", "expected tasks", "FewShot(classes, way=5, shot=1)"),
+    ),
+    "Classes to be scored": (
+        lambda: evaluate(ProtoNet(MLP([3, 4])), classes(3)),
+        TypeError,
+        ("tasks=", "Classes(6", "expected tasks", "FewShot(classes, way=5, shot=1)"),
+    ),
+    "an optimiser, not its class": (
+        lambda: train(curve(), Sinusoids(), optimizer=torch.optim.Adam(curve().parameters())),
+        TypeError,
+        ("optimizer", "Adam", "expected a class", "functools.partial"),
+    ),
+    "a number as optimiser": (
+        lambda: train(curve(), Sinusoids(), optimizer=0.1),
+        TypeError,
+        ("optimizer", "float", "expected a class", "optimizer=torch.optim.Adam"),
+    ),
+    "a device that is not there": (
+        lambda: evaluate(curve(), Sinusoids(), 4, device="mps"),
+        ValueError,
+        ('device="mps"', "mps", "expected one that torch has", 'device="cpu"'),
+    ),
+    "a device that nobody knows": (
+        lambda: train(curve(), Sinusoids(), device="gpu"),
+        ValueError,
+        ('device="gpu"', "gpu", "expected one that torch has", 'device="cpu"'),
+    ),
+    "data on it": (
+        lambda: classes(3).to("mps"),
+        ValueError,
+        ('device="mps"', "mps", "expected one that torch has", 'device="cpu"'),
+    ),
+    "tasks on it": (
+        lambda: Sinusoids(device="mps"),
+        ValueError,
+        ('device="mps"', "mps", "expected one that torch has", 'device="cpu"'),
+    ),
+}
+
+
+@pytest.mark.parametrize("do, error, words", MESSAGES.values(), ids=MESSAGES)
+def test_the_message_names_argument_value_expectation_and_remedy(
+    do: Callable[[], Any], error: type[Exception], words: tuple[str, ...]
+):
+    with pytest.raises(error) as raised:
+        do()
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_a_device_without_float64_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """As on a Mac: the device is there, and refuses float64."""
+    zeros = torch.zeros
+
+    def without_float64(*size: int, dtype: Any = None, device: Any = None, **more: Any) -> Tensor:
+        if str(device) == "mps" and dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
+            )
+        return zeros(*size, dtype=dtype, **more)
+
+    monkeypatch.setattr(torch, "zeros", without_float64)
+    with pytest.raises(
+        ValueError, match=r'device="mps" \(Cannot convert .* float64.*use device="cpu"'
+    ):
+        train(curve(), Sinusoids(), device="mps")
+
+
+def test_tasks_with_sample_alone_can_be_trained_on(tmp_path: Path):
+    learner = curve()
+    fit(learner, SampleAlone(), steps=1, folder=tmp_path, **QUIET)
+    fit(learner, SampleAlone(), steps=2, folder=tmp_path, resume=True, **QUIET)
+
+
+def test_a_network_without_biases_is_written():
+    for net in (
+        nn.Linear(3, 2, bias=False),
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False)),
+    ):
+        learner = PGN(net)
+        fit(learner, vectors(), steps=1, **QUIET)
+        assert evaluate(learner, vectors(), 4).n == 4
+
+
+# --- learners that hold learners
+
+
+def wrapper() -> type[Learner]:
+    @register("tempered")
+    class Tempered(Learner):
+        """Another learner's answers, divided by a learned temperature."""
+
+        def __init__(self, learner: Learner, start: float = 1.0):
+            super().__init__()
+            self.learner = learner
+            self.head, self.label_equivariant = learner.head, learner.label_equivariant
+            self.log_temperature = nn.Parameter(torch.tensor(start).log())
+
+        def adapt(self, support: Examples) -> Any:
+            return self.learner.adapt(support)
+
+        def predict(self, state: Any, x: Tensor) -> Tensor:
+            return self.learner.predict(state, x) / self.log_temperature.exp()
+
+    return Tempered
+
+
+@pytest.mark.parametrize(
+    "inner", [lambda: ProtoNet(MLP([3, 4])), lambda: MAML(MLP([3, 2]), lr=0.1)]
+)
+def test_a_learner_that_holds_a_learner_is_saved_loaded_and_goes_on(
+    inner: Callable[[], Learner], tmp_path: Path
+):
+    cls = wrapper()
+    how = dict(validate=vectors(), every=1, folder=tmp_path / "run", **QUIET)
+    learner = cls(cls(inner(), 2.0))  # and one more around it
+    fit(learner, vectors(), steps=1, **how)
+    again = load(tmp_path / "run")
+    assert (
+        type(again.learner.learner) is type(inner())
+        and again.learner.config["args"]["start"] == 2.0
+    )
+    assert same_answers(learner, again, vectors())
+    fit(learner, vectors(), steps=2, resume=True, **how)
+
+
+def test_a_learner_that_holds_a_learner_is_trained_from_the_command_line(tmp_path: Path):
+    wrapper()
+    out, command = tmp_path / "run", CliRunner()
+    words = [
+        "train",
+        "tempered",
+        "--steps",
+        "2",
+        "--net",
+        "width=4",
+        "--query",
+        "2",
+        "--way",
+        "2",
+        "--out",
+        str(out),
+    ]
+    size = ["--net", 'pool="stride"', "--set", "start=2"]
+    done = command.invoke(cli.app, [*words, *size, "--set", "learner=protonet"])
+    assert done.exit_code == 0, done.output
+    learner = load(out)
+    assert isinstance(learner.learner, ProtoNet) and learner.config["args"]["start"] == 2
+    assert isinstance(network_of(out), Conv4)
+    note = 'learner={"name": "maml", "args": {"lr": 0.3}}'
+    done = command.invoke(cli.app, [*words[:-1], str(tmp_path / "other"), *size, "--set", note])
+    assert done.exit_code == 0, done.output
+    assert load(tmp_path / "other").learner.lr == 0.3
+    done = command.invoke(cli.app, [*words[:-1], str(tmp_path / "none"), *size])
+    assert isinstance(done.exception, ValueError) and "learner=protonet" in str(done.exception)
+
+
+def test_a_learner_of_curves_that_holds_one():
+    @register("kept")
+    class Kept(Learner):
+        def __init__(self, learner: Learner, kind: str = "classification"):
+            super().__init__()
+            self.learner, self.kind = learner, kind
+
+    made = make_learner("kept", Recipe("mlp", method={"learner": "maml"}), Sinusoids())
+    assert made.kind == made.learner.kind == "regression"
+
+
+# --- checkpoints of 0.1.0
+
+
+def test_a_checkpoint_of_0_1_0_is_refused_with_the_reason_and_the_folder_still_loads(
+    tmp_path: Path,
+):
+    learner = ProtoNet(MLP([3, 4]))
+    how = dict(validate=vectors(), every=1, folder=tmp_path, **QUIET)
+    fit(learner, vectors(), steps=1, **how)
+    for path in (tmp_path / "checkpoints").glob("*.json"):
+        whole = json.loads(path.read_text())
+        body = json.dumps(json.loads(whole["checkpoint"]) | {"layout": 1, "metabook": "0.1.0"})
+        path.write_text(
+            json.dumps({"checksum": checkpoints.checksum(body.encode()), "checkpoint": body})
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"written by metabook 0\.1\.0, whose checkpoints do not say on which data.*still loads",
+    ):
+        fit(learner, vectors(), steps=2, resume=True, **how)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["layout"] == 1  # as 0.1.0 wrote it
+    assert same_answers(learner, load(tmp_path), vectors())
+
+
+def test_the_script_of_a_user_runs_as_written(tmp_path: Path):
+    """Without the hook that holds every call of the tests against its signature."""
+    script = """
+        import numpy as np, torch
+        from metabook.episodes import Classes, FewShot
+        from metabook.networks import MLP
+        from metabook.prototypes import ProtoNet
+        from metabook.training import evaluate, fit
+        data = Classes.of({str(i): torch.randn(8, 3) for i in range(6)})
+        learner = ProtoNet(MLP([3, 4]))
+        for shot in np.arange(1, 3):
+            fit(learner, FewShot(data, 2, shot, 1), steps=np.int64(1), lr=np.float32(1e-3), progress=False)
+            print(evaluate(learner, FewShot(data, 2, shot, 1), n=np.int64(4)))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.count("(4 tasks, joint queries)") == 2, done.stderr
+
+
+def test_messages_go_to_the_log_of_the_library():
+    assert checkpoints.log is logging.getLogger("metabook")
