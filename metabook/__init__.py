@@ -1,6 +1,6 @@
 """metabook: meta-learning, from formula to running code."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def __getattr__(name: str):

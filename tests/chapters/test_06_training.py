@@ -2232,6 +2232,170 @@ def test_company_changes_a_transductive_score():
         assert torch.allclose(among_15, among_3, atol=1e-4) != depends
 
 
+def test_no_answer_is_no_wrong_answer():
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    # cell 0e416f25
+    class Shrink(Learner):
+        "Answers theta times the mean of the support targets: the smallest learner of the book."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Sightings(Tasks):
+        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
+
+        kind = "regression"
+
+        def __init__(self, shot=2, query=2):
+            self.shot, self.query = shot, query
+
+        def __repr__(self):
+            return f"Sightings(shot={self.shot}, query={self.query})"
+
+        def draw(self, n, generator=None):
+            device = generator.device if generator else None
+            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            y = indices.cpu().split([self.shot, self.query], 1)
+            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
+
+    # cell 732608c8
+    def two_tasks():
+        "The two tasks of the worked example."
+        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
+        query = torch.tensor([[[1.0]], [[0.0]]])
+        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
+
+    def one_step(**how):
+        "Where one step of plain gradient descent with rate 0.1 leads from zero."
+        learner = Shrink()
+        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
+        return learner, outer, outer.step(two_tasks())
+
+    # cell fea88dcf
+    def heard_from(f):
+        "What `f` gives, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def wave_run(steps=4, folder=None, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(
+            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
+        )
+
+    # cell 13b11eb6
+    class Sealed(Tasks):
+        "Tasks that may not be looked at before they are opened."
+
+        def __init__(self, tasks):
+            self.tasks, self.kind, self.opened = tasks, tasks.kind, False
+
+        def draw(self, n, generator=None):
+            return self.tasks.draw(n, generator)
+
+        def gather(self, indices):
+            if not self.opened:
+                raise PermissionError(
+                    "these test tasks are sealed: choose on validation tasks first"
+                )
+            return self.tasks.gather(indices)
+
+    final = Sealed(Sightings())
+    how = dict(steps=2, meta_batch=4, every=1, progress=False)
+    with pytest.raises(PermissionError, match="sealed"):
+        fit(Shrink(), Sightings(), validate=final, **how)
+    run = fit(Shrink(), Sightings(), validate=Sightings(), **how)
+    final.opened = True
+    print(evaluate(run.learner, final, 10))
+    # cell f7852066
+    naive = Sinusoids().sample(25, torch.Generator().manual_seed(0))
+    assert torch.equal(
+        naive.support.x, next(Sinusoids().freeze(600, seed=0).episodes(25)).support.x
+    )  # !
+
+    seen = []
+
+    class Recorded(Sinusoids):
+        "Sinusoids that keep a record of what was drawn."
+
+        def gather(self, indices):
+            seen.extend(indices.task[:, 0].tolist())
+            return super().gather(indices)
+
+    run = wave_run(steps=6)
+    fit(
+        run.learner,
+        Recorded(),
+        steps=30,
+        meta_batch=25,
+        validate=Recorded(),
+        every=15,
+        progress=False,
+    )
+    tested = Sinusoids().freeze(600, seed=0).groups[0].task[:, 0].tolist()
+    assert len(seen) > 30 * 25 + 2 * VALIDATION_TASKS and not set(seen) & set(tested)
+    # cell 24d67be0
+    task = next(FewShot(images(), way=3, shot=1, query=5).freeze(1).episodes())
+    S, Q = (Examples(side.x[0], side.y[0]) for side in task)
+    for stats, depends in [("batch", True), ("support", False)]:
+        learner = small_net(stats).eval()
+        among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
+        assert torch.allclose(among_15, among_3, atol=1e-4) != depends
+    # cell 8e2f60a3
+    broken = small_net("support")
+    for p in broken.parameters():
+        p.data.fill_(math.nan)
+    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
+    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
+    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
+    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
+    print(score)
+    assert math.isnan(score.mean) and score.lost == 20
+    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
+
+
 def test_adaptation_lowers_the_loss_that_it_descends():
     # cell e6c7453f
     def images(n_classes=8, each=12, size=16, seed=0):
@@ -2383,6 +2547,17 @@ def test_adaptation_lowers_the_loss_that_it_descends():
         learner = small_net(stats).eval()
         among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
         assert torch.allclose(among_15, among_3, atol=1e-4) != depends
+    # cell 8e2f60a3
+    broken = small_net("support")
+    for p in broken.parameters():
+        p.data.fill_(math.nan)
+    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
+    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
+    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
+    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
+    print(score)
+    assert math.isnan(score.mean) and score.lost == 20
+    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
     # cell 9afa356c
     learner = wave_run().learner
     episodes = next(Sinusoids(5, 10).freeze(50).episodes(50))
@@ -2543,6 +2718,17 @@ def test_a_loss_that_is_no_number_stops_the_run():
         learner = small_net(stats).eval()
         among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
         assert torch.allclose(among_15, among_3, atol=1e-4) != depends
+    # cell 8e2f60a3
+    broken = small_net("support")
+    for p in broken.parameters():
+        p.data.fill_(math.nan)
+    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
+    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
+    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
+    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
+    print(score)
+    assert math.isnan(score.mean) and score.lost == 20
+    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
     # cell 9afa356c
     learner = wave_run().learner
     episodes = next(Sinusoids(5, 10).freeze(50).episodes(50))
@@ -2744,6 +2930,17 @@ def test_a_bad_task_is_skipped_and_counted():
         learner = small_net(stats).eval()
         among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
         assert torch.allclose(among_15, among_3, atol=1e-4) != depends
+    # cell 8e2f60a3
+    broken = small_net("support")
+    for p in broken.parameters():
+        p.data.fill_(math.nan)
+    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
+    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
+    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
+    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
+    print(score)
+    assert math.isnan(score.mean) and score.lost == 20
+    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
     # cell 9afa356c
     learner = wave_run().learner
     episodes = next(Sinusoids(5, 10).freeze(50).episodes(50))
@@ -2976,6 +3173,17 @@ def test_equal_runs_are_equal(device):
         learner = small_net(stats).eval()
         among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
         assert torch.allclose(among_15, among_3, atol=1e-4) != depends
+    # cell 8e2f60a3
+    broken = small_net("support")
+    for p in broken.parameters():
+        p.data.fill_(math.nan)
+    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
+    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
+    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
+    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
+    print(score)
+    assert math.isnan(score.mean) and score.lost == 20
+    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
     # cell 9afa356c
     learner = wave_run().learner
     episodes = next(Sinusoids(5, 10).freeze(50).episodes(50))

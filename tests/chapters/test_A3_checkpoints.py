@@ -152,6 +152,25 @@ def test_every_network_comes_back_bit_by_bit():
         assert torch.equal(predictions(learner), predictions(again))
         assert plain("learner", again) == plain("learner", learner)
 
+    @register("half-and-half", NETWORKS)
+    class HalfAndHalf(torch.nn.Module):
+        "A frozen layer in bfloat16 under one in float32, and a table in float64."
+
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.frozen = torch.nn.Linear(2, width).bfloat16().requires_grad_(False)
+            self.free = torch.nn.Linear(width, width)
+            self.register_buffer("table", torch.full((width,), 1 / 3, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
+
+    learner = ProtoNet(HalfAndHalf())
+    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
+    for name, value in learner.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
+
 
 def test_shared_and_reordered_tensors_are_saved():
     # cell 7f37a552
@@ -194,6 +213,25 @@ def test_shared_and_reordered_tensors_are_saved():
         assert type(again) is type(learner) and not again.training
         assert torch.equal(predictions(learner), predictions(again))
         assert plain("learner", again) == plain("learner", learner)
+
+    @register("half-and-half", NETWORKS)
+    class HalfAndHalf(torch.nn.Module):
+        "A frozen layer in bfloat16 under one in float32, and a table in float64."
+
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.frozen = torch.nn.Linear(2, width).bfloat16().requires_grad_(False)
+            self.free = torch.nn.Linear(width, width)
+            self.register_buffer("table", torch.full((width,), 1 / 3, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
+
+    learner = ProtoNet(HalfAndHalf())
+    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
+    for name, value in learner.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
     tied.net.layers[1].weight = tied.net.layers[0].weight
@@ -244,6 +282,25 @@ def test_what_could_never_be_loaded_is_refused_before_the_training():
         assert type(again) is type(learner) and not again.training
         assert torch.equal(predictions(learner), predictions(again))
         assert plain("learner", again) == plain("learner", learner)
+
+    @register("half-and-half", NETWORKS)
+    class HalfAndHalf(torch.nn.Module):
+        "A frozen layer in bfloat16 under one in float32, and a table in float64."
+
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.frozen = torch.nn.Linear(2, width).bfloat16().requires_grad_(False)
+            self.free = torch.nn.Linear(width, width)
+            self.register_buffer("table", torch.full((width,), 1 / 3, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
+
+    learner = ProtoNet(HalfAndHalf())
+    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
+    for name, value in learner.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
     tied.net.layers[1].weight = tied.net.layers[0].weight
@@ -273,6 +330,258 @@ def test_what_could_never_be_loaded_is_refused_before_the_training():
     learner.embed.layers.append(torch.nn.Linear(2, 2))  # behind the constructor's back
     with pytest.raises(ValueError, match=r"trained and saved, but never loaded: .*layers\.2"):
         rehearse(learner)
+
+
+def test_a_learner_that_holds_a_learner_comes_back():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell 00063326
+    for learner in some_learners():
+        before = torch.get_rng_state()
+        again = metabook.load(save(fresh(), learner))
+        assert torch.equal(before, torch.get_rng_state())
+        assert type(again) is type(learner) and not again.training
+        assert torch.equal(predictions(learner), predictions(again))
+        assert plain("learner", again) == plain("learner", learner)
+
+    @register("half-and-half", NETWORKS)
+    class HalfAndHalf(torch.nn.Module):
+        "A frozen layer in bfloat16 under one in float32, and a table in float64."
+
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.frozen = torch.nn.Linear(2, width).bfloat16().requires_grad_(False)
+            self.free = torch.nn.Linear(width, width)
+            self.register_buffer("table", torch.full((width,), 1 / 3, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
+
+    learner = ProtoNet(HalfAndHalf())
+    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
+    for name, value in learner.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
+    # cell 516a67d6
+    tied = MAML(MLP([2, 2, 2, 2]))
+    tied.net.layers[1].weight = tied.net.layers[0].weight
+    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
+    for learner in (tied, reordered):
+        again = metabook.load(save(fresh(), learner)).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+
+    # cell 0e4f6b52
+    @register("reads-a-value", NETWORKS)
+    class ReadsAValue(torch.nn.Module):
+        "Its constructor asks a tensor for a number, as those of vision transformers do."
+
+        def __init__(self, depth: int = 2):
+            super().__init__()
+            self.rates = [r.item() for r in torch.linspace(0, 0.1, depth)]
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in self.rates)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
+
+    rehearse(learner := ProtoNet(ReadsAValue()))
+    again = metabook.load(save(fresh(), learner))
+    assert torch.equal(again.embed.layers[1].weight, learner.embed.layers[1].weight)
+    learner.embed.layers.append(torch.nn.Linear(2, 2))  # behind the constructor's back
+    with pytest.raises(ValueError, match=r"trained and saved, but never loaded: .*layers\.2"):
+        rehearse(learner)
+
+    # cell 64b8f0e1
+    @register("cautious")
+    class Cautious(Learner):
+        "Another learner, half as sure."
+
+        head = False
+
+        def __init__(self, learner: Learner):
+            super().__init__()
+            self.learner = learner
+
+        def adapt(self, support):
+            return self.learner.adapt(support)
+
+        def predict(self, state, x):
+            return self.learner.predict(state, x) / 2
+
+    learner = Cautious(Cautious(ProtoNet(MLP([2, 8, 4]))))
+    again = metabook.load(save(fresh(), learner))
+    assert isinstance(again.learner.learner, ProtoNet)
+    assert torch.equal(
+        again.learner.learner.embed.layers[0].weight, learner.learner.learner.embed.layers[0].weight
+    )
+
+
+def test_an_adapted_learner_is_exported():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell 00063326
+    for learner in some_learners():
+        before = torch.get_rng_state()
+        again = metabook.load(save(fresh(), learner))
+        assert torch.equal(before, torch.get_rng_state())
+        assert type(again) is type(learner) and not again.training
+        assert torch.equal(predictions(learner), predictions(again))
+        assert plain("learner", again) == plain("learner", learner)
+
+    @register("half-and-half", NETWORKS)
+    class HalfAndHalf(torch.nn.Module):
+        "A frozen layer in bfloat16 under one in float32, and a table in float64."
+
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.frozen = torch.nn.Linear(2, width).bfloat16().requires_grad_(False)
+            self.free = torch.nn.Linear(width, width)
+            self.register_buffer("table", torch.full((width,), 1 / 3, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
+
+    learner = ProtoNet(HalfAndHalf())
+    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
+    for name, value in learner.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
+    # cell 516a67d6
+    tied = MAML(MLP([2, 2, 2, 2]))
+    tied.net.layers[1].weight = tied.net.layers[0].weight
+    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
+    for learner in (tied, reordered):
+        again = metabook.load(save(fresh(), learner)).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+
+    # cell 0e4f6b52
+    @register("reads-a-value", NETWORKS)
+    class ReadsAValue(torch.nn.Module):
+        "Its constructor asks a tensor for a number, as those of vision transformers do."
+
+        def __init__(self, depth: int = 2):
+            super().__init__()
+            self.rates = [r.item() for r in torch.linspace(0, 0.1, depth)]
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in self.rates)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x
+
+    rehearse(learner := ProtoNet(ReadsAValue()))
+    again = metabook.load(save(fresh(), learner))
+    assert torch.equal(again.embed.layers[1].weight, learner.embed.layers[1].weight)
+    learner.embed.layers.append(torch.nn.Linear(2, 2))  # behind the constructor's back
+    with pytest.raises(ValueError, match=r"trained and saved, but never loaded: .*layers\.2"):
+        rehearse(learner)
+
+    # cell 64b8f0e1
+    @register("cautious")
+    class Cautious(Learner):
+        "Another learner, half as sure."
+
+        head = False
+
+        def __init__(self, learner: Learner):
+            super().__init__()
+            self.learner = learner
+
+        def adapt(self, support):
+            return self.learner.adapt(support)
+
+        def predict(self, state, x):
+            return self.learner.predict(state, x) / 2
+
+    learner = Cautious(Cautious(ProtoNet(MLP([2, 8, 4]))))
+    again = metabook.load(save(fresh(), learner))
+    assert isinstance(again.learner.learner, ProtoNet)
+    assert torch.equal(
+        again.learner.learner.embed.layers[0].weight, learner.learner.learner.embed.layers[0].weight
+    )
+
+    # cell 7f3a95d2
+    class Served(torch.nn.Module):
+        "A learner and what it learned about one task."
+
+        def __init__(self, learner, support):
+            super().__init__()
+            self.learner, self.state = learner.eval(), learner.adapt(support)
+
+        def forward(self, x):
+            return self.learner.predict(self.state, x)
+
+    support = next(tasks_for(MLP([2, 8, 3])).freeze(1).episodes()).support
+    with torch.no_grad():
+        served = Served(MAML(MLP([2, 8, 3])), support._replace(x=support.x[0], y=support.y[0]))
+        some = {"x": {0: torch.export.Dim("n", min=1, max=1000)}}
+        program = torch.export.export(served, (torch.randn(4, 2),), dynamic_shapes=some)
+        for n in (1, 4, 100):
+            x = torch.randn(n, 2)
+            torch.testing.assert_close(program.module()(x), served(x))
+    with pytest.raises(RuntimeError, match=r"expected torch\.export"):
+        torch.jit.trace(served, torch.randn(4, 2))
 
 
 def test_damage_is_noticed_and_named():
