@@ -55,7 +55,7 @@ def register(
     def decorate(cls: type[nn.Module]) -> type[nn.Module]:
         for known in (METHODS, NETWORKS, registry):
             taken = known.get(name, cls)
-            if taken.__qualname__ != cls.__qualname__ or (known is not registry and name in known):
+            if taken.__name__ != cls.__name__ or (known is not registry and name in known):
                 raise ValueError(f"{name!r} already names {taken.__name__}: choose another name")
         cls.__init__ = noting(name, cls.__init__)
         registry[name] = cls

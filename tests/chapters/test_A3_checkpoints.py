@@ -152,6 +152,50 @@ def test_every_network_comes_back_bit_by_bit():
         assert torch.equal(predictions(learner), predictions(again))
         assert plain("learner", again) == plain("learner", learner)
 
+
+def test_each_part_keeps_its_precision():
+    # cell 7f37a552
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    # cell 291e6ef6
+    def tasks_for(net):
+        "A few tasks that a network can take, from random examples."
+        shape = (2,) if isinstance(net, MLP) else (net.channels, 16, 16)
+        g = torch.Generator().manual_seed(1)
+        data = {name: torch.randn(6, *shape, generator=g) for name in "abcd"}
+        return FewShot(Classes.of(data), way=3, shot=1, query=2)
+
+    def predictions(learner):
+        "What a learner answers on one task."
+        episode = tasks_for(next(learner.children())).freeze(1).episodes()
+        dtype = next(learner.parameters()).dtype
+        support, query = next(episode).to(dtype=dtype)
+        first = support._replace(x=support.x[0], y=support.y[0], info={})
+        return learner.eval()(first, query.x[0]).detach()
+
+    def some_learners():
+        "Both methods with every network and every kind of normalisation."
+        for stats in ("batch", "support", "running"):
+            yield MAML(Conv4(3, out=3, size=16, width=4, stats=stats), test_steps=2)
+            yield ProtoNet(Conv4(1, size=16, width=4, pool="stride", stats=stats))
+            yield ProtoNet(ResNet12(3, widths=[2, 3, 4, 5], stats=stats))
+        yield MAML(MLP([2, 8, 3]), lr=0.1, first_order=True)
+        yield ProtoNet(MLP([2, 8, 4])).double()
+
+    # cell 00063326
+    for learner in some_learners():
+        before = torch.get_rng_state()
+        again = metabook.load(save(fresh(), learner))
+        assert torch.equal(before, torch.get_rng_state())
+        assert type(again) is type(learner) and not again.training
+        assert torch.equal(predictions(learner), predictions(again))
+        assert plain("learner", again) == plain("learner", learner)
+
+    # cell 3d90be17
     @register("half-and-half", NETWORKS)
     class HalfAndHalf(torch.nn.Module):
         "A frozen layer in bfloat16 under one in float32, and a table in float64."
@@ -165,11 +209,11 @@ def test_every_network_comes_back_bit_by_bit():
         def forward(self, x):
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
-    learner = ProtoNet(HalfAndHalf())
-    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
-    for name, value in learner.state_dict().items():
-        assert again.state_dict()[name].dtype == value.dtype
-    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
+    halves = ProtoNet(HalfAndHalf())
+    loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
+    kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert torch.equal(loaded.embed(points), halves.embed(points))
 
 
 def test_shared_and_reordered_tensors_are_saved():
@@ -214,6 +258,7 @@ def test_shared_and_reordered_tensors_are_saved():
         assert torch.equal(predictions(learner), predictions(again))
         assert plain("learner", again) == plain("learner", learner)
 
+    # cell 3d90be17
     @register("half-and-half", NETWORKS)
     class HalfAndHalf(torch.nn.Module):
         "A frozen layer in bfloat16 under one in float32, and a table in float64."
@@ -227,11 +272,11 @@ def test_shared_and_reordered_tensors_are_saved():
         def forward(self, x):
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
-    learner = ProtoNet(HalfAndHalf())
-    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
-    for name, value in learner.state_dict().items():
-        assert again.state_dict()[name].dtype == value.dtype
-    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
+    halves = ProtoNet(HalfAndHalf())
+    loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
+    kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert torch.equal(loaded.embed(points), halves.embed(points))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
     tied.net.layers[1].weight = tied.net.layers[0].weight
@@ -283,6 +328,7 @@ def test_what_could_never_be_loaded_is_refused_before_the_training():
         assert torch.equal(predictions(learner), predictions(again))
         assert plain("learner", again) == plain("learner", learner)
 
+    # cell 3d90be17
     @register("half-and-half", NETWORKS)
     class HalfAndHalf(torch.nn.Module):
         "A frozen layer in bfloat16 under one in float32, and a table in float64."
@@ -296,11 +342,11 @@ def test_what_could_never_be_loaded_is_refused_before_the_training():
         def forward(self, x):
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
-    learner = ProtoNet(HalfAndHalf())
-    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
-    for name, value in learner.state_dict().items():
-        assert again.state_dict()[name].dtype == value.dtype
-    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
+    halves = ProtoNet(HalfAndHalf())
+    loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
+    kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert torch.equal(loaded.embed(points), halves.embed(points))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
     tied.net.layers[1].weight = tied.net.layers[0].weight
@@ -374,6 +420,7 @@ def test_a_learner_that_holds_a_learner_comes_back():
         assert torch.equal(predictions(learner), predictions(again))
         assert plain("learner", again) == plain("learner", learner)
 
+    # cell 3d90be17
     @register("half-and-half", NETWORKS)
     class HalfAndHalf(torch.nn.Module):
         "A frozen layer in bfloat16 under one in float32, and a table in float64."
@@ -387,11 +434,11 @@ def test_a_learner_that_holds_a_learner_comes_back():
         def forward(self, x):
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
-    learner = ProtoNet(HalfAndHalf())
-    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
-    for name, value in learner.state_dict().items():
-        assert again.state_dict()[name].dtype == value.dtype
-    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
+    halves = ProtoNet(HalfAndHalf())
+    loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
+    kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert torch.equal(loaded.embed(points), halves.embed(points))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
     tied.net.layers[1].weight = tied.net.layers[0].weight
@@ -489,6 +536,7 @@ def test_an_adapted_learner_is_exported():
         assert torch.equal(predictions(learner), predictions(again))
         assert plain("learner", again) == plain("learner", learner)
 
+    # cell 3d90be17
     @register("half-and-half", NETWORKS)
     class HalfAndHalf(torch.nn.Module):
         "A frozen layer in bfloat16 under one in float32, and a table in float64."
@@ -502,11 +550,11 @@ def test_an_adapted_learner_is_exported():
         def forward(self, x):
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
-    learner = ProtoNet(HalfAndHalf())
-    again, support = metabook.load(save(fresh(), learner)), tasks_for(MLP([2, 2])).sample(1).support
-    for name, value in learner.state_dict().items():
-        assert again.state_dict()[name].dtype == value.dtype
-    assert torch.equal(again.embed(support.x[0]), learner.embed(support.x[0]))
+    halves = ProtoNet(HalfAndHalf())
+    loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
+    kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert torch.equal(loaded.embed(points), halves.embed(points))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
     tied.net.layers[1].weight = tied.net.layers[0].weight
