@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import pkgutil
 import re
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'OURS', 'register', 'noting', 'plain',
-           'number', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged', 'write_atomically',
-           'aside', 'kept_aside', 'mend', 'save', 'on_its_own', 'at_home', 'heading', 'checksum', 'read_config',
-           'OtherLayout', 'check_layout', 'load', 'misshapen', 'shapes_of', 'give_types', 'read_weights', 'rehearse',
-           'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state',
-           'restore_random', 'differences']
+__all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'PLAIN', 'CHECKPOINTS', 'OURS', 'register', 'noting',
+           'plain', 'number', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged',
+           'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'on_its_own', 'at_home', 'heading', 'checksum',
+           'read_config', 'OtherLayout', 'check_layout', 'load', 'remade', 'particulars', 'blank', 'misshapen',
+           'give_types', 'read_weights', 'require_loadable', 'unlike', 'rehearse', 'writable', 'pack', 'unpack',
+           'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state', 'restore_random',
+           'differences']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 log = logging.getLogger("metabook")
@@ -55,7 +57,7 @@ def register(
     def decorate(cls: type[nn.Module]) -> type[nn.Module]:
         for known in (METHODS, NETWORKS, registry):
             taken = known.get(name, cls)
-            if taken.__name__ != cls.__name__ or (known is not registry and name in known):
+            if taken.__qualname__ != cls.__qualname__ or (known is not registry and name in known):
                 raise ValueError(f"{name!r} already names {taken.__name__}: choose another name")
         cls.__init__ = noting(name, cls.__init__)
         registry[name] = cls
@@ -94,7 +96,13 @@ def plain(
     """
     if isinstance(value, nn.Module):
         config = registered(what, value)
-        return {"name": config["name"], "args": {k: plain(k, v) for k, v in config["args"].items()}}
+        args = {k: plain(k, v) for k, v in config["args"].items()}
+        for k, v in args.items():
+            if isinstance(v, float) and not math.isfinite(v):
+                raise TypeError(
+                    f"{k}={v!r} cannot be written as JSON, which has no such number: pass a finite one, or None"
+                )
+        return {"name": config["name"], "args": args}
     if isinstance(value, list | tuple):
         return [plain(what, v) for v in value]
     if value is None or isinstance(value, bool | int | str) or type(value) is float:
@@ -158,9 +166,15 @@ def build(
     Raises `ValueError` where the name is unknown or the arguments do not fit.
     """
     registry = methods() if registry is None else registry
-    known, what = registry, "method" if registry is METHODS else "network"
-    cls = lookup(config["name"], known, what)
-    args = {k: build_argument(v) for k, v in config["args"].items()}
+    what = "method" if registry is METHODS else "network"
+    try:
+        cls = lookup(config["name"], registry, what)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; a class of your own: import its module first, which registers it"
+        ) from error
+    defaults = {k: p.default for k, p in inspect.signature(cls).parameters.items()}
+    args = {k: build_argument(v, defaults.get(k)) for k, v in config["args"].items()}
     try:
         return cls(**args)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -169,12 +183,13 @@ def build(
         ) from error
 
 
-def build_argument(value: Any) -> Any:
-    "The opposite of `plain`: what names a network, or a learner, becomes one."
+def build_argument(value: Any, default: Any = None) -> Any:
+    "The opposite of `plain`: what names a network, or a learner, becomes one; a list a tuple, where that is usual."
     if isinstance(value, dict):
         of_learners = value["name"] not in NETWORKS and value["name"] in methods()
         return build(value, METHODS if of_learners else NETWORKS)
-    return [build_argument(v) for v in value] if isinstance(value, list) else value
+    kind = tuple if isinstance(default, tuple) else list
+    return kind(build_argument(v) for v in value) if isinstance(value, list) else value
 
 # %% ../nbs/A3_checkpoints.ipynb #44f818b0
 @contextmanager
@@ -252,14 +267,15 @@ def save(
 
     Both are on the disk before either takes its name, so an error leaves an earlier trained folder as
     it was, and after a power cut `load` finds the earlier or the new one.  Raises `TypeError` where the
-    learner's class is not registered (nobody could rebuild it) or `more` is not JSON, and `OSError`
-    where the folder cannot be written.
+    learner's class is not registered (nobody could rebuild it) or `more` is not JSON, `ValueError` where
+    its note would build another learner, and `OSError` where the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
     folder, method = at_home(folder), plain("learner", learner)
+    require_loadable(learner, method)
     weights = to_bytes({k: on_its_own(v) for k, v in learner.state_dict().items()})
-    config = heading(weights) | {"method": method}
+    config = heading(weights) | {"method": method} | particulars(learner)
     config |= {k: v for k, v in more.items() if k not in config}  # `load` needs its own as they are
     text = json.dumps(config, indent=1, allow_nan=False, default=number).encode()
     folder.mkdir(parents=True, exist_ok=True)
@@ -347,46 +363,75 @@ def load(
     folder, config = at_home(folder), read_config(folder)
     state = read_weights(folder / "learner.safetensors", config["weights"])
     try:
-        with torch.random.fork_rng(devices=[]):
-            if apart := misshapen(config["method"], state):
-                raise ValueError(
-                    f"config.json describes other parameters than its file holds: {apart}"
-                )
-            learner = build(config["method"])
-        give_types(learner, state)
-        learner.load_state_dict(state)
-        give_types(learner, state)  # parameters that waited for their sizes
+        learner = remade(config, state)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return learner.eval()
 
 
-def misshapen(
+def remade(
+    config: dict[str, Any],  # with "method", and what `particulars` gave
+    state: dict[str, Tensor],  # parameters and buffers
+) -> nn.Module:
+    "A learner made anew, with these numbers in it.  Raises `ValueError` unless they are its own."
+    with torch.random.fork_rng(devices=[]):
+        if apart := misshapen(blank(config["method"]), state):
+            raise ValueError(f"config.json describes other parameters than its file holds: {apart}")
+        learner = build(config["method"])
+    for first, *others in config.get("tied", ()):
+        for name in others:
+            path, _, last = name.rpartition(".")
+            setattr(learner.get_submodule(path), last, learner.get_parameter(first))
+    give_types(learner, state)
+    learner.load_state_dict(state)
+    give_types(learner, state)  # parameters that waited for their sizes
+    for name, kind in config.get("tables", {}).items():  # buffers that are made, not saved
+        table = learner.get_buffer(name)
+        table.data = table.data.to(getattr(torch, kind))
+    for name, p in learner.named_parameters():
+        if "frozen" in config and p.is_floating_point():
+            p.requires_grad_(name not in config["frozen"])
+    return learner
+
+
+def particulars(learner: nn.Module) -> dict[str, Any]:
+    "What somebody may have done after parameters were made: freeze some, give one two names, cast a table."
+    names: dict[Tensor, list[str]] = {}
+    for name, p in learner.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    frozen = [name for name, p in learner.named_parameters() if not p.requires_grad]
+    saved = learner.state_dict().keys()
+    tables = {k: str(b.dtype)[6:] for k, b in learner.named_buffers() if k not in saved}
+    tied = [same for same in names.values() if len(same) > 1]
+    return {"frozen": frozen, "tied": tied, "tables": tables}
+
+
+def blank(
     method: dict[str, Any],  # name and arguments
+) -> nn.Module:
+    "A method to be looked at; it needs no memory where it can be built on torch's device without numbers."
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build(method)
+        except Exception:  # such as a constructor that reads a value; the others fail again
+            return build(method)
+
+
+def misshapen(
+    made: nn.Module,  # from `blank`
     state: dict[str, Tensor],  # parameters
 ) -> str:  # the first; empty: there is none
     "Where parameters are not those that a method makes, in words."
     found = {k: _shape(t) for k, t in state.items()}
-    wanted = {k: found.get(k) if s is None else s for k, s in shapes_of(method).items()}
+    shapes = {k: _shape(t) for k, t in made.state_dict().items()}
+    wanted = {k: found.get(k) if s is None else s for k, s in shapes.items()}
     return next(iter(differences(wanted, found)), "")
 
 
 def _shape(t: Tensor) -> tuple[int, ...] | None:
     "`None` where the first data will decide."
     return None if nn.parameter.is_lazy(t) else tuple(t.shape)
-
-
-def shapes_of(
-    method: dict[str, Any],  # name and arguments
-) -> dict[str, tuple[int, ...] | None]:  # `None`: it is decided by the first data
-    "The parameters that a method makes; needs no memory where it can be built on no device."
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                made = build(method)
-        except Exception:  # such as a constructor that reads a value; the others fail again
-            made = build(method)
-    return {k: _shape(t) for k, t in made.state_dict().items()}
 
 
 def give_types(learner: nn.Module, state: dict[str, Tensor]) -> None:
@@ -423,25 +468,71 @@ def read_weights(
         ) from error
 
 # %% ../nbs/A3_checkpoints.ipynb #5ad30c1e
-def rehearse(
-    learner: nn.Module,  # that is to be trained and saved
+def require_loadable(
+    learner: nn.Module,  # to be saved
+    method: dict[str, Any],  # its note
 ) -> None:
-    """Raise unless the learner could be built again from its note: before the training, not after it.
-
-    `TypeError` where a class is not registered or an argument is no plain value, `ValueError` where the
-    note cannot be built, or gives other parameters.
-    """
-    method = json.loads(json.dumps(plain("learner", learner)))
+    "Raise `ValueError` where somebody changed the learner after it was made, so that its note makes another."
     try:
-        apart = misshapen(method, learner.state_dict())
+        made = blank(method)
+        apart = misshapen(made, learner.state_dict()) or unlike(learner, made)
     except ValueError as error:
         apart = str(error)
     if apart:
         raise ValueError(
-            f"this {type(learner).__name__} could be trained and saved, but never loaded: {apart}; expected that "
-            "its registered classes, called again with the arguments they noted, make the same parameters: "
-            "make the change in a constructor, and give it plain arguments"
+            f"this {type(learner).__name__} could be saved, but never loaded as it is: {apart}; expected what its "
+            "registered classes make of the arguments they noted: make the change in a constructor, by an argument"
         )
+
+
+def unlike(
+    learner: nn.Module,
+    made: nn.Module,  # from its note
+) -> str:  # the first; empty: there is none
+    "Where the parts of a learner are not those that its note makes, or keep other arguments, in words."
+    parts, others = dict(learner.named_modules()), dict(made.named_modules())
+    kinds = [
+        {k or "itself": type(m).__name__.removeprefix("Lazy") for k, m in side.items()}
+        for side in (others, parts)
+    ]
+    if found := differences(*kinds):
+        return found[0]
+    for name, part in parts.items():
+        for k in getattr(part, "config", {}).get("args", {}):
+            was, now = (getattr(m, k, None) for m in (others[name], part))
+            if isinstance(was, PLAIN) and isinstance(now, PLAIN) and was != now:
+                return f"{name}.{k} was {was!r} and is {now!r}".lstrip(".")
+    return ""
+
+
+PLAIN = bool | int | float | str | list | tuple | None
+
+
+def rehearse(
+    learner: nn.Module,  # that is to be trained and saved
+) -> nn.Module:  # what `load` would give
+    """Save and load in miniature, before the training and not after it.
+
+    Raises `TypeError` where a class is not registered or an argument is no plain value, `ValueError` where
+    the note cannot be built, or makes another learner.
+    """
+    method = json.loads(json.dumps(plain("learner", learner)))
+    require_loadable(learner, method)
+    if any(map(nn.parameter.is_lazy, learner.parameters())):
+        return learner  # nothing is known of it yet
+    state = {k: v.detach() for k, v in learner.state_dict().items()}
+    return remade({"method": method} | particulars(learner), state)
+
+
+def writable(what: str, value: Any) -> None:
+    "Raise `ValueError` for numbers that JSON does not have, `TypeError` for what are none."
+    try:
+        json.dumps(value, allow_nan=False, default=number)
+    except ValueError as error:
+        raise ValueError(
+            f"{what}={value!r} cannot be written as JSON, which has no NaN and no infinity: expected finite numbers, "
+            "or None where there is none"
+        ) from error
 
 # %% ../nbs/A3_checkpoints.ipynb #45b68181
 def pack(

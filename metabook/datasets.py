@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checkpoints import log, lookup, write_atomically
+from .checkpoints import at_home, log, lookup, write_atomically
 from .episodes import Classes, positive
 
 try:
@@ -344,7 +344,7 @@ def Glyphs(
     """
     names = [unicodedata.name(letter) for letter in glyph_list(split)]
     versions = [importlib.metadata.version(p) for p in ("matplotlib", "pillow")]
-    key = (_GLYPH_EDITION, versions, seed, _GLYPH_RANGES[split], _GLYPH_PRINTS[split])
+    key = (_GLYPH_EDITION, versions, int(seed), _GLYPH_RANGES[split], _GLYPH_PRINTS[split])
     x = _cached(f"glyphs-{split}", key, partial(_render, split, seed), root)
     return _even_classes(x[:, :, None], names, cut=10)
 
@@ -356,8 +356,7 @@ def turned(
     turns = [torch.rot90(classes.x, k, (-2, -1)) for k in range(4)]
     names = [f"{name}/rot{90 * k:03d}" for k in range(4) for name in classes.names]
     cut = None if classes.cut is None else classes.cut.repeat(4)
-    whole = {"x": torch.cat(turns), "sizes": classes.sizes.repeat(4), "origin": ""}
-    return replace(classes, names=names, cut=cut, **whole)
+    return replace(classes, x=torch.cat(turns), sizes=classes.sizes.repeat(4), names=names, cut=cut)
 
 # %% ../nbs/03_datasets.ipynb #b925ddf9
 @dataclass(frozen=True)
@@ -482,7 +481,7 @@ def members(
     name leads out of the folder, when it holds links or devices, and when it unpacks to more
     than the bounds. Nothing is written to disk and nothing is ever unpickled.
     """
-    path, total = Path(path), 0
+    path, total = at_home(path), 0
     most = most_bytes + 4096 * most_files + 2 * _PIECE  # with headers, and ends filled up
     try:
         for count, (name, size, plain, read) in enumerate(_entries(path, most), 1):
@@ -635,7 +634,7 @@ def Omniglot(
     positive(size=size)
     names = omniglot_split(split, protocol)
     archives = [_obtain(remote, data_root(root)) for remote in OMNIGLOT_FILES]
-    key = ("lanczos", size, [(a.stat().st_size, a.stat().st_mtime_ns) for a in archives])
+    key = ("lanczos", int(size), [(a.stat().st_size, a.stat().st_mtime_ns) for a in archives])
     x = _cached(f"omniglot{size}", key, partial(_omniglot_drawings, archives, size), root)
     place = {name: i for i, name in enumerate(OMNIGLOT)}
     classes = _even_classes(x[[place[name] for name in names], :, None], names)
@@ -860,6 +859,7 @@ def read_image(
     _check_target(size, channels)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        source = at_home(source) if isinstance(source, str | Path) else source
         with Image.open(source, formats=_formats()) as image:
             image = _over_white(image).convert("RGB" if channels == 3 else "L")
     image = image.resize((size, size), Image.Resampling.LANCZOS)
@@ -891,38 +891,46 @@ def _read_images(
 
 # %% ../nbs/03_datasets.ipynb #3df96377
 # What archivers, disk stations and systems leave in folders, beside all that begins with a dot.
-_LEFT_THERE = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
-_LEFT_THERE |= {"lost+found", "__pycache__", "Thumbs.db", "desktop.ini"}
+_LEFT_THERE = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"}
+_LEFT_THERE |= {"lost+found", "__pycache__", "thumbs.db", "desktop.ini"}  # in small letters
 
 
 def _entries_of(folder: Path) -> list[Path]:
     """List what somebody put into a folder, sorted; not what systems and programs leave there."""
-    return sorted(f for f in folder.iterdir() if f.name[0] != "." and f.name not in _LEFT_THERE)
+    left = _LEFT_THERE
+    return sorted(f for f in folder.iterdir() if f.name[0] != "." and f.name.lower() not in left)
 
 
 def _files_of(folder: Path) -> tuple[list[Path], list[Path]]:
-    """List the files of a folder that are meant as images, by their endings, and all others."""
+    """List the files of a folder that are meant as images, by their endings, and what else is in it."""
     from PIL import Image
 
     readable = _formats()
     kinds = {end for end, kind in Image.registered_extensions().items() if kind in readable}
-    files = [f for f in _entries_of(folder) if f.is_file() or f.is_symlink()]
-    images = [f for f in files if f.suffix.lower() in kinds]
-    return images, [f for f in files if f.suffix.lower() not in kinds]
+    inside = _entries_of(folder)
+    images = [f for f in inside if f.suffix.lower() in kinds and (f.is_file() or f.is_symlink())]
+    return images, sorted(set(inside) - set(images))
 
 
 def _tell_passed_over(folder: Path, files: list[Path]) -> None:
     """Warn that files were not read, and say which."""
     if files:
-        ends = Counter(_shown(f.suffix.lower()) or "without an ending" for f in files)
-        told = ", ".join(f"{n} {end}" for end, n in ends.most_common(5))
+        kinds = Counter(map(_kind_of, files))
+        told = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(5))
         log.warning(
-            "%s: %d files were passed over, for their ending is none of an image (%s): give images "
-            "their ending, .jpg or .png, and convert what is of another kind, such as .heic",
+            "%s: %d files were passed over (%s): give images their ending, .jpg or .png, convert what is of "
+            "another kind, such as .heic, and put each directly into the folder of its class",
             _shown(folder),
             len(files),
             told,
         )
+
+
+def _kind_of(file: Path) -> str:
+    """Say what was passed over: by its ending."""
+    if file.is_dir():
+        return "in folders inside classes"
+    return _shown(file.suffix.lower()) or "without an ending"
 
 
 def _shown(path: str | Path) -> str:
@@ -972,10 +980,11 @@ def from_folder(
     ValueError for a size below 1 or channels other than 1 and 3.
     """
     _check_target(size, channels)
-    folder = Path(path).expanduser()
+    folder = at_home(path)
     classes = class_folders(folder)
     files, others = zip(*map(_files_of, classes), strict=True)
-    _tell_passed_over(folder, [f for own in others for f in own])
+    loose = [f for f in _entries_of(folder) if not f.is_dir()]
+    _tell_passed_over(folder, loose + [f for own in others for f in own])
     if empty := [f.name for f, images in zip(classes, files, strict=True) if not images]:
         raise DataError(
             f"{len(empty)} of {len(classes)} classes in {folder} have no image directly in their "

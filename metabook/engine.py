@@ -84,6 +84,7 @@ class Engine:
             raise ValueError('run="compile" compiles the lifted step: leave lift="loop" out')
         if self.chunk is not None:
             positive(chunk=self.chunk)
+            object.__setattr__(self, "chunk", int(self.chunk))
 
     @classmethod
     def told(cls, engine: Engine, older: dict[str, Any]) -> Engine:

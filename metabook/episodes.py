@@ -7,15 +7,19 @@ import copy
 import hashlib
 import json
 import math
+import operator
+import random
 import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -27,9 +31,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'positive', 'usable', 'finite',
-           'check_labels', 'check_range', 'Tasks', 'Frozen', 'digest', 'count', 'Waves', 'Sinusoids', 'Classes',
-           'spelled', 'check_alike', 'class_data', 'Picks', 'choose', 'sides', 'ClassTasks', 'FewShot', 'summary',
-           'check_enough', 'VariedWayShot', 'uneven']
+           'check_labels', 'check_range', 'Tasks', 'Frozen', 'twin_of', 'undisturbed', 'digest', 'count', 'Waves',
+           'Sinusoids', 'Classes', 'spelled', 'check_alike', 'class_data', 'Picks', 'choose', 'sides', 'ClassTasks',
+           'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -185,19 +189,22 @@ class Tasks:
     kind: Literal["classification", "regression"]
     device = torch.device("cpu")  # where `gather` puts the tensors
     same_shapes = True  # do all draws of equal size have equal shapes?
-    # A subclass with its own `draw` or `gather` answers for the next two, or they are false.
-    recordable = (
-        False  # may a GPU replay `sample`: the same operations each time, nothing on the host?
-    )
-    determined = False  # do `describe` and what is drawn decide all that an episode holds?
+    # May a GPU replay `sample`: always the same operations, nothing on the host?  A subclass with its own
+    # `draw` or `gather` answers for these, or is not recorded.
+    recordable = False
+    # Do `describe` and what is drawn decide all that an episode holds?  Else a name is made of that, too.
+    determined = False
 
     def __init_subclass__(cls, **how: Any):
         super().__init_subclass__(**how)
-        own = vars(cls)
-        if not {"draw", "gather", "sample"}.isdisjoint(own) and "recordable" not in own:
+        said = next(i for i, c in enumerate(cls.__mro__) if "recordable" in vars(c))
+        own = {"draw", "gather", "sample"}
+        if any(not own.isdisjoint(vars(c)) for c in cls.__mro__[:said]):
             cls.recordable = False
-        if not {"gather", "examples", "sample"}.isdisjoint(own) and "determined" not in own:
-            cls.determined = False
+
+    def keeps(self, cls: type, *methods: str) -> bool:
+        "Does it do these things as that class does, neither overridden nor replaced?"
+        return all(getattr(getattr(self, m), "__func__", None) is getattr(cls, m) for m in methods)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -235,10 +242,10 @@ class Tasks:
 
     def digest(self) -> str:
         "Twelve hexadecimal digits that name the data behind the tasks: here, what a few episodes hold."
-        twin = copy.copy(self)  # a draw may leave traces
+        generator, twin = torch.Generator().manual_seed(LOOK), twin_of(self)
         look = twin.draw if self.determined else twin.sample
-        generator = torch.Generator().manual_seed(LOOK)
-        return digest(t for _ in range(PROBE) for t in tree_leaves(look(1, generator)))
+        with undisturbed():
+            return digest(t for _ in range(PROBE) for t in tree_leaves(look(1, generator)))
 
     def content(self, drawn: Any) -> Iterator[Tensor]:
         "All numbers that decide, together with `describe`, what drawn episodes hold."
@@ -253,9 +260,10 @@ class Tasks:
     ) -> Frozen:
         "The `n` episodes of a seed, held as indices that were drawn on the CPU."
         positive(n=n)
-        generator = torch.Generator().manual_seed(int(seed))
+        seed = operator.index(seed)  # numpy's integers, too
+        generator = torch.Generator().manual_seed(seed)
         sizes = [int(n)] if self.same_shapes else [1] * n
-        return Frozen(self, [self.draw(k, generator) for k in sizes], int(seed))
+        return Frozen(self, [self.draw(k, generator) for k in sizes], seed)
 
 
 @dataclass(frozen=True)
@@ -269,17 +277,22 @@ class Frozen:
     def __len__(self) -> int:
         return sum(count(g) for g in self.groups)
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """Twelve hexadecimal digits that name these episodes: in every row of results they were used for.
 
         Whatever an episode holds has a part in them.
         """
-        told = {
-            k: v for k, v in self.tasks.describe().items() if k != "examples"
-        }  # that the data decide
-        told = json.dumps(told, sort_keys=True)
-        return digest((t for part in self.parts() for t in self.tasks.content(part)), told)
+        told = self.tasks.describe()
+        told.pop("examples", None)  # that the data decide
+        told["data"] = told.pop("origin", "") or told["data"]
+        return digest((), json.dumps(told, sort_keys=True, default=_number) + self.content)
+
+    @cached_property
+    def content(self) -> str:
+        "The digits of what was drawn, and of what the episodes hold where that decides more."
+        with undisturbed():
+            return digest(t for part in self.parts() for t in self.tasks.content(part))
 
     def episodes(
         self,
@@ -296,6 +309,35 @@ class Frozen:
                 yield tree_map(lambda t, i=i: t[i : i + batch], group)
 
 
+def twin_of(tasks: Tasks) -> Tasks:
+    "A copy to look at: drawing from it leaves no trace in the tasks.  It shares their tensors and data."
+    held = tree_leaves(vars(tasks))
+    shared = {id(v): v for v in held if isinstance(v, Tensor | np.ndarray)}
+    try:
+        return copy.deepcopy(tasks, shared)
+    except Exception:  # it holds what cannot be copied, such as an open file
+        return copy.copy(tasks)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    "Within it random numbers begin anew; afterwards they go on as if nothing had been drawn."
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for seed in (random.seed, np.random.seed, torch.manual_seed):
+                seed(0)
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+def _number(value: Any) -> Any:
+    "One of numpy, as JSON has it."
+    return value.item()
+
+
 PROBE = 8  # episodes by which tasks without stored data are known
 LOOK = 3 << 30  # the seed of these: nobody is trained, validated or tested on them
 
@@ -307,9 +349,12 @@ def digest(
     "Twelve hexadecimal digits of a text and of tensors, their types and shapes: as good as never twice."
     found = hashlib.sha256(text.encode())
     for t in numbers:
+        if not isinstance(t, Tensor):
+            found.update(repr(t).encode())
+            continue
         found.update(f"{t.dtype}{tuple(t.shape)}".encode())
         if not t.is_meta:  # which holds none
-            row = t.detach().cpu().reshape(-1)
+            row = t.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
             row = row if row.stride(0) == 1 else row.clone(memory_format=torch.contiguous_format)
             found.update(row.view(torch.uint8).numpy())
     return found.hexdigest()[:12]
@@ -336,7 +381,7 @@ class Sinusoids(Tasks):
     """
 
     kind = "regression"
-    recordable = determined = True
+    recordable = True
 
     def __init__(
         self,
@@ -349,6 +394,10 @@ class Sinusoids(Tasks):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shot={self.shot}, query={self.query})"
+
+    @property
+    def determined(self) -> bool:
+        return self.keeps(Sinusoids, "gather") and self.keeps(Tasks, "sample")
 
     def draw(self, n: int, generator: Generator | None = None) -> Waves:
         positive(n=n)
@@ -384,7 +433,9 @@ class Classes:
     cut: Int[Tensor, "classes"] | None = None  # see `sides`: examples before and after the cut
     mean: tuple[float, ...] = (0.0,)  # of each channel, after division by 255
     std: tuple[float, ...] = (1.0,)
-    origin: str = ""  # digest of the data that these were computed from, see `with_features`
+    origin: str = field(
+        default="", init=False
+    )  # what these were computed from, see `with_features`
 
     def __post_init__(self) -> None:
         tensors(x=self.x, sizes=self.sizes)
@@ -485,18 +536,23 @@ class Classes:
         "How many examples the largest class has."
         return max(self.sizes.tolist(), default=0)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that name what the data hold.
 
         Of data of more than `LARGE` bytes, which may lie in a file, they know only every so many-th example.
         """
-        if self.origin:
-            return self.origin
-        step = -(-self.x.nbytes // LARGE) or 1
-        cut = [] if self.cut is None else [self.cut]
-        seen = f"{self.mean} {self.std}" if self.x.dtype == torch.uint8 else ""
-        return digest([self.sizes, *cut, self.x[::step]], f"{type(self).__qualname__} {seen}")
+        # Counts what was written into it.
+        version = None if self.x.is_inference() else self.x._version
+        known = vars(self).get("_known", ())
+        if known[:1] != (version,):
+            step = -(-self.x.nbytes // LARGE) or 1
+            cut = [] if self.cut is None else [self.cut]
+            seen = [[float(v) for v in pair] for pair in (self.mean, self.std)]
+            seen = seen if self.x.dtype == torch.uint8 else ""
+            name = digest([self.sizes, *cut, self.x[::step]], f"{type(self).__qualname__} {seen}")
+            known = vars(self)["_known"] = version, name
+        return known[1]
 
     @cached_property
     def scaling(self) -> list[Tensor]:
@@ -517,10 +573,15 @@ class Classes:
         Raises `ValueError` where there is none, where a number is out of range or given twice, and where
         a mask is of another length.
         """
-        keep = self.numbers(torch.as_tensor(classes).cpu())
-        return replace(
-            self,
-            origin=self.origin and digest([keep], self.origin),
+        listed = classes if hasattr(classes, "__array__") else list(classes)
+        if any(isinstance(name, str) for name in listed):
+            raise ValueError(
+                f"classes={reprlib.repr(listed)}, expected numbers or a mask: for names, "
+                "[i for i, name in enumerate(data.names) if name in wanted]"
+            )
+        keep = self.numbers(torch.as_tensor(listed).cpu())
+        return self.known_as(
+            self.origin and digest([keep], self.origin),
             x=torch.cat([self.of_class(i) for i in keep.tolist()]),
             sizes=self.sizes[keep],
             names=[self.names[i] for i in keep.tolist()] if self.names else (),
@@ -551,14 +612,14 @@ class Classes:
             )
         if len(keep.unique()) < len(keep):
             raise ValueError(
-                f"classes={classes.tolist()}, expected each class once: take it out where it stands again, for two "
-                "labels of one class cannot be told apart"
+                f"classes={classes.tolist()}, expected each class once, for two labels of one class cannot be told apart: "
+                "take it out where it stands again; a mask is of True and False, as mask.bool() makes it"
             )
         return keep
 
     def to(self, device: torch.device | str) -> Classes:
         "The data on another device; images stay bytes.  Raises `ValueError` for one that cannot be used."
-        return replace(self, x=self.x.to(usable(device)))
+        return self.known_as(self.origin, x=self.x.to(usable(device)))
 
     def with_features(
         self,
@@ -573,7 +634,16 @@ class Classes:
             raise ValueError(
                 f"z has {len(z)} rows, but the data {len(self.x)} examples: give a row for each, in their order"
             )
-        return replace(self, x=z, origin=self.digest)
+        return self.known_as(self.origin or self.digest, x=z)
+
+    def known_as(self, origin: str, **changes: Any) -> Classes:
+        "These data with changes, computed from the data of that digest."
+        changed = replace(self, **changes)
+        object.__setattr__(changed, "origin", origin)
+        return changed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Classes:
+        return self  # nothing in it changes, and it may be large
 
     def prepare(
         self,
@@ -668,8 +738,13 @@ class ClassTasks(Tasks):
     """
 
     kind = "classification"
-    determined = True
     classes: Classes  # the data
+
+    @property
+    def determined(self) -> bool:
+        own = self.keeps(ClassTasks, "gather", "examples") and self.keeps(Tasks, "sample")
+        prepare = getattr(type(self.classes), "prepare", None)
+        return own and prepare is Classes.prepare
 
     @property
     def device(self) -> torch.device:
@@ -678,7 +753,7 @@ class ClassTasks(Tasks):
     def describe(self) -> dict[str, Any]:
         data = self.classes
         shape = {"shape": list(data.x.shape[1:]), "mean": list(data.mean), "std": list(data.std)}
-        return super().describe() | {"examples": shape}
+        return super().describe() | {"examples": shape, "origin": data.origin}
 
     def digest(self) -> str:
         "That of the data; with that of a few episodes where the subclass makes something else of them."

@@ -56,7 +56,7 @@ class Learner(NoScript, nn.Module):
         Its networks are asked, with made-up inputs: see `metabook.networks.mixes_examples`.  A class whose
         own `predict` mixes the queries has to say so: `transductive = True`.
         """
-        return any(map(mixes_examples, self.children()))
+        return any(map(_mixes, self.children()))
 
     def adapt(
         self,
@@ -141,6 +141,14 @@ class Learner(NoScript, nn.Module):
             parameter = next(self.parameters(), None)
         for name, x in {"support.x": support.x, "query": query}.items():
             check_place(name, x, parameter)
+
+# %% ../nbs/05_learners.ipynb #5e0d7c19
+def _mixes(part: nn.Module) -> bool:
+    "Is a part of a learner a network, or a learner, that mixes examples?"
+    if isinstance(part, nn.ModuleList | nn.ModuleDict):
+        return any(map(_mixes, part.children()))
+    said = getattr(part, "transductive", None)
+    return mixes_examples(part) if said is None else bool(said)
 
 # %% ../nbs/05_learners.ipynb #81d68383
 @contextmanager
@@ -278,15 +286,15 @@ def task_score(
 ) -> Float[Tensor, ""]:
     """Accuracy in [0, 1], or mean squared error: what `evaluate` reports.
 
-    NaN where an answer is NaN: `argmax` would take it for class 0.
+    NaN where an answer is NaN or its largest logit infinite: `argmax` would take it for class 0.
     """
+    exact = torch.promote_types(predictions.dtype, torch.float32)  # bfloat16 has no 12/45
     if kind == "regression":
-        return task_loss(kind, predictions, y)
+        return task_loss(kind, predictions.to(exact), y.to(exact))
     check_match(predictions, y)
-    hits = (predictions.argmax(-1) == y.argmax(-1)).to(predictions.dtype)
-    return hits.masked_fill(
-        predictions.isnan().any(-1), math.nan
-    ).mean()  # no answer is no wrong answer
+    hits = (predictions.argmax(-1) == y.argmax(-1)).to(exact)
+    lost = ~predictions.amax(-1).isfinite()  # no answer is no wrong answer
+    return hits.masked_fill(lost, math.nan).mean()
 
 
 def check_match(predictions: Tensor, y: Tensor) -> None:

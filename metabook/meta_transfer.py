@@ -224,7 +224,7 @@ class HardTasks(Tasks):
                 f"HardTasks needs a FewShot with a fixed way and shot, not {tasks}: give it one, such as "
                 "FewShot(classes, way=5, shot=1)"
             )
-        self.tasks, self.every, self.heard = tasks, every, 0
+        self.tasks, self.every, self.heard = tasks, int(every), 0
         self.failed = torch.zeros(len(tasks.classes), dtype=torch.bool)  # which classes
 
     def __repr__(self) -> str:

@@ -799,7 +799,7 @@ def reports(
 ) -> list[dict[str, Any]]:
     "What was run so far, in the order of `REPRODUCTIONS`."
     names = [row.name for row in REPRODUCTIONS.values() if row.method in set(methods)]
-    paths = [folder / f"{name}.json" for name in names]
+    paths = [at_home(folder) / f"{name}.json" for name in names]
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 

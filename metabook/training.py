@@ -3,7 +3,6 @@
 # %% ../nbs/06_training.ipynb #23f847d2
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +37,7 @@ from metabook.checkpoints import (
     rehearse,
     restore_random,
     save,
+    writable,
     write_atomically,
     write_checkpoint,
 )
@@ -58,7 +58,19 @@ from metabook.engine import (
     restore_where,
     update_where,
 )
-from .episodes import LOOK, Episode, Frozen, Tasks, count, one_hot, positive, usable
+from metabook.episodes import (
+    LOOK,
+    Episode,
+    Examples,
+    Frozen,
+    Tasks,
+    count,
+    one_hot,
+    positive,
+    twin_of,
+    undisturbed,
+    usable,
+)
 from .kernels import precise
 from .learners import Learner, scoring, start_training, task_score
 from .trust import claiming
@@ -70,10 +82,11 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'frozen_of', 'answers',
-           'require_tasks', 'check_tasks', 'waits', 'give_sizes', 'one_of', 'require_episodes', 'require_classes',
-           'place', 'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit', 'require_optimizer', 'require_learning',
-           'prepare', 'begin', 'start_anew', 'last_state', 'identity', 'named', 'some_of', 'described', 'surroundings',
-           'changes', 'same_everywhere', 'run_folder', 'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
+           'require_tasks', 'require_learner', 'check_tasks', 'waits', 'give_sizes', 'one_of', 'require_episodes',
+           'require_classes', 'require_answers', 'place', 'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit',
+           'require_optimizer', 'require_learning', 'prepare', 'begin', 'start_anew', 'last_state', 'identity', 'named',
+           'some_of', 'described', 'surroundings', 'changes', 'same_everywhere', 'require_same_answers', 'run_folder',
+           'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -92,8 +105,8 @@ class Score:
 
     @property
     def lost(self) -> int:
-        "How many tasks have no score, because an answer was NaN; then the mean has none either."
-        return int(self.per_task.isnan().sum())
+        "How many tasks have no score, because an answer was no number; then the mean has none either."
+        return int((~self.per_task.isfinite()).sum())
 
     @property
     def mean(self) -> float:
@@ -125,9 +138,11 @@ class Score:
     ) -> bool:
         "Is this mean the better one: a higher accuracy, a lower error?  One that is not a number never is."
         sign = -1 if self.metric == "mse" else 1
-        if math.isnan(self.mean):
+        if not math.isfinite(self.mean):
             return False
-        return other is None or math.isnan(other.mean) or sign * self.mean > sign * other.mean
+        return (
+            other is None or not math.isfinite(other.mean) or sign * self.mean > sign * other.mean
+        )
 
     def row(self) -> dict[str, Any]:
         "The score as JSON has it, without the single tasks; `None` for what is no number."
@@ -179,6 +194,7 @@ def evaluate(
     engine = Engine.told(engine, older)
     processes.join()
     positive(batch=batch)
+    require_learner(learner)
     frozen = frozen_of(tasks, n, seed)
     place(learner, device)
     parts = [p for group in frozen.groups for p in portions(group, batch)]
@@ -223,7 +239,8 @@ def answers(
 
     def ask(episodes: Episode) -> tuple[Tensor, Tensor]:
         if learner.kind == "classification":
-            require_classes("query.y", episodes.query.y)
+            require_classes("support.y", episodes.support.y)
+            require_answers(episodes.query.y)
         given = answer(learner, episodes.to(device), engine.lift, queries, check=engine.check)
         return given.cpu(), episodes.query.y.cpu()
 
@@ -234,7 +251,7 @@ def answers(
 # %% ../nbs/06_training.ipynb #7b81687d
 def require_tasks(tasks: Any, name: str = "tasks") -> None:
     "Raise `TypeError` for what is no distribution over tasks, such as data that they could be made of."
-    if not hasattr(tasks, "sample"):
+    if not hasattr(tasks, "sample") or isinstance(tasks, type):
         raise TypeError(
             f"{name}={reprlib.repr(tasks)}, expected tasks: make them, for example "
             "FewShot(classes, way=5, shot=1) of classes"
@@ -243,6 +260,17 @@ def require_tasks(tasks: Any, name: str = "tasks") -> None:
         raise TypeError(
             f"{name}={reprlib.repr(tasks)} do not say their kind, expected classification or regression: set "
             f'kind = "classification" in {type(tasks).__name__}'
+        )
+
+
+def require_learner(learner: Any) -> None:
+    "Raise `TypeError` for what is no learner, such as a network that one could be made of."
+    made = not isinstance(learner, type)
+    if not (made and hasattr(learner, "adapt") and hasattr(learner, "predict")):
+        what = f"a {type(learner).__name__}" if made else f"the class {learner.__name__}"
+        raise TypeError(
+            f"learner is {what}, expected an instance of a Learner: put a network into a method, such as "
+            "ProtoNet(network) or MAML(network)"
         )
 
 
@@ -260,8 +288,8 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
             f"a {learner.kind} learner cannot be used on {of.kind} tasks ({of}): "
             f"build {type(learner).__name__} for {of.kind}"
         )
-    first = next(tasks.episodes(1), None) if frozen else one_of(tasks)
-    if first is None:  # this process has no share of them
+    first = next(tasks.episodes(1), None) if frozen else one_of(of)
+    if first is None:  # this process has no share of them, or nobody can look
         return
     require_episodes(first, of)
     if of.kind == "classification":
@@ -269,7 +297,7 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
             require_classes(f"{side}.y", examples.y)
     if waits(learner):
         with scoring(learner), torch.no_grad():
-            give_sizes(learner, first.query.x[0])
+            give_sizes(learner, tree_map(lambda t: t[0].to(place(learner)), first))
 
 
 def waits(module: nn.Module) -> bool:
@@ -277,18 +305,23 @@ def waits(module: nn.Module) -> bool:
     return any(nn.parameter.is_lazy(p) for p in module.parameters())
 
 
-def give_sizes(learner: Learner, x: Tensor) -> None:
-    "Show its networks the first data, for parameters that wait for their sizes."
-    for part in filter(waits, learner.children()):
-        if isinstance(part, Learner):
-            give_sizes(part, x)
-        else:
-            part(x.to(next(part.parameters()).device))
+def give_sizes(learner: Learner, one: Episode) -> None:
+    """Show a learner its first task, for parameters that wait for their sizes.
+
+    Its network sees the examples themselves: an inner loop takes parameters in hand before it runs them.
+    """
+    part = next(iter(learner.children()))
+    if waits(part):
+        give_sizes(part, one) if hasattr(part, "adapt") else part(one.query.x)
+    if waits(learner):
+        learner(one.support, one.query.x)
 
 
-def one_of(tasks: Tasks) -> Episode:
-    "One task with a leading axis, as a copy of these would draw it: it leaves no trace."
-    return copy.copy(tasks).sample(1, torch.Generator().manual_seed(LOOK))
+def one_of(tasks: Tasks) -> Episode | None:
+    "One task with a leading axis, as a copy of these would draw it: it leaves no trace.  `None`: it cannot be had."
+    with suppress(Exception), undisturbed():  # whatever it is, the first step will tell
+        return twin_of(tasks).sample(1, torch.Generator().manual_seed(LOOK))
+    return None
 
 
 def require_episodes(first: Any, tasks: Tasks) -> None:
@@ -316,7 +349,7 @@ def require_classes(
     if y.is_meta or not y.numel():
         return
     sums = y.sum(-1)
-    odd = (sums - 1).abs() > 0.01
+    odd = ~((sums - 1).abs() <= 0.01)  # NaN is odd
     if bool(odd.any()) or bool((y < 0).any()):
         found = sums[odd][0].item() if bool(odd.any()) else y.min().item()
         raise ValueError(
@@ -324,6 +357,20 @@ def require_classes(
             "probabilities that sum to 1: several classes at once (multi-hot) have no accuracy; learn each as a "
             'task of its own, or as targets, with kind="regression"'
         )
+
+
+def require_answers(
+    y: Float[Tensor, "tasks n way"],  # labels of queries
+) -> None:
+    "Raise `ValueError` unless each row has one class that is the right answer."
+    require_classes("query.y", y)
+    if not y.is_meta and y.numel() and y.shape[-1] > 1:
+        first, second = y.topk(2, -1).values.unbind(-1)
+        if bool((first == second).any()):
+            raise ValueError(
+                f"query.y: a row of labels has {first[first == second][0].item():.4g} twice, expected one class that "
+                "is the likeliest: with two right answers there is no accuracy; give queries one class each"
+            )
 
 
 def place(learner: Learner, device: torch.device | str | None = None) -> torch.device:
@@ -690,6 +737,7 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     generator: torch.Generator | None = None  # of the training tasks
     keep: int = 3  # checkpoints
+    described: dict[str, Any] = field(default_factory=dict)  # the tasks
     identity: dict[str, Any] = field(default_factory=dict)  # what may not differ when it goes on
     interrupted: bool = False  # somebody pressed Ctrl-C
     best: Score | None = None  # on the validation tasks; it was chosen, so it flatters
@@ -757,8 +805,8 @@ class Run:
             self.write()
         if score.lost:
             log.warning(
-                "step %d: %d of %d validation tasks have an answer that is NaN, so these parameters are not kept: "
-                "lower the inner rate, take fewer steps in testing, or set clip",
+                "step %d: %d of %d validation tasks have an answer that is no number, so these parameters are not kept: "
+                "lower the rates, take fewer inner steps in testing, or set clip",
                 self.outer.taken,
                 score.lost,
                 score.n,
@@ -831,7 +879,7 @@ class Run:
             training = self.settings | {"steps_taken": self.outer.taken, "seconds": self.seconds}
             training["chunk"] = self.outer.chunk  # memory may have asked for fewer
             facts = {
-                "tasks": self.tasks.describe(),
+                "tasks": self.described,
                 "training": training,
                 "validation": self.choice(),
             }
@@ -1005,9 +1053,15 @@ def fit(
     engine = Engine.told(engine, older)
     processes.join()
     positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
-    if not lr > 0:
+    if not isinstance(lr, Real) or not 0 < lr < math.inf:
         raise ValueError(f"lr={lr!r}: expected a positive outer rate, for example 1e-3")
+    if isinstance(tasks, Frozen):
+        raise TypeError(
+            f"tasks are {len(tasks)} frozen ones, expected a distribution to draw from: give frozen.tasks, and the "
+            "frozen ones as validate"
+        )
     require_optimizer(optimizer)
+    require_learner(learner)
     require_learning(learner)
     device = place(learner, device)
     check_tasks(learner, tasks)
@@ -1042,9 +1096,8 @@ def fit(
 def require_optimizer(optimizer: Any) -> None:
     "Raise `TypeError` for an optimiser that is made already: `fit` makes it, for the learner's parameters."
     if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-        name = type(optimizer).__name__
         raise TypeError(
-            f"optimizer is an instance of {name}, made already, expected a class, or a function of parameters and lr: pass "
+            f"optimizer={reprlib.repr(optimizer)}, an instance of {type(optimizer).__name__}, expected a class, or a function of parameters and lr: pass "
             f"optimizer=torch.optim.Adam and lr=...; more settings, such as weight_decay, with functools.partial"
         )
 
@@ -1075,7 +1128,7 @@ def prepare(
     if validate is not None and not isinstance(validate, Frozen):
         require_tasks(validate, "validate")
         validate = validate.freeze(VALIDATION_TASKS, VALIDATION)
-    if not isinstance(run.keep, int) or run.keep < 0:
+    if not isinstance(run.keep, Integral) or run.keep < 0:
         raise ValueError(f"keep={run.keep!r}: expected how many checkpoints stay, 0 for none")
     if validate is not None and len(validate) < 2:
         raise ValueError(
@@ -1093,8 +1146,10 @@ def begin(run: Run, resume: bool) -> None:
     names = {"tasks": repr(run.tasks), "validation_tasks": None}
     if run.validation:
         names["validation_tasks"] = repr(run.validation.tasks)
-    same_everywhere(run.learner, run.settings, **names)
+    data = json.dumps(run.tasks.describe()) if processes.world() > 1 else ""
+    same_everywhere(run.learner, run.settings, data=data, **names)
     if run.folder:
+        run.described = run.tasks.describe()
         run.identity = identity(run)
     if resume and (found := processes.told(last_state(run.folder))):
         return run.restore(found)
@@ -1141,9 +1196,9 @@ def identity(run: Run) -> dict[str, Any]:
         "settings": settings,
         "rates": rates,
         "optimizer": {
-            k: v for k, v in defaults.items() if isinstance(v, int | float | str | tuple)
+            k: plain(k, v) for k, v in defaults.items() if isinstance(v, Real | str | tuple)
         },
-        "tasks": run.tasks.describe(),
+        "tasks": run.described,
         "validation": run.validation and named(run.validation),
         "parameters": {name: described(p) for name, p in run.learner.named_parameters()},
     }
@@ -1197,6 +1252,29 @@ def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> 
     processes.alike_(list(learner.state_dict().values()))
 
 
+def require_same_answers(learner: Learner, twin: Learner, one: Episode | None) -> None:
+    "Raise `ValueError` where what `load` would give answers otherwise; says nothing where neither can be asked."
+    device = place(learner)
+    try:
+        support, query = tree_map(lambda t: t[0].to(device), one)
+        found = [_asked(m, support, query.x) for m in (learner, twin.to(device))]
+    except Exception:  # the first step will tell
+        return
+    gap, size = (found[0] - found[1]).abs().max(), found[0].abs().max()
+    if gap > 1e-3 * size + 1e-6:
+        raise ValueError(
+            f"this {type(learner).__name__} would be another one after it was saved and loaded, its answers to a task "
+            f"are up to {gap:.2g} off: keep what forward uses in parameters or buffers, or set it in a constructor, "
+            "from its arguments"
+        )
+
+
+def _asked(learner: Learner, support: Examples, x: Tensor) -> Tensor:
+    "What it answers in evaluation mode, whatever random numbers it draws."
+    with scoring(learner), torch.no_grad(), undisturbed():
+        return learner(support, x)
+
+
 USED = ("log.jsonl", "config.json", "checkpoints")  # what says that a folder holds a run
 
 
@@ -1211,7 +1289,8 @@ def run_folder(folder: str | Path | None, run: Run, resume: bool) -> Path | None
             raise ValueError("resume=True, but there is no folder to go on with: name one")
         return None
     folder = at_home(folder)
-    rehearse(run.learner)
+    require_same_answers(run.learner, rehearse(run.learner), one_of(run.tasks))
+    writable("notes", run.notes)
     if run.keep and changes(run.tasks) and not hasattr(run.tasks, "state_dict"):
         raise TypeError(
             f"{run.tasks!r} learn from feedback, so a checkpoint must hold what they remember: give "
@@ -1336,9 +1415,9 @@ def calibration(
     frozen = frozen_of(tasks, n, seed)
     place(learner, device)
     given = answers(learner, frozen, queries, engine=engine)
-    if lost := sum(int(logits.isnan().flatten(1).any(1).sum()) for logits, _ in given):
+    if lost := sum(int((~t.amax(-1).isfinite()).any(1).sum()) for t, _ in given):
         raise ValueError(
-            f"in {lost} of {len(frozen)} tasks an answer is NaN, so its confidence is no number: lower the inner rate "
+            f"in {lost} of {len(frozen)} tasks an answer is no number, so its confidence is no number: lower the inner rate "
             "or the number of inner steps in testing, or train again"
         )
     sums = [binned(logits / temperature, y, bins) for logits, y in given]

@@ -38,7 +38,7 @@ class Batches(ClassTasks):
     ):
         class_data(classes)
         positive(size=size)
-        self.classes, self.size, self.way = classes, size, len(classes)
+        self.classes, self.size, self.way = classes, int(size), len(classes)
 
     def __repr__(self) -> str:
         return f"Batches({summary(self.classes)}, size={self.size})"

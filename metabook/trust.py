@@ -622,7 +622,7 @@ def why_not(
     try:
         copy_of(learner)
     except Exception as error:
-        return f"it cannot be copy_of, so nobody could compare ({_first_line(error)})"
+        return f"it cannot be copied, so nobody could compare ({_first_line(error)})"
     try:
         right = _in_double(learner, two, work, "loop")
     except Exception as error:

@@ -91,10 +91,23 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
         start_afresh()
 
 
+def registries() -> list[dict[str, type]]:
+    """Of methods and networks, as soon as somebody has imported them."""
+    module = sys.modules.get("metabook.checkpoints")
+    return [module.METHODS, module.NETWORKS] if module else [{}, {}]
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
     start_afresh()
+    before = [set(registry) for registry in registries()]
     yield
+    for registry, known in zip(
+        registries(), before, strict=False
+    ):  # what a test registered is its own
+        for name in registry.keys() - known:
+            if not registry[name].__module__.startswith("metabook."):
+                del registry[name]
     torch.set_default_dtype(torch.float32)
     if pyplot := sys.modules.get("matplotlib.pyplot"):
         pyplot.close("all")

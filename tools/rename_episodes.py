@@ -67,13 +67,15 @@ def renamed(text: str, names: dict[str, str]) -> tuple[str, list[str]]:
 
 
 def main(folder: Path) -> None:
-    """Rename in every JSON file of a folder."""
-    names = {older_hash(frozen): frozen.hash for frozen in episodes_of_the_tables()}
+    """Rename in every JSON file of a folder; ends with status 1 where names were kept."""
+    names, kept = {older_hash(frozen): frozen.hash for frozen in episodes_of_the_tables()}, 0
     for path in sorted(folder.glob("*.json")):
         text, unknown = renamed(path.read_text(encoding="utf-8"), names)
         write_atomically(path, text.encode())
         if unknown := sorted(set(unknown) - set(names.values())):
             print(f"{path.name}: kept {', '.join(unknown)}: no episodes that can be drawn here")
+            kept = 1
+    sys.exit(kept)
 
 
 if __name__ == "__main__":

@@ -400,6 +400,8 @@ def test_accuracy_by_hand():
     answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 6.0, 9.0]])
     classes = torch.eye(3)[[1, 0, 1, 2]]  # the third answer is wrong
     assert task_score("classification", answers, classes) == 3 / 4
+    answers[1, 2] = math.nan  # no answer is no wrong answer, and no right one
+    assert math.isnan(task_score("classification", answers, classes))
 
 
 @pytest.mark.proves("eq-outer-objective")

@@ -210,9 +210,10 @@ def test_each_part_keeps_its_precision():
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
     halves = ProtoNet(HalfAndHalf())
+    halves.embed.table = halves.embed.table.float()  # another precision than it was built in
     loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
     kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
-    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 2
     assert torch.equal(loaded.embed(points), halves.embed(points))
 
 
@@ -273,9 +274,10 @@ def test_shared_and_reordered_tensors_are_saved():
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
     halves = ProtoNet(HalfAndHalf())
+    halves.embed.table = halves.embed.table.float()  # another precision than it was built in
     loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
     kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
-    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 2
     assert torch.equal(loaded.embed(points), halves.embed(points))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
@@ -343,9 +345,10 @@ def test_what_could_never_be_loaded_is_refused_before_the_training():
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
     halves = ProtoNet(HalfAndHalf())
+    halves.embed.table = halves.embed.table.float()  # another precision than it was built in
     loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
     kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
-    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 2
     assert torch.equal(loaded.embed(points), halves.embed(points))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
@@ -374,8 +377,12 @@ def test_what_could_never_be_loaded_is_refused_before_the_training():
     again = metabook.load(save(fresh(), learner))
     assert torch.equal(again.embed.layers[1].weight, learner.embed.layers[1].weight)
     learner.embed.layers.append(torch.nn.Linear(2, 2))  # behind the constructor's back
-    with pytest.raises(ValueError, match=r"trained and saved, but never loaded: .*layers\.2"):
+    with pytest.raises(ValueError, match=r"saved, but never loaded as it is: .*layers\.2"):
         rehearse(learner)
+    learner = ProtoNet(MLP([2, 4]))
+    learner.distance = "cosine"  # the constructor would have made a scale as well
+    with pytest.raises(ValueError, match="distance was 'squared' and is 'cosine'"):
+        save(fresh(), learner)
 
 
 def test_a_learner_that_holds_a_learner_comes_back():
@@ -435,9 +442,10 @@ def test_a_learner_that_holds_a_learner_comes_back():
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
     halves = ProtoNet(HalfAndHalf())
+    halves.embed.table = halves.embed.table.float()  # another precision than it was built in
     loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
     kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
-    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 2
     assert torch.equal(loaded.embed(points), halves.embed(points))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
@@ -466,11 +474,15 @@ def test_a_learner_that_holds_a_learner_comes_back():
     again = metabook.load(save(fresh(), learner))
     assert torch.equal(again.embed.layers[1].weight, learner.embed.layers[1].weight)
     learner.embed.layers.append(torch.nn.Linear(2, 2))  # behind the constructor's back
-    with pytest.raises(ValueError, match=r"trained and saved, but never loaded: .*layers\.2"):
+    with pytest.raises(ValueError, match=r"saved, but never loaded as it is: .*layers\.2"):
         rehearse(learner)
+    learner = ProtoNet(MLP([2, 4]))
+    learner.distance = "cosine"  # the constructor would have made a scale as well
+    with pytest.raises(ValueError, match="distance was 'squared' and is 'cosine'"):
+        save(fresh(), learner)
 
     # cell 64b8f0e1
-    @register("cautious")
+    @register("tempered")
     class Cautious(Learner):
         "Another learner, half as sure."
 
@@ -551,9 +563,10 @@ def test_an_adapted_learner_is_exported():
             return self.free(self.frozen(x.bfloat16()).float()) + self.table.float()
 
     halves = ProtoNet(HalfAndHalf())
+    halves.embed.table = halves.embed.table.float()  # another precision than it was built in
     loaded, points = metabook.load(save(fresh(), halves)), torch.randn(5, 2)
     kinds = [{k: v.dtype for k, v in m.state_dict().items()} for m in (halves, loaded)]
-    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 3
+    assert kinds[0] == kinds[1] and len(set(kinds[0].values())) == 2
     assert torch.equal(loaded.embed(points), halves.embed(points))
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
@@ -582,11 +595,15 @@ def test_an_adapted_learner_is_exported():
     again = metabook.load(save(fresh(), learner))
     assert torch.equal(again.embed.layers[1].weight, learner.embed.layers[1].weight)
     learner.embed.layers.append(torch.nn.Linear(2, 2))  # behind the constructor's back
-    with pytest.raises(ValueError, match=r"trained and saved, but never loaded: .*layers\.2"):
+    with pytest.raises(ValueError, match=r"saved, but never loaded as it is: .*layers\.2"):
         rehearse(learner)
+    learner = ProtoNet(MLP([2, 4]))
+    learner.distance = "cosine"  # the constructor would have made a scale as well
+    with pytest.raises(ValueError, match="distance was 'squared' and is 'cosine'"):
+        save(fresh(), learner)
 
     # cell 64b8f0e1
-    @register("cautious")
+    @register("tempered")
     class Cautious(Learner):
         "Another learner, half as sure."
 

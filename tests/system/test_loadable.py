@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 
 import metabook
 from metabook import checkpoints, cli, datasets, recipes
-from metabook.checkpoints import METHODS, NETWORKS, load, register, rehearse, save, write_checkpoint
+from metabook.checkpoints import NETWORKS, load, register, rehearse, save, write_checkpoint
 from metabook.datasets import from_folder
 from metabook.engine import Engine
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks, VariedWayShot
@@ -45,17 +46,6 @@ QUIET: dict[str, Any] = {"meta_batch": 2, "progress": False}
 def as_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and types in signatures are checked in tests only: here nobody but the library looks."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-
-
-@pytest.fixture(autouse=True)
-def registries() -> Iterator[None]:
-    """What a test registers is forgotten after it."""
-    checkpoints.methods()
-    before = [dict(METHODS), dict(NETWORKS)]
-    yield
-    for registry, known in zip((METHODS, NETWORKS), before, strict=True):
-        registry.clear()
-        registry.update(known)
 
 
 def classes(*features: int, dtype: torch.dtype = torch.float32) -> Classes:
@@ -104,6 +94,19 @@ def by_numpy() -> type[nn.Module]:
     return Net
 
 
+def lazy_later() -> type[nn.Module]:
+    @register("lazy-later", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 5), nn.LazyLinear(width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x))
+
+    return Net
+
+
 def lazy() -> type[nn.Module]:
     @register("lazy", NETWORKS)
     class Net(nn.Module):
@@ -119,7 +122,13 @@ def lazy() -> type[nn.Module]:
 
 @pytest.mark.parametrize(
     "network, method",
-    [(depth_by_value, ProtoNet), (by_numpy, ProtoNet), (lazy, ProtoNet), (lazy, MAML)],
+    [
+        (depth_by_value, ProtoNet),
+        (by_numpy, ProtoNet),
+        (lazy, ProtoNet),
+        (lazy, MAML),
+        (lazy_later, ProtoNet),
+    ],
 )
 def test_what_cannot_be_built_without_numbers_is_built_with_them(
     network: Callable[[], type[nn.Module]], method: type[Learner], tmp_path: Path
@@ -136,7 +145,7 @@ def test_what_could_not_be_loaded_is_not_trained(tmp_path: Path):
     learner = Pretrained(Conv4(1, out=5, size=16, width=4, pool="stride"))
     learner.embed.head = nn.Identity()  # as people take a head off
     images = FewShot(classes(1, 16, 16), 2, 1, 3)
-    with pytest.raises(ValueError, match=r"trained and saved, but never loaded: embed\.head"):
+    with pytest.raises(ValueError, match=r"saved, but never loaded as it is: embed\.head"):
         fit(learner, images, steps=1, folder=tmp_path / "run", **QUIET)
     assert not (tmp_path / "run").exists()
     fit(learner, images, steps=1, **QUIET)  # without a folder nothing is promised
@@ -163,6 +172,118 @@ def test_one_name_is_a_method_or_a_network():
         register("mlp")(type("Other", (Learner,), {}))
     with pytest.raises(ValueError, match="'maml' already names MAML"):
         register("maml", NETWORKS)(type("Other", (nn.Module,), {"__init__": lambda self: None}))
+
+
+CHANGES: dict[str, tuple[Callable[[], Learner], str]] = {
+    "a rate": (lambda: changed(MAML(MLP([3, 2]), lr=0.5), lr=0.1), "lr was 0.5 and is 0.1"),
+    "steps": (lambda: changed(MAML(MLP([3, 2])), test_steps=20), "test_steps was 1 and is 20"),
+    "a distance": (
+        lambda: changed(ProtoNet(MLP([3, 4])), distance="cosine"),
+        "distance was 'squared'",
+    ),
+    "a layer": (lambda: with_tanh(), "act was 'ReLU' and is 'Tanh'"),
+}
+
+
+def changed(learner: Learner, **attributes: Any) -> Learner:
+    for name, value in attributes.items():
+        setattr(learner, name, value)
+    return learner
+
+
+def with_tanh() -> Learner:
+    @register("activated", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.layer, self.act = nn.Linear(3, width), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.layer(x))
+
+    net = Net()
+    net.act = nn.Tanh()
+    return ProtoNet(net)
+
+
+@pytest.mark.parametrize("make, message", CHANGES.values(), ids=CHANGES)
+def test_what_was_changed_after_it_was_made_is_not_saved_as_another(
+    make: Callable[[], Learner], message: str, tmp_path: Path
+):
+    for use in (
+        lambda: save(tmp_path / "saved", make()),
+        lambda: fit(make(), vectors(), steps=1, folder=tmp_path / "run", **QUIET),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert not (tmp_path / "run").exists() and not (tmp_path / "saved").exists()
+
+
+def test_numbers_that_are_not_saved_are_found_before_the_training(tmp_path: Path):
+    @register("projected", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.table = torch.randn(3, width)  # neither a parameter nor a buffer
+            self.layer = nn.Linear(width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x @ self.table)
+
+    with pytest.raises(
+        ValueError, match=r"would be another one after it was saved and loaded.*buffers"
+    ):
+        fit(ProtoNet(Net()), vectors(), steps=1, folder=tmp_path / "run", **QUIET)
+
+
+def test_frozen_and_tied_parameters_and_tuples_come_back(tmp_path: Path):
+    @register("of-two", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, slopes: tuple[float, float] = (0.0, 2.0)):
+            super().__init__()
+            self.slopes = slopes if isinstance(slopes, tuple) else (slopes[0], slopes[0])
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.register_buffer("pos", torch.ones(3), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x) + self.slopes[1] * self.pos.to(x)
+            return self.b(x)[:, :2]
+
+    net = Net()
+    net.b.weight = net.a.weight
+    net.a.bias.requires_grad_(False)
+    net.pos = net.pos.bfloat16()
+    learner = MAML(net, lr=0.1)
+    fit(learner, vectors(), steps=2, folder=tmp_path, **QUIET)
+    again = load(tmp_path)
+    assert again.net.b.weight is again.net.a.weight and again.net.slopes == (0.0, 2.0)
+    assert not again.net.a.bias.requires_grad and again.net.b.bias.requires_grad
+    assert again.net.pos.dtype == torch.bfloat16
+    assert same_answers(learner, again, vectors())
+
+
+def test_an_argument_without_a_number_in_json_is_refused_before_the_training(tmp_path: Path):
+    @register("clamped", NETWORKS)
+    class Net(nn.Module):
+        def __init__(self, top: float = float("inf")):
+            super().__init__()
+            self.top, self.layer = top, nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).clamp(max=self.top)
+
+    with pytest.raises(TypeError, match="top=inf cannot be written as JSON"):
+        fit(ProtoNet(Net()), vectors(), steps=1, folder=tmp_path / "run", **QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_stays_with_its_class():
+    with_tanh()
+    with pytest.raises(ValueError, match="'activated' already names Net"):
+
+        @register("activated", NETWORKS)
+        class Net(nn.Module):
+            pass
 
 
 # --- precision
@@ -255,6 +376,8 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path):
     learner = MAML(MLP([three, np.int64(2)]), lr=np.float32(0.1), steps=one)
     how = dict(
         lr=np.float32(1e-3),
+        keep=np.int64(2),
+        engine=Engine(chunk=np.int64(1)),
         meta_batch=np.int64(2),
         every=one,
         seed=np.int64(7),
@@ -395,7 +518,17 @@ def test_files_that_are_passed_over_are_counted(tmp_path: Path, caplog: pytest.L
     assert "18 without an ending, 18 .heic" in caplog.text
 
 
-LEFT = (".ipynb_checkpoints", ".git", "__MACOSX", "@eaDir")
+LEFT = (".ipynb_checkpoints", ".git", "__MACOSX", "__macosx", "@eaDir")
+
+
+def test_images_that_stand_elsewhere_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for place in ("cat", "dog", "cat/more", "."):
+        (tmp_path / place).mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / place / "0.jpg")
+    assert from_folder(tmp_path, 16).sizes.tolist() == [1, 1]
+    assert (
+        "2 files were passed over" in caplog.text and "1 in folders inside classes" in caplog.text
+    )
 
 
 def test_what_systems_leave_is_no_class_and_no_image(
@@ -516,6 +649,68 @@ MESSAGES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         lambda: evaluate(ProtoNet(MLP([3, 4])), classes(3)),
         TypeError,
         ("tasks=", "Classes(6", "expected tasks", "FewShot(classes, way=5, shot=1)"),
+    ),
+    "a network as learner": (
+        lambda: train(MLP([3, 4]), vectors()),
+        TypeError,
+        ("learner", "MLP", "expected an instance of a Learner", "ProtoNet(network)"),
+    ),
+    "a network to be scored": (
+        lambda: evaluate(MLP([3, 4]), vectors()),
+        TypeError,
+        ("learner", "MLP", "expected an instance of a Learner", "ProtoNet(network)"),
+    ),
+    "a class as learner": (
+        lambda: evaluate(ProtoNet, vectors()),
+        TypeError,
+        ("learner", "the class ProtoNet", "expected an instance", "ProtoNet(network)"),
+    ),
+    "a class as tasks": (
+        lambda: evaluate(ProtoNet(MLP([3, 4])), FewShot),
+        TypeError,
+        ("tasks=", "FewShot", "expected tasks", "FewShot(classes, way=5, shot=1)"),
+    ),
+    "frozen tasks to train on": (
+        lambda: train(ProtoNet(MLP([3, 4])), vectors().freeze(10)),
+        TypeError,
+        ("tasks", "10 frozen ones", "expected a distribution to draw from", "frozen.tasks"),
+    ),
+    "a rate that is text": (
+        lambda: train(curve(), Sinusoids(), lr="1e-3"),
+        ValueError,
+        ("lr=", "'1e-3'", "expected a positive outer rate", "for example 1e-3"),
+    ),
+    "an endless rate": (
+        lambda: train(curve(), Sinusoids(), lr=float("inf")),
+        ValueError,
+        ("lr=", "inf", "expected a positive outer rate", "for example 1e-3"),
+    ),
+    "an optimiser by name": (
+        lambda: train(curve(), Sinusoids(), optimizer="adam"),
+        TypeError,
+        ("optimizer=", "'adam'", "expected a class", "optimizer=torch.optim.Adam"),
+    ),
+    "classes by name": (
+        lambda: classes(3).select(["0", "1"]),
+        ValueError,
+        ("classes=", "['0', '1']", "expected numbers or a mask", "enumerate(data.names)"),
+    ),
+    "a mask of numbers": (
+        lambda: classes(3).select(torch.tensor([0, 1, 1, 0, 0, 1])),
+        ValueError,
+        ("classes=", "[0, 1, 1, 0, 0, 1]", "expected each class once", "mask.bool()"),
+    ),
+    "notes without a number": (
+        lambda: train(
+            curve(), Sinusoids(), notes={"baseline": float("nan")}, folder=tempfile.mkdtemp()
+        ),
+        ValueError,
+        ("notes=", "nan", "expected finite numbers", "or None"),
+    ),
+    "a class that nobody imported": (
+        lambda: checkpoints.build({"name": "of-my-own", "args": {}}),
+        ValueError,
+        ("unknown method", "'of-my-own'", "known are", "import its module first"),
     ),
     "an optimiser, not its class": (
         lambda: train(curve(), Sinusoids(), optimizer=torch.optim.Adam(curve().parameters())),

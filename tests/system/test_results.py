@@ -9,9 +9,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from notebooks import ROOT
+from rename_episodes import older_hash, renamed
 
-from metabook.recipes import REPRODUCTIONS, RESULTS, reports
+from metabook.recipes import REPRODUCTIONS, RESULTS, reports, unseen_tasks
 
 FILES = sorted(f for f in RESULTS.glob("*.json") if not f.stem.startswith("bench-"))
 REPRODUCED = [file for file in FILES if file.stem in REPRODUCTIONS]
@@ -51,6 +53,56 @@ def test_a_row_is_of_the_recipe_that_its_command_runs(file):
         assert found["command"] == wanted
         recipe = row.recipe(found["budget"])
         assert found["recipe"] == json.loads(json.dumps(vars(recipe)))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_rows_of_0_1_0_say_what_their_episodes_were_called(file):
+    for row in rows_of(file):
+        if row["metabook"] == "0.1.0":
+            for score in [*scores_of(row), row["validation"]]:
+                assert re.fullmatch(r"[0-9a-f]{12}", score["migrated_from"])
+                assert score["migrated_from"] != score["episodes"]
+
+
+def names_today(data: str, n: int, shot: int) -> tuple[str, str]:
+    """The hash of test episodes, drawn now; and as 0.1.0 would have made it."""
+    task = {"data": data, "way": 5, "shot": shot}
+    frozen = unseen_tasks(task, "test", torch.device("cpu")).freeze(n)
+    return frozen.hash, older_hash(frozen)
+
+
+def test_a_row_has_the_name_of_the_episodes_that_are_drawn_today():
+    score = rows_of(RESULTS / "maml-sinusoids.json")[0]
+    assert (score["episodes"], score["migrated_from"]) == names_today("sinusoids", 600, 5)
+
+
+@pytest.mark.parametrize(
+    "data, shot",
+    [
+        pytest.param("omniglot", 1, marks=pytest.mark.data("omniglot")),
+        *(
+            pytest.param(data, shot, marks=pytest.mark.data(data))
+            for data in ("cifarfs", "fc100")
+            for shot in (1, 5)
+        ),
+    ],
+)
+def test_rows_on_real_data_too(data, shot):
+    score = rows_of(RESULTS / f"protonet-{data}-5way-{shot}shot.json")[0]["single"]
+    assert (score["episodes"], score["migrated_from"]) == names_today(data, 600, shot)
+
+
+def test_renaming_keeps_all_but_the_names_and_does_it_once():
+    old, new = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+    text = f'[{{\n  "n": 600,\n  "episodes": "{old}",\n  "queries": "joint"\n}},\n {{"episodes": "{"c" * 12}"}}]'
+    once, unknown = renamed(text, {old: new})
+    assert json.loads(once)[0] == {
+        "n": 600,
+        "episodes": new,
+        "migrated_from": old,
+        "queries": "joint",
+    }
+    assert unknown == ["c" * 12] and renamed(once, {new: old}) == (once, unknown)
 
 
 def test_methods_are_compared_on_the_same_episodes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,7 +60,7 @@ def test_a_network_of_nan_has_no_accuracy():
         assert np.isnan(score.mean) and score.lost == 20
         assert "nan" in str(score) and "20 of them without a number" in str(score)
         assert score.row()["mean"] is None and score.row()["ci95"] is None
-    with pytest.raises(ValueError, match=r"in 20 of 20 tasks an answer is NaN"):
+    with pytest.raises(ValueError, match=r"in 20 of 20 tasks an answer is no number"):
         calibration(broken, three_way(noise()), 20)
 
 
@@ -69,10 +70,54 @@ def test_one_nan_among_many_tasks_is_not_averaged_away():
     assert 0 < score.lost <= 50 and np.isnan(score.mean)
 
 
+class Overflowing(nn.Module):
+    """Its logits are infinite for every class."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3, 3), 1e30))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs() * 1e30 @ self.weight
+
+
+def test_answers_that_overflow_are_no_answers():
+    score = evaluate(MAML(Overflowing(), steps=0), three_way(noise()), 20)
+    assert score.lost == 20
+    with pytest.raises(ValueError, match="an answer is no number"):
+        calibration(MAML(Overflowing(), steps=0), three_way(noise()), 20)
+
+
+def test_minus_infinity_excludes_a_class_and_is_an_answer():
+    class Excluding(ProtoNet):
+        def predict(self, state: Any, x: Tensor) -> Tensor:
+            logits = super().predict(state, x)
+            return torch.where(logits < logits.amax(-1, keepdim=True), -torch.inf, logits)
+
+    masked, plain = (
+        evaluate(c(nn.Identity()), three_way(noise()), 20) for c in (Excluding, ProtoNet)
+    )
+    assert torch.equal(masked.per_task, plain.per_task) and masked.lost == 0
+
+
+def test_scores_of_a_bfloat16_learner_are_exact():
+    learner = ProtoNet(MLP([3, 4])).bfloat16()
+    tasks = FewShot(Classes(noise().bfloat16(), SIZES), 3, 1, 5)
+    score = evaluate(learner, tasks, 40)
+    assert score.per_task.dtype == torch.float32
+    assert torch.allclose(15 * score.per_task, (15 * score.per_task).round(), atol=1e-5)
+
+
 def test_nothing_with_nan_is_better_and_everything_is_better_than_nan():
     good, bad = Score(torch.tensor([0.2, 0.3])), Score(torch.tensor([0.9, float("nan")]))
     assert not bad.beats(None) and not bad.beats(good)
     assert good.beats(bad) and good.beats(None)
+
+
+def test_an_infinite_error_is_no_score_either():
+    endless = Score(torch.tensor([1.0, float("inf")]), "mse")
+    assert not endless.beats(None) and endless.lost == 1 and endless.row()["mean"] is None
+    assert Score(torch.tensor([9.0, 9.0]), "mse").beats(endless)
 
 
 def test_validation_never_keeps_parameters_that_answer_nan(
@@ -83,7 +128,8 @@ def test_validation_never_keeps_parameters_that_answer_nan(
     run = fit(exploding(), tasks, **how)
     assert run.best is None and "no validation score was a number" in str(run)
     assert (
-        "step 1: " in caplog.text and "validation tasks have an answer that is NaN" in caplog.text
+        "step 1: " in caplog.text
+        and "validation tasks have an answer that is no number" in caplog.text
     )
     assert [row["validation"] for row in run.log if "validation" in row] == [None, None]
     assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
@@ -155,6 +201,89 @@ def test_a_subclass_with_other_values_has_another_hash():
     assert one.freeze(4).hash != other.freeze(4).hash and one.describe() != other.describe()
 
 
+class Louder:
+    """As people write what they mix into tasks."""
+
+    sigma = 1.0
+
+    def gather(self, indices: Any) -> Episode:
+        support, query = super().gather(indices)
+        return Episode(*(part._replace(x=self.sigma * part.x) for part in (support, query)))
+
+
+class LouderShots(Louder, FewShot):
+    pass
+
+
+class Prepared(Classes):
+    """Data that are prepared in a way of their own."""
+
+    by = 1.0
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return self.by * super().prepare(x)
+
+
+def test_whatever_decides_what_an_episode_holds_is_in_its_name():
+    mixed = [LouderShots(Classes(noise(), SIZES), 3, 1, 3) for _ in range(2)]
+    assert not mixed[0].determined and not mixed[0].recordable
+    mixed[1].sigma = 9.0
+    replaced = [three_way(noise()) for _ in range(2)]
+    replaced[1].gather = mixed[1].gather
+    prepared = [FewShot(Prepared(noise(), SIZES), 3, 1, 3) for _ in range(2)]
+    vars(prepared[1].classes)["by"] = 9.0
+    for one, other in (mixed, replaced, prepared):
+        assert one.freeze(4).hash == one.freeze(4).hash != other.freeze(4).hash
+        assert one.describe() != other.describe()
+
+
+class Augmented(FewShot):
+    """Random numbers of three libraries in what is gathered."""
+
+    def gather(self, indices: Any) -> Episode:
+        support, query = super().gather(indices)
+        by = np.random.rand() + random.random()
+        return Episode(support, query._replace(x=query.x + by * torch.randn_like(query.x)))
+
+
+def test_random_augmentation_can_be_named_and_resumed(tmp_path: Path):
+    tasks, learner = Augmented(Classes(noise(), SIZES), 3, 1, 3), ProtoNet(MLP([3, 4]))
+    torch.manual_seed(0)
+    assert tasks.describe() == tasks.describe() and tasks.freeze(4).hash == tasks.freeze(4).hash
+    drawn = torch.rand(3), np.random.rand(), random.random()
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), drawn[0])
+    for steps in (1, 2):
+        fit(learner, tasks, steps=steps, folder=tmp_path, resume=steps > 1, **QUIET)
+
+
+def test_features_of_another_network_are_other_data_for_a_run(tmp_path: Path):
+    images, learner = Classes(noise(), SIZES), ProtoNet(MLP([5, 4]))
+
+    def go(steps: int, z: Tensor) -> None:
+        tasks = FewShot(images.with_features(z), 3, 1, 3)
+        fit(learner, tasks, steps=steps, folder=tmp_path, resume=steps > 1, **QUIET)
+
+    go(1, noise(1, features=5))
+    go(2, noise(1, features=5))
+    with pytest.raises(ValueError, match=r"holds another run: tasks\.data was"):
+        go(3, noise(2, features=5))
+
+
+def test_replaced_data_do_not_keep_the_name():
+    features = Classes(noise(), SIZES).with_features(noise(1))
+    other = replace(features, x=noise(2))
+    assert FewShot(other, 3, 1, 3).freeze(4).hash != FewShot(features, 3, 1, 3).freeze(4).hash
+    moved = FewShot(features.to("cpu"), 3, 1, 3).freeze(4).hash
+    assert moved == FewShot(features, 3, 1, 3).freeze(4).hash
+
+
+def test_equal_numbers_of_another_kind_are_the_same_data():
+    x = torch.arange(48, dtype=torch.uint8).view(48, 1, 1, 1)
+    means = [(0.5,), (np.float64(0.5),), [0.5], (np.float32(0.5),)]
+    assert len({three_way(x, mean=mean).freeze(4).hash for mean in means}) == 1
+
+
 def test_of_large_data_the_chosen_examples_have_a_say(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         library, "LARGE", 100
@@ -170,6 +299,16 @@ def test_of_large_data_the_chosen_examples_have_a_say(monkeypatch: pytest.Monkey
         changed[row or 0] += 0 if row is None else 1
         hashes.append(three_way(changed).freeze(2).hash)
     assert hashes[0] != hashes[1] and hashes[0] == hashes[2]
+
+
+def test_what_is_written_into_the_data_changes_the_name():
+    tasks = three_way(noise())
+    frozen = tasks.freeze(4)
+    before, describing = frozen.hash, tasks.describe()
+    tasks.classes.x[47, 2] += 1
+    assert frozen.hash != before and tasks.describe() != describing
+    tasks.classes.x[47, 2] -= 1
+    assert three_way(noise()).freeze(4).hash == before
 
 
 def test_features_keep_the_name_of_their_episodes():
@@ -354,6 +493,24 @@ def test_several_classes_at_once_have_no_accuracy():
             use()
 
 
+@pytest.mark.parametrize("wrong", ["nan", "some nan", "two right", "all alike"])
+def test_labels_without_one_right_answer_are_refused(wrong: str):
+    class Odd(FewShot):
+        def gather(self, indices: Any) -> Episode:
+            support, query = super().gather(indices)
+            y = {
+                "nan": query.y * torch.nan,
+                "some nan": query.y.masked_fill(query.y.cumsum(1) == 1, torch.nan),
+                "two right": (query.y + query.y.roll(1, -1)) / 2,
+                "all alike": torch.full_like(query.y, 1 / 3),
+            }[wrong]
+            return Episode(support, query._replace(y=y))
+
+    for score in (evaluate, calibration):
+        with pytest.raises(ValueError, match=r"query\.y: a row of labels"):
+            score(ProtoNet(MLP([3, 4])), Odd(Classes(noise(), SIZES), 3, 1, 3), 4)
+
+
 def test_soft_labels_are_welcome():
     class Soft(FewShot):  # of queries; soft labels in the support set would make other prototypes
         def gather(self, indices: Any) -> Episode:
@@ -372,6 +529,21 @@ def test_soft_labels_are_welcome():
 
 def with_norm(norm: nn.Module, *after: nn.Module) -> ProtoNet:
     return ProtoNet(nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.Flatten(), *after))
+
+
+class Noisy(nn.Module):
+    """Draws random numbers, and no example sees another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.5, True)
+
+
+class Holding(ProtoNet):
+    """A learner around a list of networks, or a learner."""
+
+    def __init__(self, part: nn.Module):
+        super().__init__(nn.Identity())
+        self.part = part
 
 
 class OwnNorm(nn.Module):
@@ -400,6 +572,10 @@ class OwnNorm(nn.Module):
         (ProtoNet(nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), OwnNorm())), True),
         (ProtoNet(nn.Sequential(nn.Embedding(9, 4), nn.Flatten())), False),
         (ProtoNet(nn.Identity()), False),
+        (with_norm(Noisy()), False),
+        (Holding(nn.ModuleList([with_norm(OwnNorm()).embed])), True),
+        (Holding(with_norm(OwnNorm())), True),
+        (Holding(with_norm(nn.BatchNorm2d(8))), False),
     ],
     ids=lambda value: str(value)[:60].split("(")[0] if isinstance(value, nn.Module) else str(value),
 )
