@@ -164,11 +164,12 @@ def test_circumstances_that_differ_are_named(tmp_path, caplog, monkeypatch):
 
 def test_another_method_and_another_network_are_named(tmp_path):
     run = waves(tmp_path / "run", steps=3)
+    other, wider = ProtoNet(MLP([1, 8, 1])), MAML(MLP([1, 9, 1]), lr=0.01, kind="regression")
+    other.kind = "regression"
     for learner, message in (
-        (ProtoNet(MLP([1, 8, 1])), "learner was 'maml' and is 'protonet'"),
-        (MAML(MLP([1, 9, 1]), lr=0.01), r"sizes was \[1, 8, 1\] and is \[1, 9, 1\]"),
+        (other, "learner was 'maml' and is 'protonet'"),
+        (wider, r"sizes was \[1, 8, 1\] and is \[1, 9, 1\]"),
     ):
-        learner.kind = "regression"
         how = {"meta_batch": 4, "every": 3, "log_every": 2, "progress": False, "resume": True}
         with pytest.raises(ValueError, match=f"holds another run: .*{message}"):
             fit(learner, Sinusoids(5, 10), steps=12, folder=run.folder, **how)
