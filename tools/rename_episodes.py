@@ -24,7 +24,10 @@ from metabook.episodes import Frozen
 from metabook.recipes import unseen_tasks
 from metabook.training import VALIDATION, VALIDATION_TASKS
 
-SETS = {"test": [(600, 0), (1000, 0)], "val": [(VALIDATION_TASKS, s) for s in (VALIDATION, 0, 1, 2)]}
+SETS = {
+    "test": [(600, 0), (1000, 0)],
+    "val": [(VALIDATION_TASKS, s) for s in (VALIDATION, 0, 1, 2)],
+}
 
 
 def older_hash(frozen: Frozen) -> str:
