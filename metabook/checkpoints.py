@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'PLAIN', 'CHECKPOINTS', 'OURS', 'register', 'noting',
-           'plain', 'number', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged',
-           'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'on_its_own', 'at_home', 'heading', 'checksum',
-           'read_config', 'OtherLayout', 'check_layout', 'load', 'remade', 'particulars', 'blank', 'misshapen',
-           'give_types', 'read_weights', 'require_loadable', 'unlike', 'rehearse', 'writable', 'pack', 'unpack',
-           'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state', 'restore_random',
-           'differences']
+           'arguments', 'plain', 'number', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged',
+           'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
+           'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'remade', 'particulars',
+           'blank', 'misshapen', 'give_types', 'read_weights', 'require_loadable', 'unlike', 'rehearse', 'writable',
+           'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state',
+           'restore_random', 'differences']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 log = logging.getLogger("metabook")
@@ -81,9 +81,22 @@ def noting(name: str, init: Callable[..., None]) -> Callable[..., None]:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         init(self, *args, **kwargs)
-        self.config = {"name": name, "args": dict(list(bound.arguments.items())[1:])}
+        args = dict(list(bound.arguments.items())[1:])
+        self.config = {"name": name, "args": args}
+        self._kept = {k: getattr(self, k, None) for k in args}  # as the constructor left them
 
     return wrapped
+
+
+PLAIN = bool | int | float | str | list | tuple | None
+
+
+def arguments(module: nn.Module) -> dict[str, Any]:
+    "The arguments that a registered module was made with; of those that it keeps and you changed, what they are now."
+    kept = getattr(module, "_kept", {})
+    now = {k: getattr(module, k, None) for k in kept}
+    changed = {k: v for k, v in now.items() if isinstance(v, PLAIN) and v != kept[k]}
+    return module.config["args"] | changed
 
 # %% ../nbs/A3_checkpoints.ipynb #00857d7d
 def plain(
@@ -96,7 +109,7 @@ def plain(
     """
     if isinstance(value, nn.Module):
         config = registered(what, value)
-        args = {k: plain(k, v) for k, v in config["args"].items()}
+        args = {k: plain(k, v) for k, v in arguments(value).items()}
         for k, v in args.items():
             if isinstance(v, float) and not math.isfinite(v):
                 raise TypeError(
@@ -263,17 +276,29 @@ def save(
     learner: nn.Module,  # an instance of a registered class
     **more: Any,  # what else belongs to it: data set, preprocessing, scores (JSON values)
 ) -> Path:  # the folder
-    """Write a trained folder: `learner.safetensors` and `config.json`, each whole or not at all.
+    """Write a trained folder, after a look whether it could be loaded.  See `write_folder`.
+
+    Raises `ValueError` where the learner's note would build another learner.
+    """
+    require_loadable(learner, plain("learner", learner))
+    return write_folder(folder, learner, **more)
+
+
+def write_folder(
+    folder: str | Path,  # made where it is missing
+    learner: nn.Module,  # an instance of a registered class
+    **more: Any,  # what else belongs to it: data set, preprocessing, scores (JSON values)
+) -> Path:  # the folder
+    """Write `learner.safetensors` and `config.json`, each whole or not at all.
 
     Both are on the disk before either takes its name, so an error leaves an earlier trained folder as
     it was, and after a power cut `load` finds the earlier or the new one.  Raises `TypeError` where the
-    learner's class is not registered (nobody could rebuild it) or `more` is not JSON, `ValueError` where
-    its note would build another learner, and `OSError` where the folder cannot be written.
+    learner's class is not registered (nobody could rebuild it) or `more` is not JSON, and `OSError`
+    where the folder cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
     folder, method = at_home(folder), plain("learner", learner)
-    require_loadable(learner, method)
     weights = to_bytes({k: on_its_own(v) for k, v in learner.state_dict().items()})
     config = heading(weights) | {"method": method} | particulars(learner)
     config |= {k: v for k, v in more.items() if k not in config}  # `load` needs its own as they are
@@ -498,14 +523,11 @@ def unlike(
     if found := differences(*kinds):
         return found[0]
     for name, part in parts.items():
-        for k in getattr(part, "config", {}).get("args", {}):
+        for k in getattr(part, "_kept", {}):
             was, now = (getattr(m, k, None) for m in (others[name], part))
             if isinstance(was, PLAIN) and isinstance(now, PLAIN) and was != now:
                 return f"{name}.{k} was {was!r} and is {now!r}".lstrip(".")
     return ""
-
-
-PLAIN = bool | int | float | str | list | tuple | None
 
 
 def rehearse(

@@ -36,10 +36,10 @@ from metabook.checkpoints import (
     read_config,
     rehearse,
     restore_random,
-    save,
     writable,
     write_atomically,
     write_checkpoint,
+    write_folder,
 )
 from metabook.engine import (
     SCORING,
@@ -884,7 +884,7 @@ class Run:
                 "validation": self.choice(),
             }
             with self.writing("the trained folder"):
-                save(self.folder, self.learner, **(self.notes | facts))
+                write_folder(self.folder, self.learner, **(self.notes | facts))
             self.written = self.best_step or self.outer.taken
 
     def checkpoint(self) -> None:

@@ -47,6 +47,11 @@ def test_an_instance_notes_its_arguments():
     learner = ProtoNet(MLP([2, 8, 3]))
     assert learner.config["name"] == "protonet" and learner.config["args"]["distance"] == "squared"
     assert learner.config["args"]["embed"].config == {"name": "mlp", "args": {"sizes": [2, 8, 3]}}
+    later = MAML(MLP([2, 3]), lr=0.5)
+    later.lr, later.test_steps = 0.1, 20
+    assert {"lr": 0.1, "steps": 1, "test_steps": 20}.items() <= plain("learner", later)[
+        "args"
+    ].items()
 
 
 def test_only_registered_classes_are_saved():
@@ -381,7 +386,7 @@ def test_what_could_never_be_loaded_is_refused_before_the_training():
         rehearse(learner)
     learner = ProtoNet(MLP([2, 4]))
     learner.distance = "cosine"  # the constructor would have made a scale as well
-    with pytest.raises(ValueError, match="distance was 'squared' and is 'cosine'"):
+    with pytest.raises(ValueError, match="scale was "):
         save(fresh(), learner)
 
 
@@ -478,7 +483,7 @@ def test_a_learner_that_holds_a_learner_comes_back():
         rehearse(learner)
     learner = ProtoNet(MLP([2, 4]))
     learner.distance = "cosine"  # the constructor would have made a scale as well
-    with pytest.raises(ValueError, match="distance was 'squared' and is 'cosine'"):
+    with pytest.raises(ValueError, match="scale was "):
         save(fresh(), learner)
 
     # cell 64b8f0e1
@@ -599,7 +604,7 @@ def test_an_adapted_learner_is_exported():
         rehearse(learner)
     learner = ProtoNet(MLP([2, 4]))
     learner.distance = "cosine"  # the constructor would have made a scale as well
-    with pytest.raises(ValueError, match="distance was 'squared' and is 'cosine'"):
+    with pytest.raises(ValueError, match="scale was "):
         save(fresh(), learner)
 
     # cell 64b8f0e1
