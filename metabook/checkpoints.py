@@ -10,7 +10,6 @@ import importlib
 import inspect
 import json
 import logging
-import math
 import os
 import pkgutil
 import re
@@ -23,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .episodes import undisturbed
+
 # %% auto #0
-__all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'PLAIN', 'CHECKPOINTS', 'OURS', 'register', 'noting',
-           'arguments', 'plain', 'number', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged',
-           'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
+__all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'OURS', 'register', 'noting',
+           'arguments', 'changed', 'plain', 'number', 'registered', 'methods', 'lookup', 'build', 'build_argument',
+           'staged', 'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
            'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'remade', 'particulars',
            'blank', 'misshapen', 'give_types', 'read_weights', 'require_loadable', 'unlike', 'rehearse', 'writable',
            'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state',
@@ -83,20 +84,39 @@ def noting(name: str, init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **kwargs)
         args = dict(list(bound.arguments.items())[1:])
         self.config = {"name": name, "args": args}
-        self._kept = {k: getattr(self, k, None) for k in args}  # as the constructor left them
+        self._left = {k: _kept(self, k) for k in args}  # as the constructor left them
 
     return wrapped
 
 
-PLAIN = bool | int | float | str | list | tuple | None
-
-
 def arguments(module: nn.Module) -> dict[str, Any]:
     "The arguments that a registered module was made with; of those that it keeps and you changed, what they are now."
-    kept = getattr(module, "_kept", {})
-    now = {k: getattr(module, k, None) for k in kept}
-    changed = {k: v for k, v in now.items() if isinstance(v, PLAIN) and v != kept[k]}
-    return module.config["args"] | changed
+    return module.config["args"] | changed(module)
+
+
+def changed(module: nn.Module) -> dict[str, Any]:
+    "Which plain arguments a registered module keeps in another value than its constructor left, and which."
+    kept = getattr(module, "_left", None)
+    now = {k: _kept(module, k) for k in kept} if isinstance(kept, dict) else {}
+    return {
+        k: v for k, v in now.items() if _text(v) and _text(kept[k]) and _text(v) != _text(kept[k])
+    }
+
+
+def _kept(module: nn.Module, name: str) -> Any:
+    "An attribute, where it can be had: a property may compute it, on a device that computes nothing."
+    try:
+        return getattr(module, name, None)
+    except Exception:
+        return ...
+
+
+def _text(value: Any) -> str:
+    "A plain value as JSON; empty for any other."
+    try:
+        return json.dumps(value, default=number)
+    except (TypeError, ValueError):
+        return ""
 
 # %% ../nbs/A3_checkpoints.ipynb #00857d7d
 def plain(
@@ -111,10 +131,12 @@ def plain(
         config = registered(what, value)
         args = {k: plain(k, v) for k, v in arguments(value).items()}
         for k, v in args.items():
-            if isinstance(v, float) and not math.isfinite(v):
+            try:
+                json.dumps(v, allow_nan=False)
+            except ValueError as error:
                 raise TypeError(
                     f"{k}={v!r} cannot be written as JSON, which has no such number: pass a finite one, or None"
-                )
+                ) from error
         return {"name": config["name"], "args": args}
     if isinstance(value, list | tuple):
         return [plain(what, v) for v in value]
@@ -399,7 +421,7 @@ def remade(
     state: dict[str, Tensor],  # parameters and buffers
 ) -> nn.Module:
     "A learner made anew, with these numbers in it.  Raises `ValueError` unless they are its own."
-    with torch.random.fork_rng(devices=[]):
+    with undisturbed():
         if apart := misshapen(blank(config["method"]), state):
             raise ValueError(f"config.json describes other parameters than its file holds: {apart}")
         learner = build(config["method"])
@@ -407,12 +429,16 @@ def remade(
         for name in others:
             path, _, last = name.rpartition(".")
             setattr(learner.get_submodule(path), last, learner.get_parameter(first))
+    kinds = {t.dtype for t in state.values() if t.is_floating_point()}
+    if "tables" not in config and len(kinds) == 1:  # 0.1.0 wrote it, for all the same
+        learner.to(dtype=kinds.pop())
     give_types(learner, state)
     learner.load_state_dict(state)
     give_types(learner, state)  # parameters that waited for their sizes
-    for name, kind in config.get("tables", {}).items():  # buffers that are made, not saved
-        table = learner.get_buffer(name)
-        table.data = table.data.to(getattr(torch, kind))
+    tables = dict(learner.named_buffers())
+    for name, kind in config.get("tables", {}).items():  # made, not saved; some at the first call
+        if name in tables:
+            tables[name].data = tables[name].data.to(getattr(torch, kind))
     for name, p in learner.named_parameters():
         if "frozen" in config and p.is_floating_point():
             p.requires_grad_(name not in config["frozen"])
@@ -435,7 +461,7 @@ def blank(
     method: dict[str, Any],  # name and arguments
 ) -> nn.Module:
     "A method to be looked at; it needs no memory where it can be built on torch's device without numbers."
-    with torch.random.fork_rng(devices=[]):
+    with undisturbed():
         try:
             with torch.device("meta"):
                 return build(method)
@@ -461,9 +487,6 @@ def _shape(t: Tensor) -> tuple[int, ...] | None:
 
 def give_types(learner: nn.Module, state: dict[str, Tensor]) -> None:
     "Bring each parameter and buffer to the precision of its saved value; each may have its own."
-    kinds = {t.dtype for t in state.values() if t.is_floating_point()}
-    if len(kinds) == 1:
-        learner.to(dtype=kinds.pop())  # tables that are not saved, too
     for name, t in [*learner.named_parameters(), *learner.named_buffers()]:
         if name in state and t.dtype != state[name].dtype:
             t.data = t.data.to(state[name].dtype)
@@ -515,18 +538,15 @@ def unlike(
     made: nn.Module,  # from its note
 ) -> str:  # the first; empty: there is none
     "Where the parts of a learner are not those that its note makes, or keep other arguments, in words."
-    parts, others = dict(learner.named_modules()), dict(made.named_modules())
-    kinds = [
-        {k or "itself": type(m).__name__.removeprefix("Lazy") for k, m in side.items()}
-        for side in (others, parts)
-    ]
-    if found := differences(*kinds):
-        return found[0]
-    for name, part in parts.items():
-        for k in getattr(part, "_kept", {}):
-            was, now = (getattr(m, k, None) for m in (others[name], part))
-            if isinstance(was, PLAIN) and isinstance(now, PLAIN) and was != now:
-                return f"{name}.{k} was {was!r} and is {now!r}".lstrip(".")
+    parts, others = (dict(m.named_modules(remove_duplicate=False)) for m in (learner, made))
+    for name, other in others.items():
+        part, here = parts.get(name), name or "itself"
+        was, now = (type(m).__name__.removeprefix("Lazy") for m in (other, part))
+        if was != now:
+            return f"{here} was {was} and is {now}"
+        for k, v in changed(part).items():
+            if _text(kept := _kept(other, k)) != _text(v):
+                return f"{here}.{k} was {kept!r} and is {v!r}"
     return ""
 
 

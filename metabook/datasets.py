@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import io
 import lzma
+import operator
 import os
 import stat
 import tarfile
@@ -344,7 +345,13 @@ def Glyphs(
     """
     names = [unicodedata.name(letter) for letter in glyph_list(split)]
     versions = [importlib.metadata.version(p) for p in ("matplotlib", "pillow")]
-    key = (_GLYPH_EDITION, versions, int(seed), _GLYPH_RANGES[split], _GLYPH_PRINTS[split])
+    key = (
+        _GLYPH_EDITION,
+        versions,
+        operator.index(seed),
+        _GLYPH_RANGES[split],
+        _GLYPH_PRINTS[split],
+    )
     x = _cached(f"glyphs-{split}", key, partial(_render, split, seed), root)
     return _even_classes(x[:, :, None], names, cut=10)
 

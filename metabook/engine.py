@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,8 +41,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['Lift', 'RUNS', 'SCORING', 'FITS', 'FEW', 'Engine', 'over_tasks', 'choose_lift', 'fitting', 'in_flight', 'evenly',
-           'Graded', 'losses', 'grade', 'in_parts', 'overhearing', 'gradients', 'Way', 'portions', 'averages',
+__all__ = ['Lift', 'RUNS', 'SCORING', 'FITS', 'FEW', 'Engine', 'repeatable', 'over_tasks', 'choose_lift', 'fitting', 'in_flight',
+           'evenly', 'Graded', 'losses', 'grade', 'in_parts', 'overhearing', 'gradients', 'Way', 'portions', 'averages',
            'Recomputed', 'recomputing', 'answer', 'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where',
            'capturable']
 
@@ -122,6 +123,25 @@ class Engine:
     def for_scores(self) -> Engine:
         "As much of it as `evaluate` hears."
         return Engine(**{k: getattr(self, k) for k in SCORING})
+
+
+# What cuBLAS asks for before it repeats itself to the bit.  Torch looks once, at its first product on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    "Within it torch refuses operations that may give another result each time they are run."
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warn)
 
 
 def over_tasks(

@@ -198,7 +198,7 @@ class Tasks:
     def __init_subclass__(cls, **how: Any):
         super().__init_subclass__(**how)
         said = next(i for i, c in enumerate(cls.__mro__) if "recordable" in vars(c))
-        own = {"draw", "gather", "sample"}
+        own = {"draw", "gather", "sample", "examples", "picks"}
         if any(not own.isdisjoint(vars(c)) for c in cls.__mro__[:said]):
             cls.recordable = False
 
@@ -245,13 +245,17 @@ class Tasks:
         generator, twin = torch.Generator().manual_seed(LOOK), twin_of(self)
         look = twin.draw if self.determined else twin.sample
         with undisturbed():
-            return digest(t for _ in range(PROBE) for t in tree_leaves(look(1, generator)))
+            try:
+                return digest(t for _ in range(PROBE) for t in tree_leaves(look(1, generator)))
+            except Exception:  # tasks that come in other numbers only: the first step will tell
+                return "unknown"
 
     def content(self, drawn: Any) -> Iterator[Tensor]:
         "All numbers that decide, together with `describe`, what drawn episodes hold."
         yield from tree_leaves(drawn)
         if not self.determined:
-            yield from tree_leaves(self.gather(drawn))
+            with undisturbed():
+                yield from tree_leaves(self.gather(drawn))
 
     def freeze(
         self,
@@ -291,16 +295,25 @@ class Frozen:
     @cached_property
     def content(self) -> str:
         "The digits of what was drawn, and of what the episodes hold where that decides more."
-        with undisturbed():
-            return digest(t for part in self.parts() for t in self.tasks.content(part))
+        return digest(t for part in self.parts() for t in self.tasks.content(part))
 
     def episodes(
         self,
         batch: int = 32,  # how many episodes are gathered at once
     ) -> Iterator[Episode]:
-        "The episodes, `batch` at a time and in order."
+        """The episodes, `batch` at a time and in order.
+
+        Random numbers in `gather` are the same each time, for episodes of one name are the same.
+        """
         positive(batch=batch)
-        return map(self.tasks.gather, self.parts(batch))
+        if self.tasks.determined:
+            yield from map(self.tasks.gather, self.parts(batch))
+            return
+        for part in self.parts():
+            with undisturbed():
+                whole = self.tasks.gather(part)
+            for i in range(0, count(part), batch):
+                yield tree_map(lambda t, i=i: t[i : i + batch], whole)
 
     def parts(self, batch: int = 32) -> Iterator[Any]:
         "What was drawn, for `batch` episodes at a time."
@@ -311,26 +324,34 @@ class Frozen:
 
 def twin_of(tasks: Tasks) -> Tasks:
     "A copy to look at: drawing from it leaves no trace in the tasks.  It shares their tensors and data."
-    held = tree_leaves(vars(tasks))
-    shared = {id(v): v for v in held if isinstance(v, Tensor | np.ndarray)}
+    shared = {id(v): v for v in _held(tasks)}
     try:
         return copy.deepcopy(tasks, shared)
     except Exception:  # it holds what cannot be copied, such as an open file
         return copy.copy(tasks)
 
 
+def _held(tasks: Tasks) -> Iterator[Any]:
+    "The data inside tasks, and inside tasks in them."
+    for value in tree_leaves(vars(tasks)):
+        if isinstance(value, Tasks):
+            yield from _held(value)
+        elif isinstance(value, Tensor | np.ndarray | Classes):
+            yield value
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    "Within it random numbers begin anew; afterwards they go on as if nothing had been drawn."
-    before = random.getstate(), np.random.get_state()
+    "Within it the random numbers of the CPU begin anew; afterwards they go on as if none had been drawn."
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        with torch.random.fork_rng(devices=[]):
-            for seed in (random.seed, np.random.seed, torch.manual_seed):
-                seed(0)
-            yield
+        for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
+            seed(0)
+        yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def _number(value: Any) -> Any:
@@ -349,6 +370,8 @@ def digest(
     "Twelve hexadecimal digits of a text and of tensors, their types and shapes: as good as never twice."
     found = hashlib.sha256(text.encode())
     for t in numbers:
+        if isinstance(t, np.ndarray):
+            t = torch.from_numpy(t)
         if not isinstance(t, Tensor):
             found.update(repr(t).encode())
             continue
@@ -641,9 +664,6 @@ class Classes:
         changed = replace(self, **changes)
         object.__setattr__(changed, "origin", origin)
         return changed
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Classes:
-        return self  # nothing in it changes, and it may be large
 
     def prepare(
         self,

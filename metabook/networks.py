@@ -288,7 +288,8 @@ def mixes(
     """In evaluation mode, does what comes out for an example depend on those that come with it?
 
     Asked: all together, and each alone, in float64.  Layers that normalise by the support set are given
-    one.  An example that cannot come alone depends on the others.
+    one.  An example that cannot come alone depends on the others.  Raises `ValueError` where it draws
+    random numbers.
     """
     twin, x = copy_of(network, torch.float64).eval(), x.double() if x.is_floating_point() else x
     with torch.random.fork_rng(devices=[]):
@@ -298,10 +299,9 @@ def mixes(
             alone = torch.cat([call(twin, {}, one[None], given) for one in x])
         except (ValueError, RuntimeError):
             return True
-    noise = (together - again).abs().max()  # of a network that draws random numbers
-    size = (
-        1e-4 * together.abs().max() + 10 * noise
-    )  # some compute in float32, whatever they are given
+    if not torch.equal(together, again):
+        raise ValueError(f"{type(network).__name__} draws random numbers, so nobody can compare")
+    size = 1e-4 * together.abs().max()  # some compute in float32, whatever they are given
     return bool(((together - alone).abs().max() > size).item())
 
 

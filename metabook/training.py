@@ -55,6 +55,7 @@ from metabook.engine import (
     over_tasks,
     portions,
     recomputing,
+    repeatable,
     restore_where,
     update_where,
 )
@@ -86,7 +87,7 @@ __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paire
            'require_classes', 'require_answers', 'place', 'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit',
            'require_optimizer', 'require_learning', 'prepare', 'begin', 'start_anew', 'last_state', 'identity', 'named',
            'some_of', 'described', 'surroundings', 'changes', 'same_everywhere', 'require_same_answers', 'run_folder',
-           'read_log', 'repeatable', 'Calibration', 'binned', 'calibration']
+           'read_log', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ def evaluate(
     frozen = frozen_of(tasks, n, seed)
     place(learner, device)
     parts = [p for group in frozen.groups for p in portions(group, batch)]
-    mine = replace(frozen, groups=processes.dealt(parts))
+    alone = processes.world() == 1
+    mine = frozen if alone else replace(frozen, groups=processes.dealt(parts))
     given = answers(learner, mine, queries, batch=batch, engine=engine, progress=progress)
     scores = [vmap(partial(task_score, learner.kind))(*pair) for pair in given]
     per_task = processes.collected(scores, [count(p) for p in parts])
@@ -295,6 +297,8 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
     if of.kind == "classification":
         for side, examples in zip(("support", "query"), first, strict=True):
             require_classes(f"{side}.y", examples.y)
+        if frozen:
+            require_answers(first.query.y)
     if waits(learner):
         with scoring(learner), torch.no_grad():
             give_sizes(learner, tree_map(lambda t: t[0].to(place(learner)), first))
@@ -311,7 +315,7 @@ def give_sizes(learner: Learner, one: Episode) -> None:
     Its network sees the examples themselves: an inner loop takes parameters in hand before it runs them.
     """
     part = next(iter(learner.children()))
-    if waits(part):
+    if waits(part) and not isinstance(part, nn.ModuleList | nn.ModuleDict):
         give_sizes(part, one) if hasattr(part, "adapt") else part(one.query.x)
     if waits(learner):
         learner(one.support, one.query.x)
@@ -1254,14 +1258,14 @@ def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> 
 
 def require_same_answers(learner: Learner, twin: Learner, one: Episode | None) -> None:
     "Raise `ValueError` where what `load` would give answers otherwise; says nothing where neither can be asked."
-    device = place(learner)
-    try:
+    device, gap, noise, size = place(learner), 0.0, 0.0, 0.0
+    with suppress(Exception):  # whatever it is, the first step will tell
         support, query = tree_map(lambda t: t[0].to(device), one)
-        found = [_asked(m, support, query.x) for m in (learner, twin.to(device))]
-    except Exception:  # the first step will tell
-        return
-    gap, size = (found[0] - found[1]).abs().max(), found[0].abs().max()
-    if gap > 1e-3 * size + 1e-6:
+        found, again, of_twin = (
+            _asked(m, support, query.x) for m in (learner, learner, twin.to(device))
+        )
+        gap, noise, size = ((found - other).abs().max().item() for other in (of_twin, again, 0))
+    if gap > 1e-3 * size + 1e-6 and not noise:
         raise ValueError(
             f"this {type(learner).__name__} would be another one after it was saved and loaded, its answers to a task "
             f"are up to {gap:.2g} off: keep what forward uses in parameters or buffers, or set it in a constructor, "
@@ -1316,25 +1320,6 @@ def read_log(folder: Path, rows: int) -> list[dict[str, Any]]:
     if len(found) < rows:
         log.warning("%s has lost %d rows of its log", folder, rows - len(found))
     return found
-
-
-# What cuBLAS asks for before it repeats itself to the bit.  Torch looks once, at its first product on a GPU.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-@contextmanager
-def repeatable(wanted: bool) -> Iterator[None]:
-    "Within it torch refuses operations that may give another result each time they are run."
-    if not wanted:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warn)
 
 # %% ../nbs/06_training.ipynb #e47bb025
 @dataclass(frozen=True)

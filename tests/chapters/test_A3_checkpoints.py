@@ -47,11 +47,6 @@ def test_an_instance_notes_its_arguments():
     learner = ProtoNet(MLP([2, 8, 3]))
     assert learner.config["name"] == "protonet" and learner.config["args"]["distance"] == "squared"
     assert learner.config["args"]["embed"].config == {"name": "mlp", "args": {"sizes": [2, 8, 3]}}
-    later = MAML(MLP([2, 3]), lr=0.5)
-    later.lr, later.test_steps = 0.1, 20
-    assert {"lr": 0.1, "steps": 1, "test_steps": 20}.items() <= plain("learner", later)[
-        "args"
-    ].items()
 
 
 def test_only_registered_classes_are_saved():
@@ -63,6 +58,11 @@ def test_only_registered_classes_are_saved():
         with pytest.raises(TypeError, match="register"):
             plain("learner", unknown)
     assert plain("sizes", (1, 2.5, "a", None)) == [1, 2.5, "a", None]
+    later = MAML(MLP([2, 3]), lr=0.5)
+    later.lr, later.test_steps = 0.1, 20
+    assert {"lr": 0.1, "steps": 1, "test_steps": 20}.items() <= plain("learner", later)[
+        "args"
+    ].items()
 
     with pytest.raises(ValueError, match="already names ProtoNet"):
         register("protonet")(Scaled)

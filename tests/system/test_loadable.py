@@ -176,7 +176,7 @@ def test_one_name_is_a_method_or_a_network():
 
 CHANGES: dict[str, tuple[Callable[[], Learner], str]] = {
     "a distance": (lambda: changed(ProtoNet(MLP([3, 4])), distance="cosine"), "scale was "),
-    "a layer": (lambda: with_tanh(), "act was 'ReLU' and is 'Tanh'"),
+    "a layer": (lambda: with_tanh(), "act was ReLU and is Tanh"),
 }
 
 
@@ -252,6 +252,7 @@ def test_numbers_that_are_not_saved_are_found_before_the_training(tmp_path: Path
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x @ self.table)
 
+    torch.manual_seed(1)
     with pytest.raises(
         ValueError, match=r"would be another one after it was saved and loaded.*buffers"
     ):
@@ -297,6 +298,134 @@ def test_an_argument_without_a_number_in_json_is_refused_before_the_training(tmp
     with pytest.raises(TypeError, match="top=inf cannot be written as JSON"):
         fit(ProtoNet(Net()), vectors(), steps=1, folder=tmp_path / "run", **QUIET)
     assert not (tmp_path / "run").exists()
+
+
+class Foreign:
+    """A configuration of another library."""
+
+
+def sound() -> dict[str, Callable[[], nn.Module]]:
+    """Networks of users that are right as they are."""
+
+    class Part(nn.Module):
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.layer = nn.Linear(3, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    @register("with-config", NETWORKS)
+    class WithConfig(Part):
+        def __init__(self, width: int = 4):
+            super().__init__(width)
+            self.layer.config = Foreign()
+
+    @register("late-table", NETWORKS)
+    class LateTable(Part):
+        def __init__(self, width: int = 4):
+            super().__init__(width)
+            self.register_buffer("table", None, persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(4.0)
+            return self.layer(x) + self.table
+
+    @register("of-sizes", NETWORKS)
+    class OfSizes(Part):
+        def __init__(self, sizes: list, usual: tuple = (1, 2), seed: int | None = None):
+            super().__init__(sizes[0])
+            self.sizes, self.usual, self.seed = sizes, usual, seed or 1000
+
+    @register("warm", NETWORKS)
+    class Warm(Part):
+        def __init__(self, temperature: float = 1.0, scales: tuple = (1.0, 2.0)):
+            super().__init__()
+            self.log_t = nn.Parameter(torch.tensor(temperature).log())
+            self.scales = [torch.full((4,), s) for s in scales]
+
+        @property
+        def temperature(self) -> float:
+            return self.log_t.exp().item()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scales[1]
+
+    @register("twice", NETWORKS)
+    class Twice(nn.Module):
+        def __init__(self, a: nn.Module, b: nn.Module):
+            super().__init__()
+            self.a, self.b = a, b
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    @register("turning", NETWORKS)
+    class Turning(Part):
+        def __init__(self, width: int = 4):
+            super().__init__(width)
+            self.register_buffer(
+                "f", torch.polar(torch.ones(4), torch.arange(4.0)), persistent=False
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.f.imag
+
+    @register("own-dice", NETWORKS)
+    class OwnDice(Part):
+        def __init__(self, width: int = 4):
+            super().__init__(width)
+            self.dice = np.random.default_rng(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.dice.random()
+
+    one = MLP([3, 4])
+    with_loss = WithConfig()
+    with_loss.criterion = nn.CrossEntropyLoss()
+    return {
+        "with a config of its own": WithConfig,
+        "with a loss beside it": lambda: with_loss,
+        "with a table made late": LateTable,
+        "with tuples": lambda: OfSizes((4,)),
+        "with lists": lambda: OfSizes([4], [3, 5]),
+        "with a property like its argument": Warm,
+        "with one part twice": lambda: Twice(one, one),
+        "with a complex table": Turning,
+        "with dice of its own": OwnDice,
+    }
+
+
+@pytest.mark.parametrize("name", sound())
+def test_sound_networks_are_trained_saved_and_loaded(name: str, tmp_path: Path):
+    learner = ProtoNet(sound()[name]())
+    save(tmp_path / "saved", learner)
+    fit(learner, vectors(), steps=2, validate=vectors(), every=1, folder=tmp_path / "run", **QUIET)
+    again = load(tmp_path / "run")
+    if name != "with dice of its own":
+        assert same_answers(learner, again, vectors())
+
+
+def test_loading_and_saving_draw_no_random_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    @register("drawn", NETWORKS)
+    class Drawn(nn.Module):
+        def __init__(self, width: int = 4):
+            super().__init__()
+            self.layer = nn.Linear(3, width)
+            self.layer.weight.data += np.random.rand()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    learner = ProtoNet(Drawn())
+    before = np.random.get_state()[2], torch.get_rng_state()
+    fit(learner, vectors(), steps=1, validate=vectors(), folder=tmp_path, **QUIET)
+    load(tmp_path)
+    assert np.random.get_state()[2] == before[0] and torch.equal(torch.get_rng_state(), before[1])
+    assert not seeded
 
 
 def test_a_name_stays_with_its_class():

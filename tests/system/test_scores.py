@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import re
@@ -255,6 +256,36 @@ def test_random_augmentation_can_be_named_and_resumed(tmp_path: Path):
     assert torch.equal(torch.rand(3), drawn[0])
     for steps in (1, 2):
         fit(learner, tasks, steps=steps, folder=tmp_path, resume=steps > 1, **QUIET)
+
+
+def test_frozen_episodes_are_the_same_each_time_though_gathering_draws():
+    frozen = Augmented(Classes(noise(), SIZES), 3, 1, 3).freeze(40)
+    learner, scores = ProtoNet(MLP([3, 4])), []
+    for seed, batch in ((1, 32), (2, 32), (3, 7)):
+        torch.manual_seed(seed)
+        scores.append(evaluate(learner, frozen, batch=batch))
+    assert all(torch.equal(s.per_task, scores[0].per_task) for s in scores)
+
+
+def test_a_copy_of_data_is_a_copy():
+    data = Classes(noise(), SIZES)
+    twin = copy.deepcopy(data)
+    twin.x.add_(1)
+    assert torch.equal(data.x, noise())
+
+
+def test_tasks_that_come_in_pairs_can_be_trained_on(tmp_path: Path):
+    class Pairs(Sinusoids):
+        def draw(self, n: int, generator: Any = None) -> Any:
+            assert n % 2 == 0
+            return super().draw(n, generator)
+
+        def gather(self, indices: Any) -> Episode:
+            return super().gather(indices)
+
+    for steps in (1, 2):
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression")
+        fit(learner, Pairs(), steps=steps, folder=tmp_path, resume=steps > 1, **QUIET)
 
 
 def test_features_of_another_network_are_other_data_for_a_run(tmp_path: Path):
