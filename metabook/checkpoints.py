@@ -29,9 +29,9 @@ __all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'CHECK
            'arguments', 'changed', 'plain', 'number', 'registered', 'methods', 'lookup', 'build', 'build_argument',
            'staged', 'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
            'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'remade', 'particulars',
-           'blank', 'misshapen', 'give_types', 'read_weights', 'require_loadable', 'unlike', 'rehearse', 'writable',
-           'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state',
-           'restore_random', 'differences']
+           'blank', 'differences', 'misshapen', 'require_loadable', 'unlike', 'give_types', 'read_weights', 'rehearse',
+           'writable', 'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied',
+           'random_state', 'restore_random']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 log = logging.getLogger("metabook")
@@ -469,6 +469,22 @@ def blank(
             return build(method)
 
 
+def differences(
+    was: Any,  # a description: dictionaries and lists of plain values
+    now: Any,  # another
+    name: str = "",  # of what is described
+) -> list[str]:
+    "Where two descriptions differ, and how, in words."
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return [] if was == now else [f"{name} was {was!r} and is {now!r}"]
+    if was.get("name") != now.get("name"):  # of two kinds of things nothing else compares
+        return [f"{name} was {was.get('name')!r} and is {now.get('name')!r}"]
+    found = [
+        differences(was.get(k), now.get(k), f"{name}.{k}" if name else k) for k in {**was, **now}
+    ]
+    return [d for some in found for d in some]
+
+
 def misshapen(
     made: nn.Module,  # from `blank`
     state: dict[str, Tensor],  # parameters
@@ -485,37 +501,6 @@ def _shape(t: Tensor) -> tuple[int, ...] | None:
     return None if nn.parameter.is_lazy(t) else tuple(t.shape)
 
 
-def give_types(learner: nn.Module, state: dict[str, Tensor]) -> None:
-    "Bring each parameter and buffer to the precision of its saved value; each may have its own."
-    for name, t in [*learner.named_parameters(), *learner.named_buffers()]:
-        if name in state and t.dtype != state[name].dtype:
-            t.data = t.data.to(state[name].dtype)
-
-
-def read_weights(
-    path: Path,  # a safetensors file
-    expected: str,  # its checksum
-) -> dict[str, Tensor]:
-    "The tensors of a file.  Raises `ValueError` unless it is the very file that the checksum names."
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
-
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no file, but a folder or a device")
-        data = path.read_bytes()
-        if checksum(data) != expected and aside(path).is_file():  # `save` was cut off
-            data = aside(path).read_bytes()
-        if checksum(data) != expected:
-            raise ValueError("its checksum is not the one in the JSON file")
-        return from_bytes(data)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} does not hold the parameters that its JSON file describes: {error}. It is damaged, "
-            "or only one of the two files was replaced: copy both again, or train again"
-        ) from error
-
-# %% ../nbs/A3_checkpoints.ipynb #5ad30c1e
 def require_loadable(
     learner: nn.Module,  # to be saved
     method: dict[str, Any],  # its note
@@ -550,6 +535,37 @@ def unlike(
     return ""
 
 
+def give_types(learner: nn.Module, state: dict[str, Tensor]) -> None:
+    "Bring each parameter and buffer to the precision of its saved value; each may have its own."
+    for name, t in [*learner.named_parameters(), *learner.named_buffers()]:
+        if name in state and t.dtype != state[name].dtype:
+            t.data = t.data.to(state[name].dtype)
+
+
+def read_weights(
+    path: Path,  # a safetensors file
+    expected: str,  # its checksum
+) -> dict[str, Tensor]:
+    "The tensors of a file.  Raises `ValueError` unless it is the very file that the checksum names."
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file, but a folder or a device")
+        data = path.read_bytes()
+        if checksum(data) != expected and aside(path).is_file():  # `save` was cut off
+            data = aside(path).read_bytes()
+        if checksum(data) != expected:
+            raise ValueError("its checksum is not the one in the JSON file")
+        return from_bytes(data)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} does not hold the parameters that its JSON file describes: {error}. It is damaged, "
+            "or only one of the two files was replaced: copy both again, or train again"
+        ) from error
+
+# %% ../nbs/A3_checkpoints.ipynb #5ad30c1e
 def rehearse(
     learner: nn.Module,  # that is to be trained and saved
 ) -> nn.Module:  # what `load` would give
@@ -739,19 +755,3 @@ def restore_random(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     for i, of_gpu in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(of_gpu, i)
-
-
-def differences(
-    was: Any,  # a description: dictionaries and lists of plain values
-    now: Any,  # another
-    name: str = "",  # of what is described
-) -> list[str]:
-    "Where two descriptions differ, and how, in words."
-    if not (isinstance(was, dict) and isinstance(now, dict)):
-        return [] if was == now else [f"{name} was {was!r} and is {now!r}"]
-    if was.get("name") != now.get("name"):  # of two kinds of things nothing else compares
-        return [f"{name} was {was.get('name')!r} and is {now.get('name')!r}"]
-    found = [
-        differences(was.get(k), now.get(k), f"{name}.{k}" if name else k) for k in {**was, **now}
-    ]
-    return [d for some in found for d in some]
