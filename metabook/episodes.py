@@ -336,7 +336,7 @@ def _held(tasks: Tasks) -> Iterator[Any]:
     for value in tree_leaves(vars(tasks)):
         if isinstance(value, Tasks):
             yield from _held(value)
-        elif isinstance(value, Tensor | np.ndarray | Classes):
+        elif isinstance(value, Tensor | np.ndarray) or hasattr(value, "of_class"):
             yield value
 
 
