@@ -530,7 +530,7 @@ def unlike(
         if was != now:
             return f"{here} was {was} and is {now}"
         for k, v in changed(part).items():
-            if _text(kept := _kept(other, k)) != _text(v):
+            if (text := _text(kept := _kept(other, k))) and text != _text(v):
                 return f"{here}.{k} was {kept!r} and is {v!r}"
     return ""
 

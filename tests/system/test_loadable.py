@@ -405,6 +405,7 @@ def test_sound_networks_are_trained_saved_and_loaded(name: str, tmp_path: Path):
     again = load(tmp_path / "run")
     if name != "with dice of its own":
         assert same_answers(learner, again, vectors())
+        assert same_answers(learner, load(save(tmp_path / "saved", learner)), vectors())
 
 
 def test_loading_and_saving_draw_no_random_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
