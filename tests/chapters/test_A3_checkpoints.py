@@ -293,7 +293,7 @@ def test_shared_and_reordered_tensors_are_saved():
         assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
 
 
-def test_what_could_never_be_loaded_is_refused_before_the_training():
+def test_what_cannot_be_loaded_is_not_trained():
     # cell 7f37a552
     room = tempfile.TemporaryDirectory()  # goes away with this notebook
 
