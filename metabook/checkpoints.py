@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .episodes import undisturbed
+from .episodes import number, undisturbed
 
 # %% auto #0
 __all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'OURS', 'register', 'noting',
-           'arguments', 'changed', 'plain', 'number', 'registered', 'methods', 'lookup', 'build', 'build_argument',
-           'staged', 'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
+           'arguments', 'changed', 'plain', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged',
+           'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
            'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'remade', 'particulars',
            'blank', 'differences', 'misshapen', 'require_loadable', 'unlike', 'give_types', 'read_weights', 'rehearse',
            'writable', 'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied',
@@ -148,13 +148,6 @@ def plain(
         raise TypeError(
             f"{what}={value!r} cannot be written as JSON: pass a plain value"
         ) from error
-
-
-def number(value: Any) -> bool | int | float:
-    "A number of numpy as Python has it.  Raises `TypeError` for anything else."
-    if isinstance(value, Tensor) or getattr(value, "ndim", None) != 0:
-        raise TypeError(f"{type(value).__name__} {value!r} is not JSON serializable")
-    return value.item()
 
 
 def registered(what: str, module: nn.Module) -> dict[str, Any]:

@@ -31,9 +31,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'positive', 'usable', 'finite',
-           'check_labels', 'check_range', 'Tasks', 'Frozen', 'twin_of', 'undisturbed', 'digest', 'count', 'Waves',
-           'Sinusoids', 'Classes', 'spelled', 'check_alike', 'class_data', 'Picks', 'choose', 'sides', 'ClassTasks',
-           'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
+           'check_labels', 'check_range', 'Tasks', 'Frozen', 'twin_of', 'undisturbed', 'number', 'digest', 'count',
+           'Waves', 'Sinusoids', 'Classes', 'spelled', 'check_alike', 'class_data', 'Picks', 'choose', 'sides',
+           'ClassTasks', 'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -290,7 +290,7 @@ class Frozen:
         told = self.tasks.describe()
         told.pop("examples", None)  # that the data decide
         told["data"] = told.pop("origin", "") or told["data"]
-        return digest((), json.dumps(told, sort_keys=True, default=_number) + self.content)
+        return digest((), json.dumps(told, sort_keys=True, default=number) + self.content)
 
     @cached_property
     def content(self) -> str:
@@ -354,8 +354,10 @@ def undisturbed() -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def _number(value: Any) -> Any:
-    "One of numpy, as JSON has it."
+def number(value: Any) -> bool | int | float:
+    "A number of numpy as Python, and JSON, have it.  Raises `TypeError` for anything else."
+    if isinstance(value, Tensor) or getattr(value, "ndim", None) != 0:
+        raise TypeError(f"{type(value).__name__} {value!r} is not JSON serializable")
     return value.item()
 
 
@@ -456,9 +458,7 @@ class Classes:
     cut: Int[Tensor, "classes"] | None = None  # see `sides`: examples before and after the cut
     mean: tuple[float, ...] = (0.0,)  # of each channel, after division by 255
     std: tuple[float, ...] = (1.0,)
-    origin: str = field(
-        default="", init=False
-    )  # what these were computed from, see `with_features`
+    origin: str = field(default="", init=False)  # digest of the data behind, see `with_features`
 
     def __post_init__(self) -> None:
         tensors(x=self.x, sizes=self.sizes)
@@ -565,8 +565,7 @@ class Classes:
 
         Of data of more than `LARGE` bytes, which may lie in a file, they know only every so many-th example.
         """
-        # Counts what was written into it.
-        version = None if self.x.is_inference() else self.x._version
+        version = None if self.x.is_inference() else self.x._version  # counts what was written
         known = vars(self).get("_known", ())
         if known[:1] != (version,):
             step = -(-self.x.nbytes // LARGE) or 1

@@ -77,9 +77,7 @@ def worthwhile(
 ) -> bool:
     "Is it a job for a kernel: much to do on a CPU, not lifted, and no compiler that would do better?"
     large = LARGE_LOW if x.dtype == torch.bfloat16 else LARGE
-    if (
-        not eager_on_cpu(x) or _lifted.get()
-    ):  # asked first: an exported program shall take any number
+    if not eager_on_cpu(x) or _lifted.get():  # asked first: an exported program takes any number
         return False
     return x.dtype != torch.float16 and x.numel() >= large  # float16 cannot hold the sums
 

@@ -28,7 +28,6 @@ from metabook.checkpoints import (
     differences,
     log,
     newest_checkpoint,
-    number,
     occupied,
     pack,
     plain,
@@ -66,6 +65,7 @@ from metabook.episodes import (
     Frozen,
     Tasks,
     count,
+    number,
     one_hot,
     positive,
     twin_of,
@@ -295,10 +295,8 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
         return
     require_episodes(first, of)
     if of.kind == "classification":
-        for side, examples in zip(("support", "query"), first, strict=True):
-            require_classes(f"{side}.y", examples.y)
-        if frozen:
-            require_answers(first.query.y)
+        require_classes("support.y", first.support.y)
+        require_answers(first.query.y) if frozen else require_classes("query.y", first.query.y)
     if waits(learner):
         with scoring(learner), torch.no_grad():
             give_sizes(learner, tree_map(lambda t: t[0].to(place(learner)), first))

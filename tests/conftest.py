@@ -102,9 +102,7 @@ def _same_start() -> Iterator[None]:
     start_afresh()
     before = [set(registry) for registry in registries()]
     yield
-    for registry, known in zip(
-        registries(), before, strict=False
-    ):  # what a test registered is its own
+    for registry, known in zip(registries(), before, strict=True):  # a test's classes are its own
         for name in registry.keys() - known:
             if not registry[name].__module__.startswith("metabook."):
                 del registry[name]
