@@ -21,23 +21,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .episodes import number, undisturbed
 
 # %% auto #0
-__all__ = ['log', 'VERSION', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'OURS', 'register', 'noting',
+__all__ = ['log', 'VERSION', 'RENAMED', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHODS', 'CHECKPOINTS', 'OURS', 'register', 'noting',
            'arguments', 'changed', 'plain', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged',
            'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
-           'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'remade', 'particulars',
-           'blank', 'differences', 'misshapen', 'require_loadable', 'unlike', 'give_types', 'read_weights', 'rehearse',
-           'writable', 'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint', 'occupied',
-           'random_state', 'restore_random']
+           'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'upgraded', 'renamed', 'remade',
+           'particulars', 'blank', 'differences', 'misshapen', 'require_loadable', 'unlike', 'give_types',
+           'read_weights', 'rehearse', 'writable', 'pack', 'unpack', 'write_checkpoint', 'read_checkpoint',
+           'newest_checkpoint', 'occupied', 'random_state', 'restore_random']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 log = logging.getLogger("metabook")
 
-VERSION = 1  # of the layout of a trained folder
-CHECKPOINT_VERSION = 2  # of that of a checkpoint; since 2 they say on which data a run was
+VERSION = 2  # of the layout of a trained folder
+# What a method's parts were called in an earlier layout: layout -> method -> part -> its name since.
+RENAMED: dict[int, dict[str, dict[str, str]]] = {1: {"meta-transfer": {"start": "rows"}}}
+CHECKPOINT_VERSION = (
+    3  # of that of a checkpoint; since 2 they say on which data a run was, since 3 what a score is
+)
 NETWORKS: dict[str, type[nn.Module]] = {}  # "conv4" -> Conv4
 METHODS: dict[str, type[nn.Module]] = {}  # "maml" -> MAML
 
@@ -381,10 +386,10 @@ def check_layout(path: Path, config: dict[str, Any], expected: int = VERSION) ->
     if expected == CHECKPOINT_VERSION and found == 1:
         raise OtherLayout(
             f"{path} was written by metabook {wrote}, whose checkpoints do not say on which data a run was "
-            "(layout 1, expected 2), so nobody can tell whether these are the same: start again in another "
+            f"(layout 1, expected {CHECKPOINT_VERSION}), so nobody can tell whether these are the same: start again in another "
             "folder, or go on with that version; the trained folder itself still loads"
         )
-    if found != expected:
+    if found != expected and not (expected == VERSION and found in RENAMED):
         raise OtherLayout(
             f"{path} has layout {found}, this metabook reads layout {expected}: install the "
             f"version of metabook that wrote it ({wrote}) or a newer one"
@@ -398,15 +403,46 @@ def load(
 
     Nothing in the folder is executed: the method is looked up by name in the registry, and the
     parameters are plain tensors.  Nothing outside changes, not even the state of the random numbers.
-    Raises `ValueError` saying what does not fit.
+    Folders that 0.1.0 wrote are read, too.  Raises `ValueError` saying what does not fit.
     """
     folder, config = at_home(folder), read_config(folder)
     state = read_weights(folder / "learner.safetensors", config["weights"])
     try:
-        learner = remade(config, state)
+        learner = remade(*upgraded(config, state))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return learner.eval()
+
+
+def upgraded(
+    config: dict[str, Any],  # of any layout that can be read
+    state: dict[str, Tensor],  # parameters and buffers
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    "Both under the names that parts have in this layout."
+    new = renamed(config["method"], RENAMED.get(config["layout"], {}))
+
+    def name(old: str) -> str:
+        prefix = next((p for p in new if old.startswith(p)), "")
+        return new.get(prefix, "") + old[len(prefix) :]
+
+    told = {k: tree_map(name, config[k]) for k in ("frozen", "tied") if k in config}
+    if "tables" in config:
+        told["tables"] = {name(k): v for k, v in config["tables"].items()}
+    return config | told, {name(k): t for k, t in state.items()}
+
+
+def renamed(
+    method: dict[
+        str, Any
+    ],  # name and arguments; an argument may be another method, a part of that name
+    table: dict[str, dict[str, str]],  # a value of `RENAMED`
+) -> dict[str, str]:  # "start." -> "rows."
+    "The beginnings of names that have changed, in a method and in those inside."
+    found = {f"{old}.": f"{new}." for old, new in table.get(method["name"], {}).items()}
+    for k, v in method["args"].items():
+        inner = renamed(v, table) if isinstance(v, dict) and "name" in v else {}
+        found |= {f"{k}.{old}": f"{k}.{new}" for old, new in inner.items()}
+    return found
 
 
 def remade(

@@ -3,11 +3,12 @@
 # %% ../nbs/A2_engine.ipynb #bd26b6c4
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,9 +19,9 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .checkpoints import log
-from .episodes import Episode, count, positive
+from .episodes import Episode, count, leaves_of, positive
 from .kernels import PRECISIONS, keep_memory, lifting, precision_of_now
-from .learners import Learner, task_loss
+from .learners import InnerLoop, Learner
 from .networks import Statistics, recording, store_running
 from .processes import Shared, summed_
 from metabook.trust import (
@@ -42,9 +43,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 
 # %% auto #0
 __all__ = ['Lift', 'RUNS', 'SCORING', 'FITS', 'FEW', 'Engine', 'repeatable', 'over_tasks', 'choose_lift', 'fitting', 'in_flight',
-           'evenly', 'Graded', 'losses', 'grade', 'in_parts', 'overhearing', 'gradients', 'Way', 'portions', 'averages',
-           'Recomputed', 'recomputing', 'answer', 'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where',
-           'capturable']
+           'evenly', 'Graded', 'losses', 'check_batch', 'Way', 'grade', 'in_parts', 'stands_in_for_criterion',
+           'overhearing', 'gradients', 'portions', 'averages', 'combined', 'Recomputed', 'recomputing', 'answer',
+           'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap"]
@@ -177,7 +178,7 @@ FEW = 4  # tasks: where fewer fit, a vectorised call saves too little to be wort
 def choose_lift(
     learner: nn.Module,  # whose code is lifted
     lift: Lift,  # how `fit` or `evaluate` were told to; "loop" and "vmap" are taken at their word
-    *inputs: Tensor,  # what it is lifted over, [tasks, n, *features]; none: take them as large
+    *inputs: Any,  # what it is lifted over, each leaf [tasks, n, *features]; none: take them as large
 ) -> Literal["loop", "vmap"]:
     """The faster way for this learner and these inputs on its device, as measured.
 
@@ -191,19 +192,21 @@ def choose_lift(
         return lift
     if any(p.device.type != "cpu" for p in learner.parameters()):
         return "vmap"
-    flying, few = in_flight(learner, *inputs), bool(inputs) and len(inputs[0]) < FEW
+    leaves = tree_leaves(inputs)
+    flying, few = in_flight(learner, *leaves), bool(leaves) and len(leaves[0]) < FEW
     return "loop" if flying > (FITS / FEW if few else FITS) else "vmap"
 
 
 def fitting(
     learner: nn.Module,  # whose code is lifted
-    *inputs: Tensor,  # [tasks, n, *features]
+    episodes: Episode,  # a batch of tasks
 ) -> int:  # at least 1, at most all of them
     "How many of these tasks the caches of a CPU hold at once; elsewhere all."
-    tasks = len(inputs[0])
+    tasks, inputs = count(episodes), tree_leaves((episodes.support.x, episodes.query.x))
     if any(p.device.type != "cpu" for p in learner.parameters()):
         return tasks
-    return max(1, min(tasks, int(FITS * tasks // max(in_flight(learner, *inputs), 1))))
+    flying = in_flight(learner, *inputs) if inputs else 0
+    return max(1, min(tasks, int(FITS * tasks // max(flying, 1))))
 
 
 def in_flight(
@@ -232,9 +235,15 @@ def evenly(
 class Graded(NamedTuple):
     "What the engine knows of a batch of tasks."
 
-    losses: Tensor  # [tasks]
-    answers: Tensor | None  # [tasks, n, out], detached; `None` where `loss` does not call `forward`
+    losses: Tensor  # [tasks] what is logged, and what `combine` weighs
+    answers: Any  # to the queries, each leaf [tasks, n, ...], detached; `None`: nobody asked
     statistics: Statistics = {}  # of `BatchNorm(stats="running")`, [tasks, channels] each
+    surrogates: Tensor | None = None  # [tasks] what is differentiated, where it is not the losses
+
+    @property
+    def differentiated(self) -> Tensor:  # [tasks]
+        "What leads back to the parameters."
+        return self.losses if self.surrogates is None else self.surrogates
 
 
 def losses(
@@ -244,23 +253,38 @@ def losses(
     *,
     check: bool = True,  # try a lift that nobody has verified, see `metabook.trust`
 ) -> Float[Tensor, "tasks"]:
-    """The loss of every task, ready for `learner.combine` and `backward`.
+    """The loss of every task, ready for `learner.combine` and `backward`: what is differentiated.
 
     New running averages of `BatchNorm(stats="running")` are the mean over tasks, stored here: nothing
     inside a lift may write.  Raises `ValueError` where the examples do not fit, see `Learner.check`,
     and `RuntimeError` for a layer that cannot be lifted as it was asked for, or not be differentiated.
     """
-    learner.check(episodes.support, episodes.query.x)
+    check_batch(learner, episodes)
     with claiming(learner), sparing(learner), in_our_words(learner, **_inputs(episodes)):
         lift = _tried(learner, episodes, lift, _learned) if check else lift
-        graded = grade(learner, episodes, lift)
+        graded = grade(learner, episodes, Way(lift))
         _move_averages(learner, graded.statistics)
-    return graded.losses
+    return graded.differentiated
+
+
+def check_batch(learner: Learner, episodes: Episode) -> None:
+    "Raise `ValueError` unless all tensors hold as many tasks, and the first task can be one for this learner."
+    leaves = leaves_of("support", episodes.support) | leaves_of("query", episodes.query)
+    sizes = {name: len(t) for name, t in leaves.items() if isinstance(t, Tensor) and t.ndim}
+    first = next(iter(sizes), None)
+    for name, tasks in sizes.items():
+        if tasks != sizes[first]:
+            raise ValueError(
+                f"{name} holds {tasks} tasks, {first} {sizes[first]}, expected as many: each tensor of a batch of "
+                "tasks has an axis for them in front"
+            )
+    one = tree_map(lambda t: t[0] if isinstance(t, Tensor) and t.ndim else t, episodes)
+    learner.check(one.support, one.query.x)
 
 
 def _inputs(episodes: Episode) -> dict[str, Tensor]:
     "What a learner reads, by name."
-    return {"support.x": episodes.support.x, "query": episodes.query.x}
+    return leaves_of("support.x", episodes.support.x) | leaves_of("query", episodes.query.x)
 
 
 def _tried(
@@ -276,7 +300,7 @@ def _tried(
 def _learned(learner: Learner, episodes: Episode, lift: Lift) -> list[Tensor]:
     "What training needs, for a trial: losses and their gradient."
     with torch.enable_grad():
-        values = grade(learner, episodes, lift).losses
+        values = grade(learner, episodes, Way(lift)).differentiated
         trained = [p for p in learner.parameters() if p.requires_grad and values.requires_grad]
         found = torch.autograd.grad(values.sum(), trained, allow_unused=True) if trained else ()
     return [
@@ -290,16 +314,27 @@ def _move_averages(learner: Learner, statistics: Statistics) -> None:
     store_running(learner, {name: s.mean(0) for name, s in statistics.items()})
 
 
+class Way(NamedTuple):
+    "How losses are graded."
+
+    lift: Lift = "auto"  # see `choose_lift`
+    compiled: bool = False  # lift by `vmap`, and compile that
+    answers: bool = False  # does somebody ask what was answered?
+
+
 def grade(
     learner: Learner,  # whose code runs
     episodes: Episode,  # a batch of tasks
-    lift: Lift = "auto",  # see `choose_lift`
-    compiled: bool = False,  # lift by `vmap`, and compile that
+    how: Way,
 ) -> Graded:  # losses with their graph
     "The losses of tasks, and what was answered and seen on the way; writes nothing."
-    if compiled:
-        return _compiled()(learner, episodes)
-    return (_in_parts if in_parts(learner) else _as_a_whole)(learner, episodes, lift)
+    if how.compiled:
+        return _compiled()(learner, episodes, how.answers)
+    return _graded(learner, episodes, how)
+
+
+def _graded(learner: Learner, episodes: Episode, how: Way) -> Graded:
+    return (_in_parts if in_parts(learner) else _as_a_whole)(learner, episodes, how)
 
 
 def in_parts(learner: Learner) -> bool:
@@ -311,12 +346,12 @@ def in_parts(learner: Learner) -> bool:
     )
 
 
-def _in_parts(learner: Learner, episodes: Episode, lift: Lift) -> Graded:
-    states, before = _adapted(learner, episodes, lift)
-    how = choose_lift(learner, lift, episodes.query.x)
-    answers, seen = over_tasks(_noting(learner, "predict"), states, episodes.query.x, lift=how)
-    values = torch.func.vmap(partial(task_loss, learner.kind))(answers, episodes.query.y)
-    return Graded(values, answers.detach(), before | seen)
+def _in_parts(learner: Learner, episodes: Episode, how: Way) -> Graded:
+    states, before = _adapted(learner, episodes, how.lift)
+    lift = choose_lift(learner, how.lift, episodes.query.x)
+    answers, seen = over_tasks(_noting(learner, "predict"), states, episodes.query.x, lift=lift)
+    values = over_tasks(learner.criterion, answers, episodes.query.y, lift=lift)
+    return Graded(values, tree_map(Tensor.detach, answers), before | seen)
 
 
 def _adapted(learner: Learner, episodes: Episode, lift: Lift) -> tuple[Any, Statistics]:
@@ -335,22 +370,44 @@ def _noting(learner: Learner, part: Literal["adapt", "predict"]) -> Callable[...
     return noted
 
 
-def _as_a_whole(learner: Learner, episodes: Episode, lift: Lift) -> Graded:
-    def one(episode: Episode) -> tuple[Tensor, Statistics, list[Tensor]]:
+def _as_a_whole(learner: Learner, episodes: Episode, how: Way) -> Graded:
+    stands_in = stands_in_for_criterion(learner)
+
+    def one(episode: Episode) -> tuple[Tensor, Statistics, list[Any], list[Tensor]]:
         with recording(learner, "running") as seen, overhearing(learner) as answers:
             loss = learner.loss(episode)
-        return loss, seen, answers[-1:]
+            if not answers and (stands_in or how.answers):
+                with (
+                    torch.no_grad(),
+                    recording(learner, "running"),
+                ):  # `seen` stays that of the loss
+                    learner(episode.support, episode.query.x)
+        criterion = [learner.criterion(answers[-1], episode.query.y).detach()] if stands_in else []
+        return loss, seen, answers[-1:], criterion
 
-    how = choose_lift(learner, lift, episodes.support.x, episodes.query.x)
-    values, seen, answers = over_tasks(one, episodes, lift=how)
-    return Graded(values, answers[0] if answers else None, seen)
+    lift = choose_lift(learner, how.lift, episodes.support.x, episodes.query.x)
+    values, seen, answers, criterion = over_tasks(one, episodes, lift=lift)
+    answered = answers[0] if answers else None
+    return (
+        Graded(*criterion, answered, seen, values) if criterion else Graded(values, answered, seen)
+    )
+
+
+def stands_in_for_criterion(learner: Learner) -> bool:
+    "Does it differentiate something in place of the criterion, on purpose?"
+    own = type(learner).loss is not Learner.loss or "loss" in vars(learner)
+    return learner.approximate and own
 
 
 @contextmanager
-def overhearing(learner: Learner) -> Iterator[list[Tensor]]:
+def overhearing(learner: Learner) -> Iterator[list[Any]]:
     "Within it, what the learner's `forward` answers is noted, detached."
-    answers: list[Tensor] = []
-    handle = learner.register_forward_hook(lambda *call: answers.append(call[-1].detach()))
+    answers: list[Any] = []
+
+    def note(*call: Any) -> None:
+        answers.append(tree_map(Tensor.detach, call[-1]))
+
+    handle = learner.register_forward_hook(note)
     try:
         yield answers
     finally:
@@ -367,17 +424,18 @@ def gradients(
     recompute: bool = False,  # forget each inner step and compute it again on the way back
     check: bool = True,  # try a lift that nobody has verified, see `metabook.trust`
     shared: Shared | None = None,  # the batch is this process's share of it; `None`: it is all
+    answers: bool = False,  # also what is answered to the queries, where the loss does not ask
 ) -> Graded:  # losses without their graph
-    """The gradient of `learner.combine(losses)`, added to the parameters' `.grad`.
+    """The gradient of `learner.combine(losses, info)`, added to the parameters' `.grad`.
 
     The same for every way of lifting and every chunk, up to rounding.  Moves running averages as
     `losses` does.  With `shared` gradient, losses and running averages are those of all processes'
     tasks, and the same in all; answers are those of this one.  Raises `ValueError` where the examples
-    do not fit, for a learner without `step` that is to be recomputed, and for one whose steps draw random
+    do not fit, for a learner without inner steps that is to be recomputed, and for steps that draw random
     numbers; `RuntimeError` for a layer that cannot be lifted as it was asked for, or not
     be differentiated, and where another thread uses the learner.
     """
-    learner.check(episodes.support, episodes.query.x)
+    check_batch(learner, episodes)
     keep_memory()
     shared = shared or Shared.whole(count(episodes))
     with claiming(learner), sparing(learner), in_our_words(learner, **_inputs(episodes)):
@@ -387,18 +445,11 @@ def gradients(
             lift = lift if compiled else tried
         _share_out(learner, shared)
         with recomputing(learner) if recompute else nullcontext():
-            how = Way(lift, compiled)
+            how = Way(lift, compiled, answers)
             done = _descend_all(learner, episodes, how, chunk, shared)
         graded = _of_all(learner, _joined(done), shared)
         _move_averages(learner, graded.statistics)
     return graded
-
-
-class Way(NamedTuple):
-    "How losses are graded."
-
-    lift: Lift
-    compiled: bool = False
 
 
 def _descend_all(
@@ -407,9 +458,10 @@ def _descend_all(
     "Portion by portion."
     size = _portion(learner, episodes, how.lift, chunk)
     parts = portions(episodes, size)
-    weights = _weights_ahead(learner, shared, parts, how)
+    info = _told(learner, shared, episodes)
+    weights = _weights_ahead(learner, shared, parts, how, info)
     each = [None] if weights is None else weights.split(size)
-    return [_descend(learner, p, w, how, shared) for p, w in zip(parts, each, strict=True)]
+    return [_descend(learner, p, w, how, shared, info) for p, w in zip(parts, each, strict=True)]
 
 
 def _learned_again(learner: Learner, episodes: Episode, lift: Lift) -> list[Tensor]:
@@ -432,12 +484,12 @@ def _portion(learner: Learner, episodes: Episode, lift: Lift, chunk: int | None)
     if chunk is not None:
         positive(chunk=chunk)
         return chunk
-    inputs = episodes.support.x, episodes.query.x
-    fits = fitting(learner, *inputs)
+    fits = fitting(learner, episodes)
     if not averages(learner):  # parts would be computed twice
         return count(episodes)
     if lift == "auto" and fits >= FEW:
         return evenly(count(episodes), fits)
+    inputs = episodes.support.x, episodes.query.x
     whole_loop = choose_lift(learner, lift, *inputs) == "loop" and not in_parts(learner)
     return 1 if whole_loop else count(episodes)
 
@@ -448,20 +500,38 @@ def averages(learner: Learner) -> bool:
 
 
 def _weights_ahead(
-    learner: Learner, shared: Shared, parts: list[Episode], how: Way
+    learner: Learner, shared: Shared, parts: list[Episode], how: Way, info: dict[str, Tensor]
 ) -> Float[Tensor, "tasks"] | None:
     "The weight of each task; `None` where it will follow from losses that are computed anyway."
     if averages(learner):
-        here = sum(map(count, parts))
-        return parts[0].query.y.new_full((here,), 1 / shared.tasks)
+        here, device = sum(map(count, parts)), tree_leaves(parts)[0].device
+        return torch.full((here,), 1 / shared.tasks, dtype=torch.float64, device=device)
     if len(parts) == 1:
         return None
     with torch.no_grad():
-        return _weights(learner, torch.cat([grade(learner, p, *how).losses for p in parts]), shared)
+        values = torch.cat([grade(learner, p, how).losses for p in parts])
+        return _weights(learner, values, shared, info)
+
+
+def _told(learner: Learner, shared: Shared, episodes: Episode) -> dict[str, Tensor]:
+    "What all tasks say of themselves, for an objective that is not their mean."
+    if averages(learner):
+        return {}
+    return {k: shared.of_all(t) for k, t in (episodes.query.info | episodes.support.info).items()}
+
+
+def combined(
+    learner: Learner,
+    values: Float[Tensor, "tasks"],  # losses
+    info: dict[str, Tensor],  # what the tasks say of themselves, [tasks, ...] each
+) -> Float[Tensor, ""]:
+    "The learner's objective, of losses and of what the tasks say, where it reads that."
+    told = len(inspect.signature(learner.combine).parameters) > 1
+    return learner.combine(values, info) if told else learner.combine(values)
 
 
 def _weights(
-    learner: Learner, values: Float[Tensor, "tasks"], shared: Shared
+    learner: Learner, values: Float[Tensor, "tasks"], shared: Shared, info: dict[str, Tensor]
 ) -> Float[Tensor, "tasks"]:
     """How the objective depends on each loss; parameters of `combine` itself get their gradient here.
 
@@ -469,7 +539,7 @@ def _weights(
     """
     leaf = shared.everyones(values.detach()).detach().requires_grad_()
     with torch.enable_grad():
-        (learner.combine(leaf) / shared.processes).backward()
+        (combined(learner, leaf, info) / shared.processes).backward()
     grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
     return shared.processes * grad[shared.mine]
 
@@ -494,18 +564,24 @@ def _of_all(learner: Learner, graded: Graded, shared: Shared) -> Graded:
 
 
 def _descend(
-    learner: Learner, part: Episode, weights: Tensor | None, how: Way, shared: Shared
+    learner: Learner,
+    part: Episode,
+    weights: Tensor | None,
+    how: Way,
+    shared: Shared,
+    info: dict[str, Tensor],
 ) -> Graded:
     "Add the gradient of some tasks' weighted losses."
     looped = not how.compiled and choose_lift(learner, how.lift, part.query.x) == "loop"
     if weights is not None and looped and in_parts(learner):
         return _one_after_another(learner, part, weights, how.lift)
-    graded = grade(learner, part, *how)
+    graded = grade(learner, part, how)
     if weights is None:
-        weights = _weights(learner, graded.losses, shared)
-    if graded.losses.requires_grad:
-        graded.losses.backward(weights)
-    return graded._replace(losses=graded.losses.detach())
+        weights = _weights(learner, graded.losses, shared, info)
+    slopes = graded.differentiated
+    if slopes.requires_grad:
+        slopes.backward(weights.to(slopes))
+    return graded._replace(losses=graded.losses.detach(), surrogates=None)
 
 
 def _one_after_another(
@@ -518,12 +594,12 @@ def _one_after_another(
     for i, w in enumerate(weights):
         mine = [t[i].detach().requires_grad_(t.requires_grad) for t in leaves]
         state = tree_unflatten(mine, structure)
-        answer, seen = _noting(learner, "predict")(state, part.query.x[i])
-        loss = task_loss(learner.kind, answer, part.query.y[i])
+        query = tree_map(lambda t, i=i: t[i], part.query)
+        answer, seen = _noting(learner, "predict")(state, query.x)
+        loss = learner.criterion(answer, query.y)
         if loss.requires_grad:
-            (w * loss).backward()
-        results = loss.detach(), answer.detach(), {k: s.detach() for k, s in seen.items()}
-        done.append(Graded(*tree_map(lambda t: t[None], results)))
+            (w.to(loss) * loss).backward()
+        done.append(Graded(*tree_map(lambda t: t.detach()[None], (loss, answer, seen))))
         arrived.append([torch.zeros_like(t) if t.grad is None else t.grad for t in mine])
     grads = [torch.stack(g) for g in zip(*arrived, strict=True)]
     ends = [(t, g) for t, g in zip(leaves, grads, strict=True) if t.requires_grad]
@@ -537,9 +613,14 @@ def _joined(parts: list[Graded]) -> Graded:
     "What is known of some tasks, and of others: of all."
     if len(parts) == 1:
         return parts[0]
-    losses, answers, _ = zip(*parts, strict=True)
-    statistics = tree_map(lambda *t: torch.cat(t), *(p.statistics for p in parts))
-    return Graded(torch.cat(losses), None if answers[0] is None else torch.cat(answers), statistics)
+    losses, answers, statistics, _ = zip(*parts, strict=True)
+    answered = None if answers[0] is None else _one_behind_the_other(answers)
+    return Graded(torch.cat(losses), answered, _one_behind_the_other(statistics))
+
+
+def _one_behind_the_other(parts: Sequence[Any]) -> Any:
+    "Structures of tensors [tasks, ...], joined along the tasks."
+    return tree_map(lambda *t: torch.cat(t), *parts)
 
 # %% ../nbs/A2_engine.ipynb #5239f1ea
 class Recomputed(Function):
@@ -590,13 +671,23 @@ def _luck() -> tuple[Any, ...]:
 
 @contextmanager
 def recomputing(learner: Learner) -> Iterator[None]:
-    "Within it, each inner step of a learner that has a `step` is forgotten and computed again."
-    step = getattr(learner, "step", None)
-    if step is None:
+    "Within it, each inner step of a learner, and of learners inside, is forgotten and computed again."
+    loops = [m for m in learner.modules() if isinstance(m, InnerLoop)]
+    if not loops:
         raise ValueError(
-            f"recompute=True, but {type(learner).__name__} has no `step` to compute again: "
-            "only learners that adapt by inner steps can save memory this way"
+            f"recompute=True, but {type(learner).__name__} has no inner `step` to compute again, expected an "
+            "InnerLoop: only learners that adapt by inner steps can save memory this way"
         )
+    with ExitStack() as stack:
+        for loop in loops:
+            stack.enter_context(_forgetting(loop))
+        yield
+
+
+@contextmanager
+def _forgetting(learner: InnerLoop) -> Iterator[None]:
+    "Within it, the inner steps of a learner are computed again on the way back."
+    step = learner.step
 
     def forgotten(*args: Any) -> Any:
         tensors, structure = tree_flatten(args)
@@ -607,6 +698,8 @@ def recomputing(learner: Learner) -> Iterator[None]:
             luck = _luck()
             with precision(), place():
                 leaves, result = tree_flatten(step(*tree_unflatten(tensors, structure)))
+            same = {id(t) for t in tensors}  # what a step hands on as it is
+            leaves = [t.view_as(t) if id(t) in same else t for t in leaves]
             if luck != _luck():
                 raise ValueError(
                     f"recompute=True, but an inner step of this {type(learner).__name__} draws random numbers "
@@ -636,54 +729,58 @@ def answer(
     queries: Literal["joint", "single"] = "joint",  # answered together, or each alone
     *,
     check: bool = True,  # try a lift that nobody has verified, see `metabook.trust`
-) -> Float[Tensor, "tasks n out"]:
+) -> Any:  # predictions, each leaf [tasks, n, ...]
     """What the learner answers to the queries of each task.
 
     Raises `ValueError` where the examples do not fit, and `RuntimeError` for a layer that cannot be
     lifted as it was asked for.
     """
-    learner.check(episodes.support, episodes.query.x)
+    check_batch(learner, episodes)
     with sparing(learner), in_our_words(learner, **_inputs(episodes)):
         lift = _tried(learner, episodes, lift, _ANSWERED[queries]) if check else lift
         return _answered(learner, episodes, lift, queries)
 
 
-def _answered(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Tensor:
-    fits = fitting(learner, episodes.support.x, episodes.query.x)
+def _answered(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Any:
+    fits = fitting(learner, episodes)
     size = evenly(count(episodes), fits if lift == "auto" and fits >= FEW else count(episodes))
     whole = queries == "joint" and not in_parts(learner)
     ask = _ask_as_a_whole if whole else partial(_ask_in_parts, queries=queries)
-    return torch.cat([ask(learner, part, lift) for part in portions(episodes, size)])
+    return _one_behind_the_other([ask(learner, part, lift) for part in portions(episodes, size)])
 
 
 def _trial_answers(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> list[Tensor]:
     with torch.no_grad():
-        return [_answered(learner, episodes, lift, queries)]
+        return tree_leaves(_answered(learner, episodes, lift, queries))
 
 
 _ANSWERED = {queries: partial(_trial_answers, queries=queries) for queries in ("joint", "single")}
 
 
-def _ask_as_a_whole(learner: Learner, episodes: Episode, lift: Lift) -> Tensor:
+def _ask_as_a_whole(learner: Learner, episodes: Episode, lift: Lift) -> Any:
     how = choose_lift(learner, lift, episodes.support.x, episodes.query.x)
     return over_tasks(learner, episodes.support, episodes.query.x, lift=how)
 
 
-def _ask_in_parts(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Tensor:
+def _ask_in_parts(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Any:
     states, _ = _adapted(learner, episodes, lift)
     how = choose_lift(learner, lift, episodes.query.x)
     predict = learner.predict if queries == "joint" else partial(_singly, learner, lift)
     return over_tasks(predict, states, episodes.query.x, lift=how)
 
 
-def _singly(learner: Learner, lift: Lift, state: Any, x: Tensor) -> Tensor:
+def _singly(learner: Learner, lift: Lift, state: Any, x: Any) -> Any:
     "Predictions for the queries of one task, one by one, as a user would ask them."
-    how = "loop" if lift == "loop" else "vmap"
-    return over_tasks(lambda one: learner.predict(state, one[None])[0], x, lift=how)
+
+    def ask(one: Any) -> Any:
+        answer = learner.predict(state, tree_map(lambda t: t[None], one))
+        return tree_map(lambda t: t[0], answer)
+
+    return over_tasks(ask, x, lift="loop" if lift == "loop" else "vmap")
 
 # %% ../nbs/A2_engine.ipynb #e9e5742d
 class Replayed:
-    """A function of tensors, recorded as a CUDA graph for each set of shapes and then replayed.
+    """A function of tensors, recorded as a CUDA graph for each set of shapes, and each phase, and then replayed.
 
     The first calls run as they stand, on a stream of their own, as CUDA wants it before a recording.
     What it gives is overwritten by the next call.  Where recording is impossible, or more than `most`
@@ -697,8 +794,9 @@ class Replayed:
         f: Callable[..., Any],  # tensors in, a structure of tensors out
         device: torch.device,  # where it works
         *generators: torch.Generator,  # whose numbers it uses
+        phase: Callable[[], Hashable] = tuple,  # what else decides which operations they are
     ):
-        self.f, self.device, self.generators = f, device, generators
+        self.f, self.device, self.generators, self.phase = f, device, generators, phase
         self.calls: dict[Any, int] = {}
         # shapes -> graph, what goes in, what comes out
         self.graphs: dict[Any, tuple[Any, Any, Any]] = {}
@@ -709,7 +807,7 @@ class Replayed:
     def __call__(self, *args: Any) -> Any:
         if self.why_not and not self.graphs:
             return self.f(*args)
-        key = tuple((t.shape, t.dtype) for t in tree_leaves(args))
+        key = self.phase(), *((t.shape, t.dtype) for t in tree_leaves(args))
         self.calls[key] = self.calls.get(key, 0) + 1
         with torch.cuda.device(self.device):
             if not self.why_not and key not in self.graphs and self.calls[key] > self.warm_up:
@@ -863,11 +961,11 @@ def capturable(
     optimizer._warned_capturable_if_run_uncaptured = True  # the warm-up is meant to be
 
 # %% ../nbs/A2_engine.ipynb #71c63d5c
-def _lifted(learner: Learner, episodes: Episode) -> Graded:
-    return (_in_parts if in_parts(learner) else _as_a_whole)(learner, episodes, "vmap")
+def _lifted(learner: Learner, episodes: Episode, answers: bool) -> Graded:
+    return _graded(learner, episodes, Way("vmap", answers=answers))
 
 
 @cache
-def _compiled() -> Callable[[Learner, Episode], Graded]:
+def _compiled() -> Callable[[Learner, Episode, bool], Graded]:
     "The lifted losses, compiled for each learner and set of shapes when first called."
     return torch.compile(_lifted)

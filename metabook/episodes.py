@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Generator, Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
 
 try:
     from jaxtyping import Bool, Float, Int, Shaped
@@ -30,21 +30,22 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'positive', 'usable', 'finite',
-           'check_labels', 'check_range', 'Tasks', 'Frozen', 'twin_of', 'undisturbed', 'number', 'digest', 'count',
-           'Waves', 'Sinusoids', 'Classes', 'spelled', 'check_alike', 'class_data', 'Picks', 'choose', 'sides',
-           'ClassTasks', 'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
+__all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'leaves_of', 'shot_of', 'positive',
+           'usable', 'finite', 'check_labels', 'check_range', 'Tasks', 'Frozen', 'twin_of', 'undisturbed', 'number',
+           'digest', 'count', 'Waves', 'Sinusoids', 'Classes', 'spelled', 'check_alike', 'class_data', 'Picks',
+           'choose', 'sides', 'ClassTasks', 'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
     """Labelled examples of one task; a batch of tasks has one more axis in front of every tensor.
 
     `x` is `[n, *features]`.  `y` is `[n, way]`, one-hot or soft classes, or `[n, out]` regression targets.
-    `info` is what a method may also be told, lifted over tasks with the rest.
+    Either may be a structure of tensors, each `[n, ...]`: tokens and their mask, a graph and its nodes, or
+    `()` for nothing.  `info` is what a method may also be told, lifted over tasks with the rest.
     """
 
-    x: Tensor  # [n, *features]
-    y: Tensor  # [n, way] classes or [n, out] targets
+    x: Any  # [n, *features], or a structure of such tensors
+    y: Any  # [n, way] classes or [n, out] targets, or a structure
     info: dict[str, Tensor] = {}  # e.g. "classes" [way], "task" [d]
 
     @classmethod
@@ -107,6 +108,20 @@ def tensors(**arguments: Any) -> None:
             raise TypeError(
                 f"{name} is a {type(value).__name__}, expected a tensor: make one with torch.as_tensor"
             )
+
+
+def leaves_of(
+    name: str,  # of an argument
+    structure: Any,  # a tensor, or a structure of tensors
+) -> dict[str, Any]:
+    "The leaves by their names: of a tensor its own, of a dictionary such as `x['mask']`."
+    return {name + keystr(path): leaf for path, leaf in tree_leaves_with_path(structure)}
+
+
+def shot_of(examples: Examples) -> int | None:
+    "How many examples there are; `None` where neither inputs nor targets say so."
+    leaf = next(iter(tree_leaves((examples.x, examples.y))), None)
+    return None if leaf is None else len(leaf)
 
 
 def positive(**numbers: int) -> None:

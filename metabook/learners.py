@@ -4,50 +4,204 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.func import grad
 from torch.nn import functional as F
 
-from .episodes import Episode, Examples, tensors
-from .networks import NoScript, mixes_examples
+from .checkpoints import lookup
+from .episodes import Episode, Examples, leaves_of, shot_of, tensors
+from metabook.networks import (
+    NoScript,
+    Parameters,
+    Statistics,
+    adaptable,
+    call,
+    mixes_examples,
+    support_statistics,
+)
 from .trust import asking, claiming, in_our_words, require_alone, sparing, turn
 
 try:
-    from jaxtyping import Float, Shaped
+    from jaxtyping import Float
 except ImportError:  # the shapes in signatures are checked by the tests, not at run time
     pass
 
 # %% auto #0
-__all__ = ['Kind', 'Learner', 'scoring', 'start_training', 'check_support', 'check_place', 'check_inner_loop', 'check_network',
-           'task_loss', 'task_score', 'check_match']
+__all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'set_progress', 'start_training', 'check_support', 'check_task',
+           'check_targets', 'check_place', 'check_rate', 'check_steps', 'check_network', 'InnerLoop', 'FastWeights',
+           'task_loss', 'task_score', 'check_classes', 'check_answers', 'check_match']
 
-# %% ../nbs/05_learners.ipynb #b4878f95
-Kind = Literal["classification", "regression"]
+# %% ../nbs/05_learners.ipynb #1f0a5c3d
+@dataclass(frozen=True)
+class Metric:
+    "What a score measures: which way is up, and how it is written."
+
+    name: str
+    higher_is_better: bool = True
+    unit: str = ""  # of the number; "%" is written as a hundred times the number
+    difference: bool = False  # of two scores: written with its sign
+
+    def written(
+        self,
+        mean: float,
+        ci95: float,  # half the width of its interval
+    ) -> str:
+        "A number and its interval, with name and unit."
+        times, digits = (100, 2) if self.unit == "%" else (1, 4)
+        sign = "+" if self.difference else ""
+        unit = f" {self.unit}" if self.unit not in ("", "%") else self.unit
+        number = f"{times * mean:{sign}.{digits}f} ± {times * ci95:.{digits}f}{unit}"
+        return f"{self.label} {number}"
+
+    @property
+    def label(self) -> str:
+        "Its name, as a row of results has it."
+        return f"{self.name} difference" if self.difference else self.name
+
+    def better(
+        self,
+        a: float,  # a mean
+        b: float,  # another
+    ) -> bool:
+        "Is `a` the better one?"
+        return a > b if self.higher_is_better else a < b
 
 
-class Learner(NoScript, nn.Module):
-    """A map from a task's support set to a predictor; the base class of every method.
+ACCURACY = Metric("accuracy", unit="%")
+MSE = Metric("mse", higher_is_better=False)
 
-    A subclass writes `adapt` and `predict` for ONE task; the engine lifts them over a batch of tasks.
-    The attributes say what holds for the method, and `metabook.testing.check_learner` tests it.
-    Register a subclass with `metabook.checkpoints.register`, so that it can be saved.
-    """
+# %% ../nbs/05_learners.ipynb #1f0a5c3e
+Tensors = Any  # a tensor, or a structure of tensors: tuples, lists, dictionaries
 
-    kind: Kind = "classification"  # never inferred from shapes
-    head: bool = True  # must the network end in one output for each class (or target)?
-    label_equivariant: bool = True  # does renaming the classes only rename the answers?
-    order_invariant: bool = True  # is the support set a set, its order without effect?
-    first_order: bool = False  # does the meta-gradient leave derivatives out, on purpose?
-    needs_support: bool = True  # is an empty support set an error?  Not where `fit` also pre-trains
+
+class Timed(NoScript, nn.Module):
+    "A module that knows how far its training is, and that several threads may ask."
+
+    _phase: tuple[Hashable, ...] = ()  # set by `fit`
+    reads_progress: bool = (
+        False  # has anybody asked?  Then the number of steps is part of a run's identity
+    )
 
     def __init__(self) -> None:  # no arguments: nn.Module would take any, and none could be saved
         super().__init__()
+        self.register_buffer("_progress", torch.ones(()), persistent=False)
+
+    @property
+    def progress(self) -> Float[Tensor, ""]:
+        """How far the training is, from 0 to 1, for what is annealed: `fit` sets it before each step.
+
+        A learner that is scored, or was loaded, is trained: there it is 1.
+        """
+        if not self.reads_progress:
+            self.reads_progress = True
+        return self._progress
+
+    @property
+    def phase(self) -> Hashable:
+        "What `phase_at` says of now."
+        return self._phase[0] if self._phase else self.phase_at(1.0)
+
+    def phase_at(
+        self,
+        progress: float,  # from 0 to 1
+    ) -> Hashable:
+        """A name for that part of the training, for what switches, such as the order of derivatives.
+
+        A step is recorded, or compiled, once for each; so it may decide what is computed.
+        """
+        return None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        "As every module has it, also while other threads ask."
+        with turn():
+            return super().state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Timed:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        with turn():  # no tensor of another thread is copied along
+            twin.__setstate__(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def train(self, mode: bool = True) -> Timed:
+        "Switch the mode.  Raises `RuntimeError` while another thread uses the learner."
+        require_alone(self)
+        return super().train(mode)
+
+# %% ../nbs/05_learners.ipynb #1f0a5c3f
+Kind = Literal["classification", "regression"]
+
+
+class Judged(Timed):
+    "A module that owns what is differentiated, and what is reported."
+
+    kind: str = (
+        "classification"  # or "regression", or a word of your own; never inferred from shapes
+    )
+
+    def criterion(
+        self,
+        predictions: Tensors,  # of one task, as `predict` gives them
+        y: Tensors,  # what was to be predicted
+    ) -> Float[Tensor, ""]:
+        "How unlikely the answers are, a mean over the examples: cross-entropy, or squared error."
+        return task_loss(self.known_kind("criterion"), predictions, y)
+
+    def score(
+        self,
+        predictions: Tensors,  # of one task, on the CPU
+        y: Tensors,  # what was to be predicted
+    ) -> Tensor | float | None:  # NaN: an answer is lost; `None`: this task has no such score
+        """What `evaluate` reports, task by task and outside of any lift: any code may stand here.
+
+        The default is accuracy, or the mean squared error.  It raises `ValueError` for a query with two
+        right answers.
+        """
+        kind = self.known_kind("score")
+        if kind == "classification":
+            check_answers(y)
+        return task_score(kind, predictions, y)
+
+    @property
+    def metric(self) -> Metric:
+        "What `score` measures."
+        return ACCURACY if self.known_kind("metric") == "classification" else MSE
+
+    def known_kind(self, wanted: str) -> Kind:
+        "Its kind, where that has a criterion and a score.  Raises `NotImplementedError`."
+        if self.kind in get_args(Kind):
+            return self.kind
+        raise NotImplementedError(
+            f"{type(self).__name__} is for {self.kind} tasks and does not say its {wanted}, expected one of its "
+            'own: write it, or set kind = "classification" or "regression"'
+        )
+
+# %% ../nbs/05_learners.ipynb #b4878f95
+class Learner(Judged):
+    """A map from a task's support set to a predictor; the base class of every method.
+
+    A subclass writes `adapt` and `predict` for ONE task; the engine lifts them over a batch of tasks.
+    What is differentiated (`criterion`) and what is reported (`score`, `metric`) are its own; the defaults
+    are those of its `kind`.  The attributes say what holds for the method, and
+    `metabook.testing.check_learner` tests it.  Register a subclass with `metabook.checkpoints.register`,
+    so that it can be saved.
+    """
+
+    head: bool = True  # must the network end in one output for each class (or target)?
+    label_equivariant: bool = True  # does renaming the classes only rename the answers?
+    order_invariant: bool = True  # is the support set a set, its order without effect?
+    approximate: bool = (
+        False  # is the meta-gradient another than that of the criterion, on purpose?
+    )
+    needs_support: bool = True  # is an empty support set an error?  Not where `fit` also pre-trains
 
     @property
     def transductive(self) -> bool:
@@ -61,56 +215,45 @@ class Learner(NoScript, nn.Module):
     def adapt(
         self,
         support: Examples,  # of one task
-    ) -> Any:  # the state: any structure of tensors, all that was learned about the task
+    ) -> Tensors:  # the state: all that was learned about the task
         "Learn one task from its support set."
         raise NotImplementedError(f"{type(self).__name__} does not say how it adapts")
 
     def predict(
         self,
-        state: Any,  # as `adapt` gave it
-        x: Shaped[Tensor, "n *features"],  # inputs of the same task
-    ) -> Float[Tensor, "n out"]:
-        "Logits of the task's classes, or regression predictions."
+        state: Tensors,  # as `adapt` gave it
+        x: Tensors,  # inputs of the same task, each leaf [n, *features]
+    ) -> Tensors:  # each leaf [n, ...]
+        "Logits of the task's classes, regression predictions, or whatever `criterion` and `score` read."
         raise NotImplementedError(f"{type(self).__name__} does not say how it predicts")
 
     def forward(
         self,
         support: Examples,  # of one task
-        query: Shaped[Tensor, "n *features"],  # inputs of the same task
-    ) -> Float[Tensor, "n out"]:
+        query: Tensors,  # inputs of the same task, each leaf [n, *features]
+    ) -> Tensors:
         "Predictions for the query inputs.  Raises `ValueError` where the two do not fit, see `check`."
-        x = getattr(support, "x", None)
-        given = {k: t for k, t in {"support.x": x, "query": query}.items() if isinstance(t, Tensor)}
+        given = leaves_of("support.x", getattr(support, "x", ())) | leaves_of("query", query)
         with asking(self), sparing(self), in_our_words(self, **given):
             self.check(support, query)
             return self.predict(self.adapt(support), query)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        "As every module has it, also while other threads ask."
-        with turn():
-            return super().state_dict(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Learner:
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        with turn():  # no tensor of another thread is copied along
-            twin.__setstate__(copy.deepcopy(vars(self), memo))
-        return twin
-
-    def train(self, mode: bool = True) -> Learner:
-        "Switch the mode.  Raises `RuntimeError` while another thread uses the learner."
-        require_alone(self)
-        return super().train(mode)
 
     def loss(
         self,
         episode: Episode,  # one task
     ) -> Float[Tensor, ""]:
-        "What the outer loop differentiates: here the loss on the query set."
-        return task_loss(self.kind, self(episode.support, episode.query.x), episode.query.y)
+        """What the outer loop differentiates: here the criterion on the query set.
+
+        One that stands in for the criterion says so: `approximate = True`.  Then the criterion on the
+        queries is what is logged, and what `combine` weighs.
+        """
+        return self.criterion(self(episode.support, episode.query.x), episode.query.y)
 
     def combine(
         self,
         losses: Float[Tensor, "tasks"],  # one number a task
+        info: dict[str, Tensor]
+        | None = None,  # what the tasks say of themselves, [tasks, ...] each
     ) -> Float[Tensor, ""]:
         "From the losses of the tasks to what is minimised: their mean."
         return losses.mean()
@@ -121,26 +264,28 @@ class Learner(NoScript, nn.Module):
 
     def check(
         self,
-        support: Examples,  # of one task, or of a batch of tasks
-        query: Tensor,  # inputs of the same
+        support: Examples,  # of one task
+        query: Tensors,  # inputs of the same
     ) -> None:
-        """Raise `ValueError` unless these examples can be a task for this learner.
+        """Raise `ValueError` unless these examples can be a task for this learner; look at no value.
 
-        Looks at shapes and types, never at values, so it also stands inside a lift.  Raises `TypeError`
-        for what is no `Examples` and no tensor.
+        Raises `TypeError` for what is no `Examples` and no tensor.  Override it where a task looks
+        otherwise: where queries are longer, say, or one item is a sequence of tasks.
         """
         check_support(support, query)
-        if self.needs_support and support.y.shape[-2] == 0:
-            raise ValueError("the support set is empty: give at least one example to learn from")
-        if self.kind == "classification" and support.y.shape[-1] < 2:
-            raise ValueError(
-                f"support.y has shape {tuple(support.y.shape)}, so the way is {support.y.shape[-1]}, expected "
-                'at least two classes to tell apart: show more, or build the learner with kind="regression"'
-            )
-        with turn():
-            parameter = next(self.parameters(), None)
-        for name, x in {"support.x": support.x, "query": query}.items():
-            check_place(name, x, parameter)
+        check_task(self, support, query)
+
+    @classmethod
+    def takes(
+        cls,
+        support: Examples,  # of one task that it shall be able to learn
+    ) -> dict[str, tuple[Examples, int | None]]:
+        """The networks that its constructor takes: for each what it reads, and its outputs; `None`: an embedding.
+
+        Here the first argument, which reads the examples.  The command line builds networks by it.
+        """
+        first = next(iter(inspect.signature(cls).parameters))
+        return {first: (support, support.y.shape[-1] if cls.head else None)}
 
 # %% ../nbs/05_learners.ipynb #5e0d7c19
 def _mixes(part: nn.Module) -> bool:
@@ -153,19 +298,37 @@ def _mixes(part: nn.Module) -> bool:
 # %% ../nbs/05_learners.ipynb #81d68383
 @contextmanager
 def scoring(learner: Learner) -> Iterator[None]:
-    "Within it the learner is in evaluation mode; afterwards each part in its own.  Raises `RuntimeError`."
+    """Within it the learner is in evaluation mode, as one that is trained; afterwards each part in its own.
+
+    Raises `RuntimeError` while another thread uses the learner.
+    """
     modes = [(module, module.training) for module in learner.modules()]
     if not any(training for _, training in modes):
         with asking(learner):
             yield  # nothing changes, so others may ask it at the same time
         return
+    before = [(m, float(m._progress)) for m in learner.modules() if isinstance(m, Timed)]
     with claiming(learner):
         learner.eval()
+        set_progress(learner, 1.0)
         try:
             yield
         finally:
+            for module, share in before:
+                set_progress(module, share)
             for module, training in modes:
                 module.training = training
+
+
+def set_progress(
+    learner: Learner,
+    share: float,  # of the training that is done, from 0 to 1
+) -> None:
+    "Tell a learner, and learners inside, how far the training is."
+    for module in learner.modules():
+        if isinstance(module, Timed):
+            module._progress.fill_(share)
+            module._phase = (module.phase_at(share),)
 
 
 def start_training(learner: Learner) -> None:
@@ -186,38 +349,69 @@ def _frozen(module: nn.Module) -> bool:
 
 # %% ../nbs/05_learners.ipynb #efd57860
 def check_support(
-    support: Examples,  # of one task, or of a batch of tasks
-    query: Tensor,  # inputs of the same
+    support: Examples,  # of one task
+    query: Tensors,  # inputs of the same
 ) -> None:
-    "Raise `ValueError` unless every support example has a row in y, and queries look alike."
+    "Raise `ValueError` unless all that is said of the support examples is said of each, and queries look alike."
     if not hasattr(support, "y"):
         raise TypeError(
             f"support is a {type(support).__name__}, expected Examples: make them with "
             "Examples.of(x, labels, way), or Examples(x, y) for targets"
         )
-    x, y = support.x, support.y
-    tensors(**{"support.x": x, "support.y": y, "query": query})
-    if y.ndim < 2 or not y.is_floating_point():
+    x, queries = leaves_of("support.x", support.x), leaves_of("query", query)
+    told = x | leaves_of("support.y", support.y)
+    tensors(**told, **queries)
+    first = next(iter(told), None)
+    for name, t in told.items():
+        if t.shape[:1] != told[first].shape[:1] or not t.ndim:
+            raise ValueError(
+                f"{first} has shape {tuple(told[first].shape)} and {name} {tuple(t.shape)}, expected as many rows: "
+                "each example needs its own row in y; Examples.of(x, labels, way) makes one for each label"
+            )
+        if t.device != told[first].device:
+            raise ValueError(
+                f"{name} is on {t.device}, expected {told[first].device}, where {first} is: move both, for example "
+                "episode.to(device)"
+            )
+    for (name, t), q in zip(x.items(), queries.values(), strict=False):
+        if len(x) != len(queries) or q.shape[1:] != t.shape[1:]:
+            raise ValueError(
+                f"support examples have features {tuple(t.shape[1:])}, queries {tuple(q.shape[1:])} ({name}): both "
+                "need the same, so resize or reshape one of them"
+            )
+
+
+def check_task(
+    learner: Learner,  # that is to learn it
+    support: Examples,  # of one task
+    query: Tensors,  # inputs of the same
+) -> None:
+    "Raise `ValueError` for an empty support set, targets of another kind, and examples that are elsewhere."
+    if learner.needs_support and shot_of(support) == 0:
+        raise ValueError("the support set is empty: give at least one example to learn from")
+    if isinstance(support.y, Tensor) and learner.kind in get_args(Kind):
+        check_targets(support.y, learner.kind)
+    with turn():
+        parameter = next(learner.parameters(), None)
+    for name, x in (leaves_of("support.x", support.x) | leaves_of("query", query)).items():
+        check_place(name, x, parameter)
+
+
+def check_targets(
+    y: Tensor,  # of the support set of one task
+    kind: Kind,
+) -> None:
+    "Raise `ValueError` unless these are rows of floats, and of at least two classes where they are classes."
+    if y.ndim != 2 or not y.is_floating_point():
         raise ValueError(
-            f"support.y is {y.dtype} of shape {tuple(y.shape)}, expected floats [n, way] or [n, out]: "
-            "make one-hot rows of class numbers with Examples.of(x, labels, way), a column of "
-            "targets with y[:, None]"
+            f"support.y is {y.dtype} of shape {tuple(y.shape)}, expected floats [n, way] or [n, out], of one task: "
+            "make one-hot rows of class numbers with Examples.of(x, labels, way), a column of targets with "
+            "y[:, None]; many tasks are for metabook.engine.answer"
         )
-    lead = y.ndim - 1  # the axes that count examples, and tasks where there is an axis for them
-    if x.shape[:lead] != y.shape[:lead]:
+    if kind == "classification" and y.shape[-1] < 2:
         raise ValueError(
-            f"support.x has shape {tuple(x.shape)} and support.y {tuple(y.shape)}: "
-            "each example needs its own row in y; Examples.of(x, labels, way) makes one for each label"
-        )
-    if y.device != x.device:
-        raise ValueError(
-            f"support.y is on {y.device}, expected {x.device}, where support.x is: move both, for example "
-            "episode.to(device)"
-        )
-    if query.shape[lead:] != x.shape[lead:]:
-        raise ValueError(
-            f"support examples have features {tuple(x.shape[lead:])}, queries "
-            f"{tuple(query.shape[lead:])}: both need the same, so resize or reshape one of them"
+            f"support.y has shape {tuple(y.shape)}, so the way is {y.shape[-1]}, expected "
+            'at least two classes to tell apart: show more, or build the learner with kind="regression"'
         )
 
 
@@ -242,15 +436,19 @@ def check_place(
         )
 
 
-def check_inner_loop(
+def check_rate(
     lr: float,  # inner rate
-    steps: int,  # inner steps in training
-    test_steps: int | None = None,  # inner steps in evaluation mode; `None`: as in training
 ) -> None:
-    "Raise `ValueError` unless the rate is positive and finite, and no number of steps negative or broken."
+    "Raise `ValueError` unless the rate is positive and finite."
     if not isinstance(lr, Real) or not 0 < lr < math.inf:
         raise ValueError(f"lr={lr!r}, expected a positive inner rate: pass one, such as lr=0.01")
-    for name, number in {"steps": steps, "test_steps": test_steps}.items():
+
+
+def check_steps(
+    **numbers: int | None,  # of inner steps; `None`: not said
+) -> None:
+    "Raise `ValueError`, naming the argument, for a number that is negative or broken."
+    for name, number in numbers.items():
         if not isinstance(number, Integral | None) or (number is not None and number < 0):
             raise ValueError(
                 f"{name}={number!r}, expected at least 0 whole steps: pass {name}=0 to take none"
@@ -266,11 +464,121 @@ def check_network(**networks: Any) -> None:
                 f"{name}=Conv4(out=5)"
             )
 
+# %% ../nbs/05_learners.ipynb #3b5d7c1a
+class InnerLoop(Learner):
+    """A learner that adapts by steps: `start`, then `step` after `step`, then `result`.
+
+    Raises `ValueError` for a number of steps that is negative.
+    """
+
+    def __init__(
+        self,
+        steps: int = 1,  # inner steps in training
+        test_steps: int | None = None,  # inner steps in evaluation mode; `None`: as in training
+    ):
+        super().__init__()
+        check_steps(steps=steps, test_steps=test_steps)
+        self.steps, self.test_steps = steps, steps if test_steps is None else test_steps
+
+    def start(
+        self,
+        support: Examples,  # of one task
+    ) -> Tensors:  # a state
+        "Where the inner loop begins."
+        raise NotImplementedError(f"{type(self).__name__} does not say where its inner loop starts")
+
+    def step(
+        self,
+        state: Tensors,  # where you are
+        support: Examples,  # of one task
+    ) -> Tensors:  # where you are next
+        "One inner step."
+        raise NotImplementedError(f"{type(self).__name__} does not say what an inner step does")
+
+    def result(
+        self,
+        state: Tensors,  # after the last step
+        support: Examples,  # of one task
+    ) -> Tensors:  # what `predict` takes
+        "What was learned about the task: here the last state itself."
+        return state
+
+    def path(
+        self,
+        support: Examples,  # of one task
+    ) -> Iterator[Tensors]:
+        "All states in order: the start, and what each step made of it."
+        state = self.start(support)
+        yield state
+        for _ in range(self.steps if self.training else self.test_steps):
+            state = self.step(state, support)
+            yield state
+
+    def adapt(self, support: Examples) -> Tensors:
+        "The result of the inner loop."
+        state = None
+        for state in self.path(support):  # noqa: B007
+            pass
+        return self.result(state, support)
+
+# %% ../nbs/05_learners.ipynb #6a1f3d9b
+class FastWeights(InnerLoop):
+    """An inner loop over the parameters of a network: a subclass writes `start` and `step`.
+
+    A state is a set of parameters, by name; those that it leaves out are the network's own.  Each label
+    has its own learned row in the head, so the answers depend on how classes are numbered.
+
+    Raises `TypeError` for a `net` that is none, and `ValueError` for a rate that is not positive, a
+    negative number of steps, and an unknown kind.
+    """
+
+    label_equivariant = False
+
+    def __init__(
+        self,
+        net: nn.Module,  # ends in one output for each class or target
+        lr: float = 0.01,  # inner rate alpha
+        steps: int = 1,  # inner steps in training
+        test_steps: int | None = None,  # inner steps in evaluation mode; `None`: as in training
+        kind: Kind = "classification",  # of the tasks
+    ):
+        super().__init__(steps, test_steps)
+        check_network(net=net)
+        check_rate(lr)
+        lookup(kind, dict.fromkeys(get_args(Kind)), "kind")
+        self.net, self.lr, self.kind = net, lr, kind
+
+    def support_loss(
+        self,
+        phi: Parameters,  # of the task
+        support: Examples,  # of one task
+    ) -> Float[Tensor, ""]:
+        "L_S(phi): the criterion on the support set."
+        return self.criterion(call(self.net, phi, support.x), support.y)
+
+    def gradient(
+        self,
+        phi: Parameters,  # where
+        support: Examples,  # of one task
+    ) -> Parameters:
+        "The gradient of the support loss, for what may move: parameters of `phi` that are not frozen."
+        learns = adaptable(self.net)
+        return grad(self.support_loss)({k: p for k, p in phi.items() if k in learns}, support)
+
+    def result(self, phi: Parameters, support: Examples) -> tuple[Parameters, Statistics]:
+        "The parameters, and the statistics by which a query that stands alone is normalised."
+        return phi, support_statistics(self.net, phi, support.x)
+
+    def predict(self, state: tuple[Parameters, Statistics], x: Tensors) -> Tensors:
+        "The network with the parameters of the task."
+        phi, statistics = state
+        return call(self.net, phi, x, statistics)
+
 # %% ../nbs/05_learners.ipynb #67160fdb
 def task_loss(
     kind: Kind,  # of task
-    predictions: Float[Tensor, "n out"],  # logits, or predicted targets
-    y: Float[Tensor, "m way"],  # one-hot or soft classes, or targets
+    predictions: Tensors,  # logits, or predicted targets: a tensor [n, out]
+    y: Tensors,  # one-hot or soft classes, or targets: a tensor of the same shape
 ) -> Float[Tensor, ""]:
     "Mean cross-entropy, or mean squared error.  Raises `ValueError` where the shapes differ."
     check_match(predictions, y)
@@ -281,24 +589,65 @@ def task_loss(
 
 def task_score(
     kind: Kind,  # of task
-    predictions: Float[Tensor, "n out"],  # logits, or predicted targets
-    y: Float[Tensor, "m way"],  # one-hot or soft classes, or targets
+    predictions: Tensors,  # logits, or predicted targets: a tensor [n, out]
+    y: Tensors,  # one-hot or soft classes, or targets: a tensor of the same shape
 ) -> Float[Tensor, ""]:
     """Accuracy in [0, 1], or mean squared error: what `evaluate` reports.
 
     NaN where an answer is NaN or its largest logit infinite: `argmax` would take it for class 0.
     """
+    check_match(predictions, y)
     exact = torch.promote_types(predictions.dtype, torch.float32)  # bfloat16 has no 12/45
     if kind == "regression":
         return task_loss(kind, predictions.to(exact), y.to(exact))
-    check_match(predictions, y)
     hits = (predictions.argmax(-1) == y.argmax(-1)).to(exact)
     lost = ~predictions.amax(-1).isfinite()  # no answer is no wrong answer
     return hits.masked_fill(lost, math.nan).mean()
 
 
-def check_match(predictions: Tensor, y: Tensor) -> None:
-    "Raise `ValueError` unless there is one prediction for each target, of the same width, and any at all."
+def check_classes(
+    name: str,  # of the argument
+    y: Float[Tensor, "*tasks n way"],  # labels
+) -> None:
+    "Raise `ValueError` unless each row names one class, or is a distribution over classes."
+    if y.is_meta or not y.numel():
+        return
+    sums = y.sum(-1)
+    odd = ~((sums - 1).abs() <= 0.01)  # NaN is odd
+    if bool(odd.any()) or bool((y < 0).any()):
+        found = sums[odd][0].item() if bool(odd.any()) else y.min().item()
+        raise ValueError(
+            f"{name}: a row of labels {'sums to' if bool(odd.any()) else 'has'} {found:.4g}, expected one-hot rows, or "
+            "probabilities that sum to 1: several classes at once (multi-hot) have no accuracy; learn each as a "
+            'task of its own, or as targets, with kind="regression"'
+        )
+
+
+def check_answers(
+    y: Float[Tensor, "*tasks n way"],  # labels of queries
+) -> None:
+    "Raise `ValueError` unless each row has one class that is the right answer."
+    check_classes("query.y", y)
+    if not y.is_meta and y.numel() and y.shape[-1] > 1:
+        first, second = y.topk(2, -1).values.unbind(-1)
+        if bool((first == second).any()):
+            raise ValueError(
+                f"query.y: a row of labels has {first[first == second][0].item():.4g} twice, expected one class that "
+                "is the likeliest: with two right answers there is no accuracy; give queries one class each"
+            )
+
+
+def check_match(predictions: Tensors, y: Tensors) -> None:
+    """Raise `ValueError` unless there is one prediction for each target, of the same width, and any at all.
+
+    `TypeError` where one of the two is no tensor: who predicts a structure writes its own criterion and score.
+    """
+    for name, value in {"predictions": predictions, "targets": y}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} are a {type(value).__name__}, expected one tensor [n, ...]: let its forward return the "
+                "answers alone, such as the first of a pair, or write the learner's own criterion and score"
+            )
     if predictions.shape == y.shape and y.numel():
         return
     if predictions.ndim != y.ndim:

@@ -3,34 +3,23 @@
 # %% ../nbs/08_maml.ipynb #77e2fbee
 from __future__ import annotations
 
-from typing import get_args
+from torch import nn
 
-from torch import Tensor, nn
-from torch.func import grad
-
-from .checkpoints import lookup, register
+from .checkpoints import register
 from .episodes import Examples
-from .learners import Kind, Learner, check_inner_loop, check_network, task_loss
+from .learners import FastWeights, Kind
 from metabook.networks import (
     Parameters,
-    Statistics,
-    adaptable,
     call,
     parameters_of,
-    support_statistics,
 )
-
-try:
-    from jaxtyping import Float, Shaped
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['MAML']
 
 # %% ../nbs/08_maml.ipynb #ed824271
 @register("maml")
-class MAML(Learner):
+class MAML(FastWeights):
     """Learn an initialisation from which a few gradient steps on the support set solve a task.
 
     Every parameter of `net` is adapted, but for those that are frozen (`requires_grad_(False)`).  `steps=0` is pre-training: nothing is adapted in training,
@@ -45,8 +34,6 @@ class MAML(Learner):
     Source: Finn et al. 2017, algorithms 1 and 2; `first_order` as in their section 5.2.
     """
 
-    label_equivariant = False  # each label has its own learned row in the head
-
     def __init__(
         self,
         net: nn.Module,  # ends in one output for each class or target
@@ -56,20 +43,17 @@ class MAML(Learner):
         first_order: bool = False,  # leave the second derivative out
         kind: Kind = "classification",  # of the tasks
     ):
-        super().__init__()
-        check_network(net=net)
-        check_inner_loop(lr, steps, test_steps)
-        lookup(kind, dict.fromkeys(get_args(Kind)), "kind")
-        self.net, self.lr, self.first_order, self.kind = net, lr, first_order, kind
-        self.steps = steps
-        self.test_steps = steps if test_steps is None else test_steps
+        super().__init__(net, lr, steps, test_steps, kind)
+        self.first_order = first_order
 
-    def adapt(self, support: Examples) -> tuple[Parameters, Statistics]:
-        "The inner loop: a few steps from the learned initialisation."
-        phi = parameters_of(self.net)  # phi_0 = theta
-        for _ in range(self.steps if self.training else self.test_steps):
-            phi = self.step(phi, support)
-        return phi, support_statistics(self.net, phi, support.x)
+    @property
+    def approximate(self) -> bool:
+        "Is the meta-gradient not that of the criterion?"
+        return self.first_order
+
+    def start(self, support: Examples) -> Parameters:
+        "The learned initialisation, the same for every task: phi_0 = theta."
+        return parameters_of(self.net)
 
     def step(
         self,
@@ -77,24 +61,16 @@ class MAML(Learner):
         support: Examples,  # of one task
     ) -> Parameters:
         "One step of gradient descent on the support set: phi - alpha * gradient."
-        moving = {k: phi[k] for k in adaptable(self.net)}  # what is frozen stays
-        at = {k: p.detach() for k, p in moving.items()} if self.first_order else moving
-        g = grad(self.support_loss)(at, support)
-        return phi | {k: p - self.lr * g[k] for k, p in moving.items()}
+        g = self.gradient(phi, support)
+        return phi | {
+            k: p - self.lr * g[k] for k, p in phi.items() if k in g
+        }  # what is frozen stays
 
-    def support_loss(
+    def gradient(
         self,
-        phi: Parameters,  # adapted parameters
+        phi: Parameters,  # where
         support: Examples,  # of one task
-    ) -> Float[Tensor, ""]:
-        "L_S(phi), a mean over the support set."
-        return task_loss(self.kind, call(self.net, phi, support.x), support.y)
-
-    def predict(
-        self,
-        state: tuple[Parameters, Statistics],  # from `adapt`
-        x: Shaped[Tensor, "n *features"],  # inputs of the same task
-    ) -> Float[Tensor, "n out"]:
-        "The network with the adapted parameters."
-        phi, statistics = state
-        return call(self.net, phi, x, statistics)
+    ) -> Parameters:
+        "The gradient of the support loss; with `first_order` a constant in the eyes of the outer loop."
+        at = {k: p.detach() for k, p in phi.items()} if self.first_order else phi
+        return super().gradient(at, support)

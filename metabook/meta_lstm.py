@@ -12,9 +12,8 @@ from torch.func import grad_and_value
 
 from .checkpoints import register
 from .episodes import Examples, positive
-from .learners import Kind
-from .maml import MAML
-from .networks import Parameters, Statistics, adaptable, support_statistics
+from .learners import FastWeights, Kind
+from .networks import Parameters, Statistics, adaptable
 
 try:
     from jaxtyping import Float
@@ -133,16 +132,17 @@ class State(NamedTuple):
     past: Tensor  # [2, d] what the rule decided on last: gates, or rate and direction
 
 
-class _LearnedUpdate(MAML):
+class _LearnedUpdate(FastWeights):
     """Unroll an update rule whose LSTM, and whose start, are learned across tasks.
 
     `net` holds the learned start.  The learner's loss and gradient are constants in the eyes of the
-    outer loop: `first_order` says so.  A subclass names its `rule`.  `lr` is the rate before training.
+    outer loop: `approximate` says so.  A subclass names its `rule`.  `lr` is the rate before training.
 
-    Raises `ValueError` as `MAML` does, for a memory without length, and for what the rule refuses.
+    Raises `ValueError` as `FastWeights` does, for a memory without length, and for what the rule refuses.
     Source: Ravi & Larochelle 2017, algorithm 1.
     """
 
+    approximate = True
     rule: type[nn.Module]  # what a step does with what the LSTM has read
 
     def __init__(
@@ -154,22 +154,14 @@ class _LearnedUpdate(MAML):
         kind: Kind = "classification",  # of the tasks
         lr: float = 0.01,  # rate before training
     ):
-        super().__init__(net, lr, steps, test_steps, first_order=True, kind=kind)
+        super().__init__(net, lr, steps, test_steps, kind)
         positive(hidden=hidden)
         self.hidden = hidden
         self.lstm = CoordinateLSTM(4, hidden)
         self.update = self.rule(hidden, lr)
 
-    def adapt(self, support: Examples) -> tuple[Parameters, Statistics]:
-        "The inner loop: the learned rule, step by step, from the learned start."
-        state = self.start()
-        for _ in range(self.steps if self.training else self.test_steps):
-            state = self.step(state, support)
-        phi = self.named(state.theta)
-        return phi, support_statistics(self.net, phi, support.x)
-
-    def start(self) -> State:
-        "The learned start, nothing remembered."
+    def start(self, support: Examples) -> State:
+        "The learned start, the same for every task; nothing is remembered."
         theta = flat(adaptable(self.net))  # what is frozen stays
         nothing = theta.new_zeros(self.hidden, len(theta))
         return State(theta, nothing, nothing, theta.new_zeros(2, len(theta)))
@@ -180,13 +172,17 @@ class _LearnedUpdate(MAML):
         support: Examples,  # of one task
     ) -> State:
         "One step of the learned rule."
-        g, loss = self.gradient(state.theta, support)
+        g, loss = self.look(state.theta, support)
         read = log_and_sign(loss)[:, None].expand(2, len(g))
         h, c = self.lstm(torch.cat([log_and_sign(g), read]), state.h, state.c)
         theta, past = self.update(state.theta, g, h, state.past)
         return State(theta, h, c, past)
 
-    def gradient(
+    def result(self, state: State, support: Examples) -> tuple[Parameters, Statistics]:
+        "The parameters by name, and the statistics by which a query that stands alone is normalised."
+        return super().result(self.named(state.theta), support)
+
+    def look(
         self,
         theta: Float[Tensor, "d"],  # where
         support: Examples,  # of one task

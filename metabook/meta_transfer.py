@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,8 +21,8 @@ from metabook.episodes import (
     Tasks,
     positive,
 )
-from .learners import Learner, check_inner_loop, check_network, task_loss
-from .networks import Parameters, call, embedded, recording
+from .learners import InnerLoop, check_network, check_rate
+from .networks import Parameters, Statistics, call, embedded, recording
 from .training import Report
 from .transfer import Head, linear
 from .trust import turn
@@ -33,7 +33,7 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['layers_of', 'scale_and_shift', 'untouched', 'first_rows', 'MetaTransfer', 'class_accuracy', 'HardTasks']
+__all__ = ['layers_of', 'scale_and_shift', 'untouched', 'first_rows', 'Descent', 'MetaTransfer', 'class_accuracy', 'HardTasks']
 
 # %% ../nbs/20_meta_transfer.ipynb #c679a8ee
 def layers_of(net: nn.Module) -> dict[str, nn.Module]:
@@ -82,8 +82,17 @@ def first_rows(net: nn.Module, way: int, like: Tensor) -> nn.Linear:
     return nn.Linear(net.features, way, device=like.device, dtype=like.dtype)
 
 
+class Descent(NamedTuple):
+    "Where the head is on its way, and what it is trained on."
+
+    weight: Tensor  # [way, d]
+    bias: Tensor  # [way]
+    z: Tensor  # [n, d] features of the support set
+    statistics: Statistics  # by which they were normalised
+
+
 @register("meta-transfer")
-class MetaTransfer(Learner):
+class MetaTransfer(InnerLoop):
     """Learn to scale and shift frozen, pre-trained weights so that a head trained on few examples does well.
 
     `net` is copied, and the copy never changes: its weights are frozen, and its normalisation keeps
@@ -110,16 +119,20 @@ class MetaTransfer(Learner):
         lr: float = 0.1,  # inner rate alpha
         first_order: bool = False,  # take each inner gradient as a constant
     ):
-        super().__init__()
+        super().__init__(steps, test_steps)
         check_network(net=net)
-        check_inner_loop(lr, steps, test_steps)
+        check_rate(lr)
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
         self.way, self.label_equivariant = way, way is None
-        self.steps, self.lr, self.first_order = steps, lr, first_order
-        self.test_steps = steps if test_steps is None else test_steps
+        self.lr, self.first_order = lr, first_order
         self.scale, self.shift = untouched(self.net)
         if way is not None:
-            self.start = first_rows(self.net, way, like=self.shift[0])
+            self.rows = first_rows(self.net, way, like=self.shift[0])
+
+    @property
+    def approximate(self) -> bool:
+        "Is the meta-gradient not that of the criterion?"
+        return self.first_order
 
     def train(self, mode: bool = True) -> MetaTransfer:
         "Switch the mode; the pre-trained network stays in evaluation mode."
@@ -127,14 +140,27 @@ class MetaTransfer(Learner):
         self.net.eval()
         return self
 
-    def adapt(self, support: Examples) -> Head:
-        "The inner loop: a few steps of the head, on features that stay."
+    def start(self, support: Examples) -> Descent:
+        "The features of the support set, which stay, and the first head."
         with recording(self.net) as statistics:
             z = embedded(self.net, self.weights(), support.x)
-        head = self.first_head(z, support.y)
-        for _ in range(self.steps if self.training else self.test_steps):
-            head = self.step(head, z, support.y)
-        return Head(*head, statistics)
+        return Descent(*self.first_head(z, support.y), z, statistics)
+
+    def step(
+        self,
+        state: Descent,  # where the head is
+        support: Examples,  # of one task
+    ) -> Descent:
+        "One step of gradient descent: h - alpha * gradient."
+        head = state.weight, state.bias
+        g = grad(self.support_loss)(head, state.z, support.y)
+        g = tuple(d.detach() for d in g) if self.first_order else g
+        weight, bias = (p - self.lr * d for p, d in zip(head, g, strict=True))
+        return state._replace(weight=weight, bias=bias)
+
+    def result(self, state: Descent, support: Examples) -> Head:
+        "The head, and the statistics by which a query that stands alone is normalised."
+        return Head(state.weight, state.bias, state.statistics)
 
     def weights(self) -> Parameters:
         "The scaled and shifted weights: the same for all tasks."
@@ -160,18 +186,7 @@ class MetaTransfer(Learner):
                 f"the head was built for way={self.way}, but this task's way is {way}: build it with "
                 f"way={way}, or with way=None for any"
             )
-        return self.start.weight, self.start.bias
-
-    def step(
-        self,
-        head: tuple[Tensor, Tensor],  # weight and bias
-        z: Float[Tensor, "n d"],  # features of the support set
-        y: Float[Tensor, "n way"],  # their classes
-    ) -> tuple[Tensor, Tensor]:
-        "One step of gradient descent: h - alpha * gradient."
-        g = grad(self.support_loss)(head, z, y)
-        g = tuple(d.detach() for d in g) if self.first_order else g
-        return tuple(p - self.lr * d for p, d in zip(head, g, strict=True))
+        return self.rows.weight, self.rows.bias
 
     def support_loss(
         self,
@@ -180,7 +195,7 @@ class MetaTransfer(Learner):
         y: Float[Tensor, "n way"],  # their classes
     ) -> Float[Tensor, ""]:
         "L_S(h), a mean over the support set."
-        return task_loss(self.kind, linear(z, *head), y)
+        return self.criterion(linear(z, *head), y)
 
     def predict(self, state: Head, x: Shaped[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
         "Logits of the adapted head."

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from . import kernels
 from .checkpoints import NETWORKS, lookup, register
@@ -199,41 +200,45 @@ def recording(
 def call(
     network: nn.Module,  # whose code runs
     parameters: Parameters,  # with these in place of its own
-    x: Shaped[Tensor, "n *features"],  # inputs
+    x: Any,  # inputs [n, *features], or a structure of them
     statistics: Statistics | None = None,  # of the support set, for `BatchNorm(stats="support")`
-) -> Float[Tensor, "n *out"]:
+) -> Any:  # what it gives: a tensor [n, *out], or a structure of them
     """The network's output with other parameters: a pure function of them, ready to be differentiated.
 
     Fused attention is composed, so that it can be differentiated twice.  Safe to call from threads.
-    Raises `ValueError` for a name that the network does not have, `TypeError` where it gives no tensor.
+    Raises `ValueError` for a name that the network does not have.
     """
     refuse_tracing(network)
     tensors = {**parameters, **(statistics or {})}
     if torch.compiler.is_compiling():
         return functional_call(network, tensors, (x,))
     with lending(network, tensors), composing(TWICE):
-        y = network(x)
-    if not isinstance(y, Tensor):
-        raise TypeError(
-            f"{type(network).__name__} gives a {type(y).__name__}, expected one tensor [n, ...]: let its forward "
-            "return the answers (or the features) alone, such as the first of a pair"
-        )
-    return y
+        return network(x)
 
 
 def embedded(
     network: nn.Module,  # whose code runs
     parameters: Parameters,  # with these in place of its own
-    x: Shaped[Tensor, "n *features"],  # inputs
+    x: Any,  # inputs [n, *features], or a structure of them
     statistics: Statistics | None = None,  # as `call` takes them
 ) -> Float[Tensor, "n d"]:
-    "`call`, where a row of numbers is needed for each example.  Raises `ValueError` where it gives another shape."
-    z = call(network, parameters, x, statistics)
-    if z.ndim != 2 or z.shape[0] != x.shape[0]:  # `len` would fix the number in an exported program
+    """`call`, where a row of numbers is needed for each example.
+
+    Raises `TypeError` where the network gives no tensor, `ValueError` where it gives one of another shape.
+    """
+    z, first = call(network, parameters, x, statistics), tree_leaves(x)[0]
+    if not isinstance(z, Tensor):
+        raise TypeError(
+            f"{type(network).__name__} gives a {type(z).__name__}, expected one tensor [n, ...]: let its forward "
+            "return the features alone, such as the first of a pair"
+        )
+    if (
+        z.ndim != 2 or z.shape[0] != first.shape[0]
+    ):  # `len` would fix the number in an exported program
         raise ValueError(
             f"{type(network).__name__} gives features of shape {tuple(z.shape)} for examples of shape "
-            f"{tuple(x.shape)}, expected a row of numbers for each example, [{x.shape[0]}, d]: end the network with "
-            "nn.Flatten(), or with a mean over space"
+            f"{tuple(first.shape)}, expected a row of numbers for each example, [{first.shape[0]}, d]: end the "
+            "network with nn.Flatten(), or with a mean over space"
         )
     return z
 
@@ -270,7 +275,7 @@ def adaptable(
 def support_statistics(
     network: nn.Module,  # whose code runs
     parameters: Parameters,  # with these in place of its own
-    x: Shaped[Tensor, "n *features"],  # the support set
+    x: Any,  # the support set's inputs
 ) -> Statistics:
     """What `call` needs so that each query stands alone: empty unless a layer says `stats="support"`."""
     if not any(layer.stats == "support" for layer in batch_norms(network)):

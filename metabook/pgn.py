@@ -11,18 +11,15 @@ from torch.nn import functional as F
 
 from .checkpoints import lookup, register
 from .episodes import Episode, Examples, positive
-from .learners import Kind, task_loss
-from .maml import MAML
+from .learners import FastWeights, Kind
 from metabook.networks import (
     MLP,
     BatchNorm,
     Parameters,
-    Statistics,
     adaptable,
     batch_norms,
     is_frozen,
     parameters_of,
-    support_statistics,
 )
 from .trust import turn
 
@@ -208,7 +205,7 @@ def image_features(
 
 # %% ../nbs/19_pgn.ipynb #c4b2cd4d
 @register("pgn")
-class PGN(MAML):
+class PGN(FastWeights):
     """Write a network's parameters from a description of the task, then refine them if asked to.
 
     The description is read from the support set, given as the vector `info["task"]` of the support
@@ -237,7 +234,7 @@ class PGN(MAML):
         loss_steps: str = "last",  # which of its parameters the outer loss judges: "last" or "all"
         kind: Kind = "classification",  # of the tasks
     ):
-        super().__init__(net, lr, steps, test_steps, kind=kind)
+        super().__init__(net, lr, steps, test_steps, kind)
         lookup(description, dict.fromkeys(["support", "task", "both"]), "description")
         lookup(loss_steps, dict.fromkeys(["last", "all"]), "loss_steps")
         last_layer(net)  # a network without one is refused
@@ -308,20 +305,14 @@ class PGN(MAML):
             for i, ((name, p), write) in enumerate(pairs)
         }
 
-    def path(
-        self,
-        support: Examples,  # of one task
-    ) -> list[Parameters]:
-        "phi_0, phi_1, ...: what was written, and what each gradient step made of it."
-        phis = [self.generate(support)]
-        for _ in range(self.steps if self.training else self.test_steps):
-            phis.append(self.step(phis[-1], support))
-        return phis
+    def start(self, support: Examples) -> Parameters:
+        "The inner loop starts at what was written."
+        return self.generate(support)
 
-    def adapt(self, support: Examples) -> tuple[Parameters, Statistics]:
-        "Write, and refine."
-        phi = self.path(support)[-1]
-        return phi, support_statistics(self.net, phi, support.x)
+    def step(self, phi: Parameters, support: Examples) -> Parameters:
+        "One step of gradient descent on the support set refines what was written."
+        g = self.gradient(phi, support)
+        return phi | {k: p - self.lr * g[k] for k, p in phi.items() if k in g}
 
     def loss(
         self,
@@ -332,10 +323,8 @@ class PGN(MAML):
             return super().loss(episode)
         support, query = episode
         self.check(support, query.x)
-        each = []
-        for phi in self.path(support):
-            state = phi, support_statistics(self.net, phi, support.x)
-            each.append(task_loss(self.kind, self.predict(state, query.x), query.y))
+        states = [self.result(phi, support) for phi in self.path(support)]
+        each = [self.criterion(self.predict(state, query.x), query.y) for state in states]
         return torch.stack(each).mean()
 
     @property

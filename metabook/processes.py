@@ -219,6 +219,14 @@ class Shared:
             self.losses = everyones  # known once the message has arrived
         return self.losses
 
+    def of_all(self, rows: Tensor) -> Tensor:
+        "What all tasks say, from what those of this process say, in its own type."
+        if self.processes == 1:
+            return rows
+        wide = self.placed(rows.to(torch.float64))
+        summed_([wide])
+        return wide.to(rows.dtype)
+
     def placed(self, rows: Tensor) -> Tensor:
         "Rows of this process where they belong among those of all."
         return rows if self.processes == 1 else placed(rows, self.tasks, self.mine)

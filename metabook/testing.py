@@ -19,18 +19,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checkpoints import METHODS, load, methods, save
-from .engine import gradients, losses
-from .episodes import Episode, Examples, Tasks
-from .learners import Learner
+from .engine import combined, gradients, losses
+from .episodes import Episode, Examples, Tasks, leaves_of, shot_of
+from .learners import InnerLoop, Learner, Metric
 
 # %% auto #0
 __all__ = ['CHECKS', 'Flaw', 'ContractError', 'Case', 'far_apart', 'require_close', 'kind_matches', 'predictions_fit',
-           'require_like', 'param_groups_are_complete', 'nonlinear', 'lifted', 'loop_equals_vmap',
-           'parts_make_the_whole', 'gradients_arrive', 'gradients_are_true', 'is_derivative', 'objective_at',
-           'support_is_a_set', 'classes_are_names', 'queries_stand_alone', 'narrower', 'doubled', 'another_way',
-           'another_shot', 'misfits', 'misfits_are_refused', 'snapshot', 'nothing_is_written', 'state_is_complete',
-           'adapting_is_deterministic', 'works_without_grad', 'survives_saving', 'check_learner', 'surprise',
-           'unregistered_learners']
+           'scores_are_numbers', 'keeps', 'require_rows', 'require_like', 'param_groups_are_complete', 'nonlinear',
+           'lifted', 'loop_equals_vmap', 'parts_make_the_whole', 'gradients_arrive', 'gradients_are_true',
+           'is_derivative', 'objective_at', 'support_is_a_set', 'classes_are_names', 'queries_stand_alone', 'narrower',
+           'no_rows', 'doubled', 'another_way', 'another_shot', 'misfits', 'misfits_are_refused', 'snapshot',
+           'nothing_is_written', 'state_is_complete', 'adapting_is_deterministic', 'works_without_grad',
+           'survives_saving', 'check_learner', 'surprise', 'unregistered_learners']
 
 # %% ../nbs/A7_testing.ipynb #e91e7f24
 class Flaw(Exception):
@@ -106,9 +106,60 @@ def kind_matches(case: Case) -> None:
 
 def predictions_fit(case: Case) -> None:
     "One finite prediction for each query, as wide as the targets; a finite scalar loss."
-    support, query = case.episode()
-    require_like("predictions", case.learner.predict(case.learner.adapt(support), query.x), query.y)
-    require_like("a loss", case.learner.loss(case.episode()), query.y.sum())
+    learner, (support, query) = case.learner, case.episode()
+    predictions = learner.predict(learner.adapt(support), query.x)
+    if keeps(learner, "criterion", "score"):
+        require_like("predictions", predictions, query.y)
+    else:
+        require_rows(predictions, shot_of(query))
+    number = torch.zeros((), dtype=torch.float64)
+    for name, found in {
+        "a loss": learner.loss(case.episode()),
+        "a criterion": learner.criterion(predictions, query.y),
+    }.items():
+        require_like(name, found, number.to(tree_leaves(case.episodes)[0].device))
+
+
+def scores_are_numbers(case: Case) -> str | None:
+    "The score of a task is one number, or `None`, and the metric says what it measures."
+    learner, (support, query) = case.learner.eval(), case.episode()
+    with torch.no_grad():
+        on_cpu = tree_map(lambda t: t.cpu(), (learner(support, query.x), query.y))
+    score = learner.score(*on_cpu)
+    if not isinstance(learner.metric, Metric):
+        raise Flaw(
+            f"metric = {learner.metric!r}",
+            "a Metric",
+            'set metric = Metric("name", higher_is_better=...), or leave the one of its kind',
+        )
+    if score is None:
+        return "it is None for this task"
+    if torch.as_tensor(score).ndim:
+        raise Flaw(
+            f"a score of shape {tuple(torch.as_tensor(score).shape)}", "one number", "take a mean"
+        )
+    return None
+
+
+def keeps(learner: Learner, *methods: str) -> bool:
+    "Does it do these things as `Learner` does?"
+    own = vars(learner)
+    return all(getattr(type(learner), m) is getattr(Learner, m) and m not in own for m in methods)
+
+
+def require_rows(predictions: Any, n: int | None) -> None:
+    "Raise `Flaw` unless each tensor of a structure has a row for each of `n` queries, and finite numbers."
+    for name, t in leaves_of("predictions", predictions).items():
+        if n is not None and t.shape[:1] != (n,):
+            raise Flaw(
+                f"{name} of shape {tuple(t.shape)}",
+                f"a row for each of {n} queries",
+                "keep the first axis",
+            )
+        if not t.isfinite().all():
+            raise Flaw(
+                f"{name} with numbers that are not finite", "finite numbers", "look for 0 / 0"
+            )
 
 
 def require_like(name: str, found: Tensor, wanted: Tensor) -> None:
@@ -140,19 +191,21 @@ def nonlinear(values: Tensor) -> Tensor:
     return values.logsumexp(0)
 
 
-def lifted(case: Case, lift: str, combine: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def lifted(
+    case: Case, lift: str, combine: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Any]:
     "Losses, meta-gradient and buffers after one training step without its update."
     learner = copy.deepcopy(case.learner).train()
-    values = losses(learner, case.episodes, lift)
-    if values.requires_grad:
-        combine(values).backward()
+    if combine:
+        learner.combine = combine
+    values = gradients(learner, case.episodes, lift=lift).losses
     gradient = {k: p.grad for k, p in learner.named_parameters() if p.grad is not None}
     return {"losses": values, "meta-gradients": gradient, "buffers": dict(learner.named_buffers())}
 
 
 def loop_equals_vmap(case: Case) -> None:
     "A loop over tasks and one vectorised call give the same losses, meta-gradient and statistics."
-    for combine in (case.learner.combine, nonlinear):
+    for combine in (None, nonlinear):
         loop = lifted(case, "loop", combine)
         try:
             vmap = lifted(case, "vmap", combine)
@@ -171,12 +224,14 @@ def loop_equals_vmap(case: Case) -> None:
 def parts_make_the_whole(case: Case) -> None:
     "Meta-gradients in parts, and with inner steps that are computed again, are those of all at once."
     ways: list[dict[str, Any]] = [{}, {"chunk": 1}, {"chunk": 2, "lift": "loop"}]
-    ways += [{"recompute": True}] if hasattr(case.learner, "step") else []
+    steps = any(isinstance(m, InnerLoop) for m in case.learner.modules())
+    ways += [{"recompute": True}] if steps else []
     for combine in (None, nonlinear):
-        whole = lifted(case, "loop", combine or case.learner.combine)
-        for how in ways if whole["losses"].requires_grad else []:
+        whole = lifted(case, "loop", combine)
+        for how in ways if whole["meta-gradients"] else []:
             learner = copy.deepcopy(case.learner).train()
-            learner.combine = combine or learner.combine
+            if combine:
+                learner.combine = combine
             graded = gradients(learner, case.episodes, **how)
             gradient = {k: p.grad for k, p in learner.named_parameters() if p.grad is not None}
             found = {"losses": graded.losses, "meta-gradients": gradient}
@@ -193,7 +248,7 @@ def parts_make_the_whole(case: Case) -> None:
 def gradients_arrive(case: Case) -> str | None:
     "Every parameter that requires a gradient gets a finite one."
     wanted = [k for k, p in case.learner.named_parameters() if p.requires_grad]
-    gradient = lifted(case, "loop", case.learner.combine)["meta-gradients"]
+    gradient = lifted(case, "loop")["meta-gradients"]
     for name in wanted:
         if name not in gradient or not gradient[name].isfinite().all():
             raise Flaw(
@@ -206,9 +261,11 @@ def gradients_arrive(case: Case) -> str | None:
 
 def gradients_are_true(case: Case) -> str | None:
     "The meta-gradient is the derivative of the objective, as finite differences measure it."
-    if case.learner.first_order:
-        return "first_order is True: an approximation on purpose"
-    gradient = lifted(case, "loop", case.learner.combine)["meta-gradients"]
+    if case.learner.approximate or getattr(
+        case.learner, "first_order", False
+    ):  # as 0.1.0 called it
+        return "approximate is True: another direction on purpose"
+    gradient = lifted(case, "loop")["meta-gradients"]
     if not gradient:
         return "it has no parameter to learn"
     if not is_derivative(case, gradient):
@@ -217,7 +274,7 @@ def gradients_are_true(case: Case) -> str | None:
             f"a meta-gradient that is not the derivative, at {', '.join(wrong) or 'all parameters'}",
             "what finite differences of the loss measure",
             "look for detach, .data, no_grad, or torch.autograd.grad without create_graph in adapt; "
-            "where derivatives are left out on purpose, set first_order = True",
+            "where something else is differentiated on purpose, set approximate = True",
         )
     return None
 
@@ -242,7 +299,8 @@ def objective_at(case: Case, direction: dict[str, Tensor], step: float) -> float
     learner = copy.deepcopy(case.learner).train()
     for k, p in learner.named_parameters():
         p += step * direction[k] if k in direction else 0
-    return learner.combine(losses(learner, case.episodes, "loop")).item()
+    values, (support, query) = losses(learner, case.episodes, "loop"), case.episodes
+    return combined(learner, values, query.info | support.info).item()
 
 # %% ../nbs/A7_testing.ipynb #3036e5be
 def support_is_a_set(case: Case) -> str | None:
@@ -250,7 +308,7 @@ def support_is_a_set(case: Case) -> str | None:
     if not case.learner.order_invariant:
         return "order_invariant is False"
     support, query = case.episode()
-    turned = support._replace(x=support.x.roll(1, 0), y=support.y.roll(1, 0))
+    turned = support._replace(**_of_each(support, lambda t: t.roll(1, 0)))
     require_close(
         case.learner(turned, query.x),
         case.learner(support, query.x),
@@ -268,6 +326,8 @@ def classes_are_names(case: Case) -> str | None:
     if not case.learner.label_equivariant:
         return "label_equivariant is False"
     support, query = case.episode()
+    if reason := no_rows(support):
+        return reason
     if len(support.y) == 0:
         return "the tasks have an empty support set: their classes are the same in all of them"
     order = torch.arange(support.y.shape[-1]).roll(1)
@@ -288,9 +348,12 @@ def queries_stand_alone(case: Case) -> str | None:
     if case.learner.transductive:
         return "transductive is True: its scores are for queries that are predicted together"
     support, query = case.episode()
+    if (n := shot_of(query._replace(y=()))) is None:
+        return "the queries have no inputs"
     state = case.learner.adapt(support)
+    alone = [tree_map(lambda t, i=i: t[i : i + 1], query.x) for i in range(n)]
     require_close(
-        torch.cat([case.learner.predict(state, x[None]) for x in query.x]),
+        tree_map(lambda *t: torch.cat(t), *(case.learner.predict(state, x) for x in alone)),
         case.learner.predict(state, query.x),
         "predictions for single queries and for all at once",
         "equal ones",
@@ -303,7 +366,21 @@ def narrower(examples: Examples) -> Examples:
     "The examples without those of the last class."
     keep = examples.y[:, :-1].sum(-1) > 0
     info = {k: v[:-1] if k == "classes" else v for k, v in examples.info.items()}
-    return Examples(examples.x[keep], examples.y[keep, :-1], info)
+    x, y = tree_map(lambda t: t[keep], (examples.x, examples.y))
+    return Examples(x, y[:, :-1], info)
+
+
+def no_rows(examples: Examples) -> str | None:
+    "Why labels cannot be renumbered; `None`: they can, for they are rows."
+    if not isinstance(examples.y, Tensor):
+        return "the targets are a structure"
+    return None if examples.y.ndim == 2 else f"the targets have shape {tuple(examples.y.shape)}"
+
+
+def _of_each(examples: Examples, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    "Inputs and targets, each tensor changed."
+    x, y = tree_map(change, (examples.x, examples.y))
+    return {"x": x, "y": y}
 
 
 def doubled(examples: Examples) -> Examples:
@@ -315,6 +392,10 @@ def another_way(case: Case) -> str | None:
     "With another number of classes (or targets) it works, or a `ValueError` names the number."
     classes = case.learner.kind == "classification"
     episode = case.episode()
+    if not keeps(case.learner, "check", "criterion"):
+        return "it says itself what a task is"
+    if reason := no_rows(episode.support):
+        return reason
     if classes and episode.support.y.shape[-1] < 3:
         return "the tasks have only two classes"
     support, query = map(narrower if classes else doubled, episode)
@@ -332,46 +413,64 @@ def another_way(case: Case) -> str | None:
     raise Flaw(
         found,
         "predictions of that width, or a ValueError that names the way",
-        "take the number from support.y.shape[-1], or call task_loss: it compares",
+        "take the number from support.y.shape[-1], or call criterion: it compares",
     )
 
 
 def another_shot(case: Case) -> str | None:
     "With more support examples, and an uneven number of each class, it works."
     support, query = case.episode()
-    if len(support.y) == 0:
+    if not keeps(case.learner, "check"):
+        return "it says itself what a task is"
+    if not shot_of(support):
         return "the tasks have an empty support set"
-    more = slice(0, len(query.x) // 2 + 1)
-    larger = support._replace(
-        x=torch.cat([support.x, query.x[more]]), y=torch.cat([support.y, query.y[more]])
-    )
-    found = case.learner(larger, query.x)
-    if found.shape != query.y.shape or not found.isfinite().all():
+    more = slice(0, shot_of(query) // 2 + 1)
+    pair = zip(*(tree_leaves((e.x, e.y)) for e in (support, query)), strict=True)
+    longer = iter([torch.cat([s, q[more]]) for s, q in pair])
+    larger = support._replace(**_of_each(support, lambda t: next(longer)))
+    found, usual = (case.learner(s, query.x) for s in (larger, support))
+    shapes = [[tuple(t.shape) for t in tree_leaves(answer)] for answer in (found, usual)]
+    finite = all(bool(t.isfinite().all()) for t in tree_leaves(found))
+    if shapes[0] != shapes[1] or not finite:
         raise Flaw(
-            f"predictions {tuple(found.shape)}, finite: {bool(found.isfinite().all())}",
-            f"finite predictions {tuple(query.y.shape)} whatever the number of support examples",
+            f"predictions {shapes[0]}, finite: {finite}",
+            f"finite predictions {shapes[1]} whatever the number of support examples",
             "take numbers of examples from shapes or from support.y.sum(0), never from an argument",
         )
     return None
 
 
-def misfits(case: Case) -> dict[str, tuple[Examples, Tensor]]:
+def misfits(case: Case) -> dict[str, tuple[Examples, Any]]:
     "Support sets and queries that no learner should accept."
-    (x, y, info), query = case.episode().support, case.episode().query.x
-    needed = {"an empty support set": (Examples(x[:0], y[:0], info), query)}
-    return (needed if case.learner.needs_support else {}) | {
-        "one label too many": (
-            Examples(x, torch.cat([y, y.new_ones(1, y.shape[-1])]), info),
-            query,
-        ),
-        "class numbers in place of rows": (Examples(x, y.argmax(-1), info), query),
-        "queries with other features": (Examples(x, y, info), torch.cat([query, query], -1)),
-        "bytes in place of floats": (Examples(x.byte(), y, info), query.byte()),
-    }
+    support, query = case.episode().support, case.episode().query.x
+    wider = tree_map(lambda t: torch.cat([t, t], -1), query)
+    found = {"queries with other features": (support, wider)}
+    if any(t.is_floating_point() for t in tree_leaves(query)):
+        small = support._replace(x=tree_map(_bytes, support.x))
+        found["bytes in place of floats"] = small, tree_map(_bytes, query)
+    if case.learner.needs_support:
+        nothing = support._replace(**_of_each(support, lambda t: t[:0]))
+        found["an empty support set"] = nothing, query
+    if isinstance(support.y, Tensor):
+        more = torch.cat([support.y, support.y.new_ones(1, *support.y.shape[1:])])
+        found["one label too many"] = support._replace(y=more), query
+        if case.learner.kind in ("classification", "regression"):
+            found["class numbers in place of rows"] = (
+                support._replace(y=support.y.argmax(-1)),
+                query,
+            )
+    return found
 
 
-def misfits_are_refused(case: Case) -> None:
+def _bytes(t: Tensor) -> Tensor:
+    "The examples as images are stored; what are no floats stays."
+    return t.byte() if t.is_floating_point() else t
+
+
+def misfits_are_refused(case: Case) -> str | None:
     "Examples that do not fit raise a `ValueError`."
+    if not keeps(case.learner, "check"):
+        return "it says itself what a task is"
     for what, (support, query) in misfits(case).items():
         try:
             case.learner(support, query)
@@ -383,6 +482,7 @@ def misfits_are_refused(case: Case) -> None:
             found = f"no error for {what}"
         advice = "leave forward as it is, or let yours call self.check(support, query) first"
         raise Flaw(found, "a ValueError that says what does not fit", advice)
+    return None
 
 # %% ../nbs/A7_testing.ipynb #330b2110
 def snapshot(learner: Learner) -> dict[str, Any]:
@@ -465,8 +565,9 @@ def survives_saving(case: Case) -> None:
                 "its constructor are plain values or registered networks"
             )
             raise Flaw(str(error), "a class that can be rebuilt by its name", advice) from error
-        loaded = load(folder).to(query.x.device)
-    if not torch.equal(loaded(support, query.x), case.learner(support, query.x)):
+        loaded = load(folder).to(tree_leaves(case.episodes)[0].device)
+    pair = (tree_leaves(learner(support, query.x)) for learner in (loaded, case.learner))
+    if not all(map(torch.equal, *pair)):
         raise Flaw(
             "other predictions after saving and loading",
             "the same, bit for bit",
@@ -477,6 +578,7 @@ def survives_saving(case: Case) -> None:
 CHECKS: tuple[Callable[[Case], str | None], ...] = (
     kind_matches,
     predictions_fit,
+    scores_are_numbers,
     param_groups_are_complete,
     loop_equals_vmap,
     parts_make_the_whole,

@@ -8,9 +8,9 @@ import math
 import os
 import reprlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 import metabook
@@ -27,6 +26,7 @@ from metabook.checkpoints import (
     at_home,
     differences,
     log,
+    lookup,
     newest_checkpoint,
     occupied,
     pack,
@@ -65,6 +65,7 @@ from metabook.episodes import (
     Frozen,
     Tasks,
     count,
+    leaves_of,
     number,
     one_hot,
     positive,
@@ -73,7 +74,19 @@ from metabook.episodes import (
     usable,
 )
 from .kernels import precise
-from .learners import Learner, scoring, start_training, task_score
+from metabook.learners import (
+    ACCURACY,
+    MSE,
+    Learner,
+    Metric,
+    Tensors,
+    Timed,
+    check_answers,
+    check_classes,
+    scoring,
+    set_progress,
+    start_training,
+)
 from .trust import claiming
 
 try:
@@ -82,9 +95,9 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
     pass
 
 # %% auto #0
-__all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'frozen_of', 'answers',
-           'require_tasks', 'require_learner', 'check_tasks', 'waits', 'give_sizes', 'one_of', 'require_episodes',
-           'require_classes', 'require_answers', 'place', 'bar', 'Report', 'diagnosis', 'Outer', 'Run', 'fit',
+__all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'judged', 'frozen_of', 'answers',
+           'require_tasks', 'require_learner', 'check_tasks', 'check_labels_of', 'waits', 'give_sizes', 'one_of',
+           'require_episodes', 'place', 'bar', 'Report', 'diagnosis', 'phases', 'Outer', 'Run', 'fit',
            'require_optimizer', 'require_learning', 'prepare', 'begin', 'start_anew', 'last_state', 'identity', 'named',
            'some_of', 'described', 'surroundings', 'changes', 'same_everywhere', 'require_same_answers', 'run_folder',
            'read_log', 'Calibration', 'binned', 'calibration']
@@ -92,31 +105,47 @@ __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paire
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
 class Score:
-    "A mean over tasks with its 95% interval, and what it takes to compare it with another."
+    """A mean over tasks with its 95% interval, and what it takes to compare it with another.
 
-    per_task: Float[Tensor, "tasks"]  # accuracy in [0, 1], or mean squared error
-    metric: str = "accuracy"  # or "mse"; of a difference "accuracy difference", "mse difference"
+    Raises `ValueError` for a metric by name that is neither "accuracy" nor "mse".
+    """
+
+    per_task: Float[Tensor, "tasks"]  # in the metric's unit; NaN where there is none
+    metric: Metric | str = ACCURACY  # what was measured; "accuracy" and "mse" are known by name
     episodes: str = ""  # hash of the frozen episodes
     queries: Literal["joint", "single", "mixed"] = "joint"  # how a task's queries were answered
+    undefined: Bool[Tensor, "tasks"] | None = (
+        None  # tasks that have no such score, whatever is answered
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.metric, str):
+            known = {m.name: m for m in (ACCURACY, MSE)}
+            object.__setattr__(self, "metric", lookup(self.metric, known, "metric"))
+
+    @property
+    def defined(self) -> Float[Tensor, "n"]:
+        "The scores of the tasks that have one."
+        return self.per_task if self.undefined is None else self.per_task[~self.undefined]
 
     @property
     def n(self) -> int:
-        "The number of tasks."
-        return len(self.per_task)
+        "The number of tasks that the mean is over."
+        return len(self.defined)
 
     @property
     def lost(self) -> int:
-        "How many tasks have no score, because an answer was no number; then the mean has none either."
-        return int((~self.per_task.isfinite()).sum())
+        "In how many of them an answer was no number; then the mean is none either."
+        return int((~self.defined.isfinite()).sum())
 
     @property
     def mean(self) -> float:
-        return self.per_task.mean().item()
+        return self.defined.mean().item()
 
     @property
     def standard_error(self) -> float:
         "The spread over tasks divided by the root of their number; infinite for a single task."
-        return self.per_task.std().item() / math.sqrt(self.n) if self.n > 1 else math.inf
+        return self.defined.std().item() / math.sqrt(self.n) if self.n > 1 else math.inf
 
     @property
     def ci95(self) -> float:
@@ -124,32 +153,33 @@ class Score:
         return 1.96 * self.standard_error
 
     def __str__(self) -> str:
-        sign = "+" if self.metric.endswith("difference") else ""
-        form, unit = (
-            (f"{sign}.2f", 100) if self.metric.startswith("accuracy") else (f"{sign}.4f", 1)
+        others = len(self.per_task) - self.n
+        tasks = (
+            f"{self.n} of {len(self.per_task)} tasks, undefined for {others}"
+            if others
+            else f"{self.n} tasks"
         )
-        value = f"{unit * self.mean:{form}} ± {unit * self.ci95:{form.lstrip('+')}}"
-        percent = "%" if unit == 100 else ""
         lost = f", {self.lost} of them without a number" if self.lost else ""
-        return f"{self.metric} {value}{percent} ({self.n} tasks{lost}, {self.queries} queries)"
+        value = self.metric.written(self.mean, self.ci95)
+        return f"{value} ({tasks}{lost}, {self.queries} queries)"
 
     def beats(
         self,
         other: Score | None,  # on the same tasks; `None` loses against everything
     ) -> bool:
-        "Is this mean the better one: a higher accuracy, a lower error?  One that is not a number never is."
-        sign = -1 if self.metric == "mse" else 1
+        "Is this mean the better one?  One that is not a number never is."
         if not math.isfinite(self.mean):
             return False
-        return (
-            other is None or not math.isfinite(other.mean) or sign * self.mean > sign * other.mean
-        )
+        lost = other is None or not math.isfinite(other.mean)
+        return lost or self.metric.better(self.mean, other.mean)
 
     def row(self) -> dict[str, Any]:
         "The score as JSON has it, without the single tasks; `None` for what is no number."
-        names = ("mean", "ci95", "n", "metric", "episodes", "queries")
-        row = {name: getattr(self, name) for name in names}
-        return row | {k: row[k] if math.isfinite(row[k]) else None for k in ("mean", "ci95")}
+        numbers = {k: getattr(self, k) for k in ("mean", "ci95")}
+        row = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        row |= {"n": self.n, "metric": self.metric.label, "episodes": self.episodes}
+        others = len(self.per_task) - self.n
+        return row | {"queries": self.queries} | ({"undefined": others} if others else {})
 
 # %% ../nbs/06_training.ipynb #5bb9e71b
 def paired(
@@ -160,16 +190,20 @@ def paired(
 
     Raises `ValueError` where the two were not measured on the same episodes, or not in the same unit.
     """
-    if (a.episodes, a.n) != (b.episodes, b.n):
+    tasks = [len(s.per_task) for s in (a, b)]
+    if a.episodes != b.episodes or tasks[0] != tasks[1]:
         raise ValueError(
-            f"paired scores need the same episodes: {a.episodes!r} ({a.n} tasks) against "
-            f"{b.episodes!r} ({b.n} tasks), where the hash also stands for the data; freeze once and evaluate "
+            f"paired scores need the same episodes: {a.episodes!r} ({tasks[0]} tasks) against "
+            f"{b.episodes!r} ({tasks[1]} tasks), where the hash also stands for the data; freeze once and evaluate "
             "both on that"
         )
     if a.metric != b.metric:
-        raise ValueError(f"{a.metric} cannot be compared with {b.metric}")
+        raise ValueError(f"{a.metric.label} cannot be compared with {b.metric.label}")
     queries = a.queries if a.queries == b.queries else "mixed"
-    return Score(a.per_task - b.per_task, f"{a.metric} difference", a.episodes, queries)
+    gone = [s.undefined for s in (a, b) if s.undefined is not None]
+    undefined = torch.stack(gone).any(0) if gone else None
+    metric = replace(a.metric, difference=True)
+    return Score(a.per_task - b.per_task, metric, a.episodes, queries, undefined)
 
 # %% ../nbs/06_training.ipynb #e0cfda5a
 def evaluate(
@@ -185,10 +219,10 @@ def evaluate(
     progress: bool = False,  # show a bar
     **older: Any,  # lift and precision, as 0.1.0 had them
 ) -> Score:
-    """Accuracy (or mean squared error) on `n` frozen tasks, with its interval.
+    """The learner's `score` (accuracy, or mean squared error) on `n` frozen tasks, with its interval.
 
     Nothing of the learner changes: no parameter, no buffer, no part's mode.  An answer that is NaN makes
-    the score of its task NaN, and so the mean.  Raises `ValueError` where learner and tasks are of different
+    the score of its task NaN, and so the mean; tasks for which `score` gives `None` do not count.  Raises `ValueError` where learner and tasks are of different
     kinds, for labels of several classes at once, and for what would be ignored: `n` or `seed` with frozen
     tasks, words of the engine that only training hears.  Processes that `torchrun` started share the batches.
     """
@@ -202,10 +236,31 @@ def evaluate(
     alone = processes.world() == 1
     mine = frozen if alone else replace(frozen, groups=processes.dealt(parts))
     given = answers(learner, mine, queries, batch=batch, engine=engine, progress=progress)
-    scores = [vmap(partial(task_score, learner.kind))(*pair) for pair in given]
-    per_task = processes.collected(scores, [count(p) for p in parts])
-    metric = "accuracy" if learner.kind == "classification" else "mse"
-    return Score(per_task, metric, frozen.hash, queries)
+    found, gone = zip(*(judged(learner, *pair) for pair in given), strict=True)
+    sizes = [count(p) for p in parts]
+    per_task, gone = (processes.collected(list(column), sizes) for column in (found, gone))
+    undefined = gone.bool() if gone.any() else None
+    return Score(per_task, learner.metric, frozen.hash, queries, undefined)
+
+
+def judged(
+    learner: Learner,
+    predictions: Tensors,  # each leaf [tasks, n, ...], on the CPU
+    y: Tensors,  # what was to be predicted
+) -> tuple[Float[Tensor, "tasks"], Float[Tensor, "tasks"]]:
+    "The score of each task, and 1 where it has none.  Raises `TypeError` where a score is no number."
+    found = []
+    for i in range(count((predictions, y))):
+        one = tree_map(lambda t, i=i: t[i], (predictions, y))
+        score = learner.score(*one)
+        if score is not None and torch.as_tensor(score).ndim:
+            raise TypeError(
+                f"{type(learner).__name__}.score gives {reprlib.repr(score)}, expected one number for a task, or "
+                "None where it has none: take a mean"
+            )
+        found.append(score)
+    values = torch.stack([torch.as_tensor(math.nan if s is None else s) for s in found])
+    return values, torch.tensor([float(s is None) for s in found])
 
 
 def frozen_of(tasks: Tasks | Frozen, n: int | None, seed: int | None) -> Frozen:
@@ -230,7 +285,7 @@ def answers(
     batch: int = 32,  # tasks at once
     engine: Engine = Engine(),  # how it is computed: its lift, precision and check
     progress: bool = False,  # show a bar
-) -> list[tuple[Float[Tensor, "tasks n out"], Float[Tensor, "tasks n out"]]]:  # on the CPU
+) -> list[tuple[Tensors, Tensors]]:  # each leaf [tasks, n, ...], on the CPU
     "Predictions and targets for the queries of frozen episodes, batch by batch.  Raises as `evaluate` does."
     engine.require_heard("scoring", *SCORING)
     check_tasks(learner, frozen)
@@ -239,12 +294,10 @@ def answers(
     batches = bar(frozen.episodes(batch), -(-len(frozen) // batch), progress, "evaluate")
     device = place(learner)
 
-    def ask(episodes: Episode) -> tuple[Tensor, Tensor]:
-        if learner.kind == "classification":
-            require_classes("support.y", episodes.support.y)
-            require_answers(episodes.query.y)
+    def ask(episodes: Episode) -> tuple[Tensors, Tensors]:
+        check_labels_of(learner, episodes)
         given = answer(learner, episodes.to(device), engine.lift, queries, check=engine.check)
-        return given.cpu(), episodes.query.y.cpu()
+        return tree_map(lambda t: t.cpu(), (given, episodes.query.y))
 
     exact = repeatable(engine.deterministic)
     with exact, scoring(learner), torch.no_grad(), precise(engine.precision):
@@ -258,10 +311,10 @@ def require_tasks(tasks: Any, name: str = "tasks") -> None:
             f"{name}={reprlib.repr(tasks)}, expected tasks: make them, for example "
             "FewShot(classes, way=5, shot=1) of classes"
         )
-    if getattr(tasks, "kind", None) not in ("classification", "regression"):
+    if not isinstance(kind := getattr(tasks, "kind", None), str) or not kind:
         raise TypeError(
-            f"{name}={reprlib.repr(tasks)} do not say their kind, expected classification or regression: set "
-            f'kind = "classification" in {type(tasks).__name__}'
+            f"{name}={reprlib.repr(tasks)} do not say their kind, expected classification, regression, or a word "
+            f'that your learners say too: set kind = "classification" in {type(tasks).__name__}'
         )
 
 
@@ -294,12 +347,19 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
     if first is None:  # this process has no share of them, or nobody can look
         return
     require_episodes(first, of)
-    if of.kind == "classification":
-        require_classes("support.y", first.support.y)
-        require_answers(first.query.y) if frozen else require_classes("query.y", first.query.y)
+    check_labels_of(learner, first)
+    one = tree_map(lambda t: t[0].to(place(learner)), first)
+    learner.check(one.support, one.query.x)
     if waits(learner):
         with scoring(learner), torch.no_grad():
-            give_sizes(learner, tree_map(lambda t: t[0].to(place(learner)), first))
+            give_sizes(learner, one)
+
+
+def check_labels_of(learner: Learner, episodes: Episode) -> None:
+    "Raise `ValueError` where labels are no classes; looks at values, so it stands before any lift."
+    for side, examples in zip(("support", "query"), episodes, strict=True):
+        if learner.kind == "classification" and isinstance(examples.y, Tensor):
+            check_classes(f"{side}.y", examples.y)
 
 
 def waits(module: nn.Module) -> bool:
@@ -330,49 +390,26 @@ def require_episodes(first: Any, tasks: Tasks) -> None:
     "Raise `ValueError` unless this is an `Episode` of one task, each tensor with its axes."
     for side in ("support", "query"):
         examples = getattr(first, side, None)
-        if not isinstance(getattr(examples, "y", None), Tensor):
+        if not (hasattr(examples, "x") and hasattr(examples, "y") and hasattr(examples, "info")):
             raise ValueError(
                 f"{tasks} give {reprlib.repr(first)}, expected an Episode of Examples: let gather return "
                 "Episode(Examples(x, y), Examples(x, y))"
             )
-        shape = tuple(examples.y.shape)
-        if len(shape) != 3 or not examples.y.is_floating_point():
-            raise ValueError(
-                f"{tasks} give {side}.y as {examples.y.dtype} of shape {shape} for one task, expected floats of shape "
-                f"[1, n, out]: give targets their last axis, y[..., None], and classes a row each, one_hot(labels, way)"
-            )
-
-
-def require_classes(
-    name: str,  # of the argument
-    y: Float[Tensor, "*tasks n way"],  # labels
-) -> None:
-    "Raise `ValueError` unless each row names one class, or is a distribution over classes."
-    if y.is_meta or not y.numel():
-        return
-    sums = y.sum(-1)
-    odd = ~((sums - 1).abs() <= 0.01)  # NaN is odd
-    if bool(odd.any()) or bool((y < 0).any()):
-        found = sums[odd][0].item() if bool(odd.any()) else y.min().item()
-        raise ValueError(
-            f"{name}: a row of labels {'sums to' if bool(odd.any()) else 'has'} {found:.4g}, expected one-hot rows, or "
-            "probabilities that sum to 1: several classes at once (multi-hot) have no accuracy; learn each as a "
-            'task of its own, or as targets, with kind="regression"'
-        )
-
-
-def require_answers(
-    y: Float[Tensor, "tasks n way"],  # labels of queries
-) -> None:
-    "Raise `ValueError` unless each row has one class that is the right answer."
-    require_classes("query.y", y)
-    if not y.is_meta and y.numel() and y.shape[-1] > 1:
-        first, second = y.topk(2, -1).values.unbind(-1)
-        if bool((first == second).any()):
-            raise ValueError(
-                f"query.y: a row of labels has {first[first == second][0].item():.4g} twice, expected one class that "
-                "is the likeliest: with two right answers there is no accuracy; give queries one class each"
-            )
+        for name, t in leaves_of(side, examples).items():
+            if not isinstance(t, Tensor) or t.shape[:1] != (1,):
+                found = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+                raise ValueError(
+                    f"{tasks} give {name} as {found} for one task, expected a tensor with an axis for tasks in front, "
+                    "[1, ...]: let gather stack what belongs to several tasks"
+                )
+        if tasks.kind in ("classification", "regression") and isinstance(examples.y, Tensor):
+            shape = tuple(examples.y.shape)
+            if len(shape) < 3 or not examples.y.is_floating_point():
+                raise ValueError(
+                    f"{tasks} give {side}.y as {examples.y.dtype} of shape {shape} for one task, expected floats of shape "
+                    "[1, n, out]: give targets their last axis, y[..., None], and classes a row each, "
+                    "one_hot(labels, way)"
+                )
 
 
 def place(learner: Learner, device: torch.device | str | None = None) -> torch.device:
@@ -397,7 +434,7 @@ class Report(NamedTuple):
 
     episodes: Episode  # the meta-batch
     losses: Tensor  # [tasks], before the update
-    answers: Tensor | None  # [tasks, n, out] to the queries; `None`: `loss` does not call `forward`
+    answers: Tensors  # to the queries, each leaf [tasks, n, ...]
     norm: Tensor | None = None  # of the meta-gradient, before clipping
 
 
@@ -407,10 +444,10 @@ def diagnosis(
 ) -> str:
     "Why a task has no finite loss or gradient, and what to do about it, in words."
     for side, examples in zip(("support", "query"), one, strict=True):
-        for name, values in (("x", examples.x), ("y", examples.y)):
+        for name, values in leaves_of(side, examples._replace(info={})).items():
             if bad := int((~values.isfinite()).sum()):
                 return (
-                    f"the data are to blame, {bad} of {values.numel()} numbers of {side}.{name} are not "
+                    f"the data are to blame, {bad} of {values.numel()} numbers of {name} are not "
                     'finite: clean them, or leave such tasks out with nonfinite="skip"'
                 )
     if not all(bool(p.isfinite().all()) for p in learner.parameters()):
@@ -439,6 +476,11 @@ def _largest(values: Any) -> float:
     leaves = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
     sizes = [t.abs().max() for t in leaves if t.numel()]
     return torch.stack([s.double().cpu() for s in sizes]).max().item() if sizes else 0.0
+
+
+def phases(learner: Learner) -> tuple[Hashable, ...]:
+    "In which phase of its training a learner is, and learners inside."
+    return tuple(m.phase for m in learner.modules() if isinstance(m, Timed))
 
 
 class Outer:
@@ -508,7 +550,7 @@ class Outer:
         self.learner.zero_grad()
         averages = list(self.learner.buffers())
         before = [b.clone() for b in averages]
-        losses, answers, _ = self.descend(episodes)
+        losses, answers, *_ = self.descend(episodes)
         norm = torch.nn.utils.clip_grad_norm_(self.learner.parameters(), self.largest)
         self.verdict.judge(losses, norm)
         self.update()
@@ -544,7 +586,7 @@ class Outer:
         shared = processes.Shared(self.together) if self.together else None
         compiled = self.run == "compile"
         how = dict(lift=self.lift, compiled=compiled, check=self.engine.check, shared=shared)
-        how["recompute"] = self.engine.recompute
+        how |= {"recompute": self.engine.recompute, "answers": self.tell is not None}
         while True:
             try:
                 with precise(self.engine.precision):
@@ -680,7 +722,7 @@ class Outer:
 
     def replayed(self, step: Callable[..., Report], *generators: torch.Generator) -> Replayed:
         "A step that is recorded as a graph."
-        replayed = Replayed(step, self.device, *generators)
+        replayed = Replayed(step, self.device, *generators, phase=partial(phases, self.learner))
         self.graphs = replayed.graphs
         return replayed
 
@@ -719,9 +761,11 @@ class Outer:
 
     def heard(self, report: Report, episodes: Episode) -> Report:
         "The report on all tasks, from that on this process's share."
-        answers = report.answers
-        if answers is not None:
-            answers = processes.gathered(answers, self.together)
+
+        def of_all(t: Tensor) -> Tensor:
+            return processes.gathered(t, self.together)
+
+        answers = tree_map(of_all, report.answers)
         return report._replace(episodes=episodes.to(self.device), answers=answers)
 
 # %% ../nbs/06_training.ipynb #0d218bbd
@@ -866,6 +910,7 @@ class Run:
         if self.best_state is not None:
             self.learner.load_state_dict(self.best_state)
         self.learner.eval()
+        set_progress(self.learner, 1.0)
         if self.abrupt and self.best_state is None:
             return  # perhaps in the middle of an update
         try:
@@ -904,11 +949,11 @@ class Run:
         best = self.best and {
             "step": self.best_step,
             "parameters": self.best_state,
-            "score": vars(self.best),
+            "score": vars(self.best) | {"metric": asdict(self.best.metric)},
         }
         remembered = self.tasks.state_dict() if changes(self.tasks) else {}
         return {
-            "identity": self.identity,
+            "identity": self.identity | self.pace(),
             "surroundings": surroundings(self),
             "outer": self.outer.state(),
             "random": random_state() | {"tasks": self.generator.get_state()},
@@ -928,7 +973,8 @@ class Run:
         if changes(self.tasks):
             self.tasks.load_state_dict(state["tasks"])
         if best := state["best"]:
-            self.best, self.best_step = Score(**best["score"]), best["step"]
+            metric = Metric(**best["score"].pop("metric"))
+            self.best, self.best_step = Score(**best["score"], metric=metric), best["step"]
             device = self.outer.device
             self.best_state = {k: v.to(device) for k, v in best["parameters"].items()}
         self.log = state["log"]
@@ -943,7 +989,8 @@ class Run:
 
     def compare(self, state: dict[str, Any]) -> None:
         "Raise `ValueError` where another run was checkpointed; say what may change the rounding."
-        now = {"run": self.identity, "how": surroundings(self)}
+        paced = {"steps": self.settings["steps"]} if "steps" in state["identity"] else {}
+        now = {"run": self.identity | paced, "how": surroundings(self)}
         now = json.loads(json.dumps(now, default=number))
         rates = [run.pop("rates") for run in (state["identity"], now["run"])]
         common = set(rates[0]) & set(rates[1])  # a longer run has more of them
@@ -996,6 +1043,12 @@ class Run:
         if self.saved is None:
             return f"{kept}, and there is no checkpoint yet"
         return f"{kept}; to go on from the checkpoint of step {self.saved}, {again}"
+
+    def pace(self) -> dict[str, Any]:
+        "The number of steps, where the learner has asked how far it is: with others it would be another run."
+        asked = any(m.reads_progress for m in self.learner.modules() if isinstance(m, Timed))
+        switches = any(phase is not None for phase in phases(self.learner))
+        return {"steps": self.settings["steps"]} if asked or switches else {}
 
     def choice(self) -> dict[str, Any] | None:
         "What chose the parameters, as JSON has it."
@@ -1081,6 +1134,7 @@ def fit(
         advance = outer.on(tasks, meta_batch, generator)
         with run.kept():
             for step in run.steps(progress):
+                set_progress(learner, outer.taken / steps)
                 outer.count(advance())
                 due = step % log_every == 0 or step == steps
                 if due or device.type == "cpu":
@@ -1398,6 +1452,8 @@ def calibration(
     frozen = frozen_of(tasks, n, seed)
     place(learner, device)
     given = answers(learner, frozen, queries, engine=engine)
+    for _, y in given:
+        check_answers(y)
     if lost := sum(int((~t.amax(-1).isfinite()).any(1).sum()) for t, _ in given):
         raise ValueError(
             f"in {lost} of {len(frozen)} tasks an answer is no number, so its confidence is no number: lower the inner rate "

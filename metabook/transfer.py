@@ -11,7 +11,7 @@ from torch.func import grad
 
 from .checkpoints import lookup, register
 from .episodes import Classes, ClassTasks, Examples, Picks, class_data, positive, summary
-from .learners import Learner, check_inner_loop, check_network, task_loss
+from .learners import Learner, check_network, check_rate, check_steps
 from .networks import Statistics, batch_norms, embedded, recording
 from .prototypes import TINY, prototypes, unit
 
@@ -203,7 +203,8 @@ class FineTune(Pretrained):
         lr: float = 1.0,  # their rate
     ):
         super().__init__(embed, classes, logits)
-        check_inner_loop(lr, steps)
+        check_steps(steps=steps)
+        check_rate(lr)
         self.steps, self.lr = steps, lr
 
     def learn(
@@ -237,4 +238,4 @@ class FineTune(Pretrained):
         y: Float[Tensor, "n way"],  # their classes
     ) -> Float[Tensor, ""]:
         "What the new head is trained on."
-        return task_loss(self.kind, HEADS[self.logits](u, *head), y)
+        return self.criterion(HEADS[self.logits](u, *head), y)

@@ -1,8 +1,8 @@
 """Proofs: which equations the book numbers, which tests prove them, and whether a proof can fail.
 
-A test cell with `#| proves: eq-name` names mutations of what its notebook exports, `#| breaks: "old" -> "new"`; any
-other test may name some too. Each is tried out in memory: the library is imported afresh with that one change, and the
-test has to notice.
+A test cell with `#| proves: eq-name` names mutations of what its notebook exports, `#| breaks: "old" -> "new"`, or of
+another module, `#| breaks: learners: "old" -> "new"`; any other test may name some too. Each is tried out in memory:
+the library is imported afresh with that one change, and the test has to notice.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from notebooks import ROOT
 
 LABEL = re.compile(r"\$\$[ \t]*\((eq-[\w-]+)\)|^\((eq-[\w-]+)\)=|^:label:[ \t]*(eq-[\w-]+)", re.M)
 STRING = r'"(?:[^"\\]|\\.)*"'
-BREAKS = re.compile(rf"({STRING})\s*->\s*({STRING})")
+BREAKS = re.compile(rf"(?:(\w+):\s*)?({STRING})\s*->\s*({STRING})")
 # These say that the mutation or the set-up is wrong, not that the test has noticed.
 NOT_NOTICED = (SyntaxError, ImportError, NameError, AttributeError, pytest.skip.Exception)
 
 
 class Mutation(NamedTuple):
-    """One change of the exported code."""
+    """One change of the exported code: of the chapter's own, or of a module that it names."""
 
     old: str
     new: str
+    module: str | None = None
 
 
 class Outcome(NamedTuple):
@@ -68,18 +69,23 @@ class Proof:
     @property
     def mutations(self) -> list[Mutation]:
         found = [BREAKS.fullmatch(line) for line in self.lines]
-        return [Mutation(*map(ast.literal_eval, f.groups())) for f in found if f]
+        groups = [f.groups() for f in found if f]
+        return [Mutation(*map(ast.literal_eval, pair), module) for module, *pair in groups]
 
-    @cached_property
-    def sources(self) -> dict[str, str]:
-        """The source of every module that the notebook writes to."""
-        files = [self.package / f"{module}.py" for module in self.chapter.modules]
+    def modules(self, mutation: Mutation) -> list[str]:
+        """Where a mutation may stand: in the module that it names, or else in any that the notebook writes to."""
+        return [mutation.module] if mutation.module else self.chapter.modules
+
+    def sources(self, mutation: Mutation) -> dict[str, str]:
+        """The sources of these modules."""
+        files = [self.package / f"{module}.py" for module in self.modules(mutation)]
         return {file.stem: file.read_text(encoding="utf-8") for file in files if file.exists()}
 
     def mutated(self, mutation: Mutation) -> dict[str, str]:
         """The sources that a mutation changes."""
-        changed = {m: s.replace(*mutation) for m, s in self.sources.items() if mutation.old in s}
-        return {f"{LIBRARY}.{module}": source for module, source in changed.items()}
+        old, new, _ = mutation
+        found = {m: s for m, s in self.sources(mutation).items() if old in s}
+        return {f"{LIBRARY}.{module}": source.replace(old, new) for module, source in found.items()}
 
     @cached_property
     def test(self) -> Test:
@@ -145,9 +151,10 @@ def _faults(proof: Proof, labels: set[str]) -> Iterator[str]:
         f'says `{line}`, not `"old" -> "new"`' for line in proof.lines if not BREAKS.fullmatch(line)
     )
     for mutation in proof.mutations:
-        times = sum(source.count(mutation.old) for source in proof.sources.values())
+        times = sum(source.count(mutation.old) for source in proof.sources(mutation).values())
         if times != 1:
-            yield f"breaks {mutation.old!r}, which stands {times} times in {proof.chapter.modules}, not once"
+            where = proof.modules(mutation)
+            yield f"breaks {mutation.old!r}, which stands {times} times in {where}, not once"
         for source in proof.mutated(mutation).values() if times == 1 else ():
             try:
                 ast.parse(source)

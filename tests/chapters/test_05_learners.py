@@ -12,7 +12,7 @@ from torch.func import vmap
 
 from metabook.engine import losses
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
-from metabook.learners import Learner, check_inner_loop, task_loss, task_score
+from metabook.learners import FastWeights, Learner, task_loss, task_score
 from metabook.prototypes import ProtoNet
 from metabook.testing import ContractError, check_learner
 from metabook.training import evaluate, fit
@@ -242,7 +242,7 @@ def test_examples_that_do_not_fit_are_refused():
         assert part in messages[-1]
     elsewhere = RidgeWave().to("meta")  # a device that holds nothing
     for part, refusing, support in (
-        ("support set is empty", learner, Examples(torch.randn(2, 0, 1), torch.randn(2, 0, 1))),
+        ("support set is empty", learner, Examples(torch.randn(0, 1), torch.randn(0, 1))),
         ("move one of them", elsewhere, Examples(x, torch.randn(4, 1))),
     ):
         try:
@@ -332,7 +332,7 @@ def test_an_inner_loop_that_cannot_work_is_refused():
         assert part in messages[-1]
     elsewhere = RidgeWave().to("meta")  # a device that holds nothing
     for part, refusing, support in (
-        ("support set is empty", learner, Examples(torch.randn(2, 0, 1), torch.randn(2, 0, 1))),
+        ("support set is empty", learner, Examples(torch.randn(0, 1), torch.randn(0, 1))),
         ("move one of them", elsewhere, Examples(x, torch.randn(4, 1))),
     ):
         try:
@@ -352,12 +352,12 @@ def test_an_inner_loop_that_cannot_work_is_refused():
         ("test_steps", -1),
     ):
         try:
-            check_inner_loop(**{"lr": 0.1, "steps": 0} | dict([impossible]))
+            FastWeights(torch.nn.Linear(1, 1), **dict([impossible]))
         except ValueError as error:
             refusals.append(str(error))
         assert refusals[-1].startswith("{}={}, expected".format(*impossible))
     assert len(refusals) == 5
-    check_inner_loop(lr=0.1, steps=0)  # no step at all is possible
+    FastWeights(torch.nn.Linear(1, 1), steps=0)  # no step at all is possible
     refusals
 
 

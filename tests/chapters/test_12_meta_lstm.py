@@ -254,8 +254,8 @@ def test_two_steps_by_another_way():
     checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
     for parameter in (checked.lstm.b, *checked.update.parameters()):
         set_to(parameter, 0.5 * torch.randn_like(parameter))
-    cell, state = in_pytorch(checked.lstm), checked.start()
     x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
+    cell, state = in_pytorch(checked.lstm), checked.start(Examples(x, y))
     (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
     theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
     for _ in range(2):
@@ -329,8 +329,8 @@ def test_the_first_input_gate_is_the_rate():
     checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
     for parameter in (checked.lstm.b, *checked.update.parameters()):
         set_to(parameter, 0.5 * torch.randn_like(parameter))
-    cell, state = in_pytorch(checked.lstm), checked.start()
     x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
+    cell, state = in_pytorch(checked.lstm), checked.start(Examples(x, y))
     (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
     theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
     for _ in range(2):
@@ -349,7 +349,8 @@ def test_the_first_input_gate_is_the_rate():
         blind = MetaLSTM(MLP([1, 1]), hidden=2, kind="regression", lr=lr)
         for parameter in (blind.update.W, blind.update.V):
             set_to(parameter, torch.zeros_like(parameter))
-        after = blind.step(blind.start(), Examples(torch.ones(3, 1), torch.ones(3, 1)))
+        ones = Examples(torch.ones(3, 1), torch.ones(3, 1))
+        after = blind.step(blind.start(ones), ones)
         close(after.past[0], lr, lr)
 
 
@@ -468,9 +469,9 @@ def test_constant_gates_mean_decay():
     torch.manual_seed(0)
     T, rate, wave = 8, 0.05, one_wave()
     learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
-    states, gradients = [learner.start()], []
+    states, gradients = [learner.start(wave.support)], []
     for _ in range(T):
-        gradients.append(learner.gradient(states[-1].theta, wave.support)[0])
+        gradients.append(learner.look(states[-1].theta, wave.support)[0])
         states.append(learner.step(states[-1], wave.support))
     f = torch.tensor(5.0).double().sigmoid()
     decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
@@ -535,9 +536,9 @@ def test_how_much_of_the_start_is_left():
     torch.manual_seed(0)
     T, rate, wave = 8, 0.05, one_wave()
     learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
-    states, gradients = [learner.start()], []
+    states, gradients = [learner.start(wave.support)], []
     for _ in range(T):
-        gradients.append(learner.gradient(states[-1].theta, wave.support)[0])
+        gradients.append(learner.look(states[-1].theta, wave.support)[0])
         states.append(learner.step(states[-1], wave.support))
     f = torch.tensor(5.0).double().sigmoid()
     decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
@@ -603,9 +604,9 @@ def test_gradient_of_the_start():
     # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start()], []
+        states, gradients = [learner.start(support)], []
         for _ in range(steps):
-            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            gradients.append(learner.look(states[-1].theta, support)[0])
             states.append(learner.step(states[-1], support))
         return states, gradients
 
@@ -667,9 +668,9 @@ def test_gradient_of_the_gates():
     # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start()], []
+        states, gradients = [learner.start(support)], []
         for _ in range(steps):
-            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            gradients.append(learner.look(states[-1].theta, support)[0])
             states.append(learner.step(states[-1], support))
         return states, gradients
 
@@ -740,9 +741,9 @@ def test_meta_gradient_against_finite_differences():
     # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start()], []
+        states, gradients = [learner.start(support)], []
         for _ in range(steps):
-            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            gradients.append(learner.look(states[-1].theta, support)[0])
             states.append(learner.step(states[-1], support))
         return states, gradients
 
@@ -775,13 +776,13 @@ def test_meta_gradient_against_finite_differences():
     # cell 8969d665
     def measured_gradient(learner, episode, played_back, h=1e-6):
         "Central differences of the loss; `played_back` keeps inner losses and gradients as they were."
-        record, theta = [], learner.start()
+        record, theta = [], learner.start(episode.support)
         for _ in range(learner.steps):
-            record.append(learner.gradient(theta.theta, episode.support))
+            record.append(learner.look(theta.theta, episode.support))
             theta = learner.step(theta, episode.support)
         taken = itertools.cycle(record)
         if played_back:
-            learner.gradient = lambda theta, support: next(taken)
+            learner.look = lambda theta, support: next(taken)
         found = []
         for entries in [p.data.view(-1) for p in learner.parameters()]:
             for j, value in enumerate(entries.tolist()):
@@ -982,9 +983,9 @@ def test_forget_bias_must_be_large():
     # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start()], []
+        states, gradients = [learner.start(support)], []
         for _ in range(steps):
-            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            gradients.append(learner.look(states[-1].theta, support)[0])
             states.append(learner.step(states[-1], support))
         return states, gradients
 
@@ -1151,9 +1152,9 @@ def test_frozen_gradients_mislead_a_schedule():
     # cell b5edc9f5
     def walk(learner, support, steps):
         "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start()], []
+        states, gradients = [learner.start(support)], []
         for _ in range(steps):
-            gradients.append(learner.gradient(states[-1].theta, support)[0])
+            gradients.append(learner.look(states[-1].theta, support)[0])
             states.append(learner.step(states[-1], support))
         return states, gradients
 

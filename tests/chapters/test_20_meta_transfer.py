@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metabook.episodes import Classes, Episode, Examples, FewShot, VariedWayShot, one_hot
 from metabook.learners import Learner
-from metabook.meta_transfer import HardTasks, MetaTransfer, class_accuracy, scale_and_shift
+from metabook.meta_transfer import Descent, HardTasks, MetaTransfer, class_accuracy, scale_and_shift
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12, call, parameter_count
 from metabook.testing import check_learner
 from metabook.training import Report, fit
@@ -182,7 +182,8 @@ def test_first_step_is_prototypes(device):
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
     learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    weight, bias = learner.step(learner.first_head(z, y), z, y)
+    state = Descent(*learner.first_head(z, y), z, {})
+    weight, bias, *_ = learner.step(state, Examples(z, y))
     means = torch.stack([z[labels == k].mean(0) for k in range(4)])
     torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
     torch.testing.assert_close(bias, torch.zeros(4).double())
@@ -245,7 +246,8 @@ def test_a_shared_row_does_nothing(device):
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
     learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    weight, bias = learner.step(learner.first_head(z, y), z, y)
+    state = Descent(*learner.first_head(z, y), z, {})
+    weight, bias, *_ = learner.step(state, Examples(z, y))
     means = torch.stack([z[labels == k].mean(0) for k in range(4)])
     torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
     torch.testing.assert_close(bias, torch.zeros(4).double())
@@ -256,8 +258,8 @@ def test_a_shared_row_does_nothing(device):
     shared = MetaTransfer(net, way=3, steps=7).double()
     u = torch.randn(5).double()
     with torch.no_grad():
-        shared.start.weight.copy_(u.expand(3, 5))
-        shared.start.bias.fill_(0.7)
+        shared.rows.weight.copy_(u.expand(3, 5))
+        shared.rows.bias.fill_(0.7)
     zero = MetaTransfer(net, steps=7).double()
     queries = torch.randn(9, 6).double()
     given, expected = (learner.adapt(Examples(x, y)) for learner in (shared, zero))
@@ -323,7 +325,8 @@ def test_contract(device):
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
     learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    weight, bias = learner.step(learner.first_head(z, y), z, y)
+    state = Descent(*learner.first_head(z, y), z, {})
+    weight, bias, *_ = learner.step(state, Examples(z, y))
     means = torch.stack([z[labels == k].mean(0) for k in range(4)])
     torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
     torch.testing.assert_close(bias, torch.zeros(4).double())
@@ -334,8 +337,8 @@ def test_contract(device):
     shared = MetaTransfer(net, way=3, steps=7).double()
     u = torch.randn(5).double()
     with torch.no_grad():
-        shared.start.weight.copy_(u.expand(3, 5))
-        shared.start.bias.fill_(0.7)
+        shared.rows.weight.copy_(u.expand(3, 5))
+        shared.rows.bias.fill_(0.7)
     zero = MetaTransfer(net, steps=7).double()
     queries = torch.randn(9, 6).double()
     given, expected = (learner.adapt(Examples(x, y)) for learner in (shared, zero))
@@ -420,7 +423,8 @@ def test_errors_say_what_to_do(device):
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
     learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    weight, bias = learner.step(learner.first_head(z, y), z, y)
+    state = Descent(*learner.first_head(z, y), z, {})
+    weight, bias, *_ = learner.step(state, Examples(z, y))
     means = torch.stack([z[labels == k].mean(0) for k in range(4)])
     torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
     torch.testing.assert_close(bias, torch.zeros(4).double())
@@ -431,8 +435,8 @@ def test_errors_say_what_to_do(device):
     shared = MetaTransfer(net, way=3, steps=7).double()
     u = torch.randn(5).double()
     with torch.no_grad():
-        shared.start.weight.copy_(u.expand(3, 5))
-        shared.start.bias.fill_(0.7)
+        shared.rows.weight.copy_(u.expand(3, 5))
+        shared.rows.bias.fill_(0.7)
     zero = MetaTransfer(net, steps=7).double()
     queries = torch.randn(9, 6).double()
     given, expected = (learner.adapt(Examples(x, y)) for learner in (shared, zero))

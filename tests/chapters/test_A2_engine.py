@@ -17,6 +17,7 @@ from metabook.engine import (
     Engine,
     Replayed,
     Verdict,
+    Way,
     Wrong,
     choose_lift,
     evenly,
@@ -160,18 +161,85 @@ def test_answers_are_overheard():
     learner = ProtoNet(Normalised()).eval()
     expected = over_tasks(learner, episodes.support, episodes.query.x)
     for lift in ("loop", "vmap"):
-        values, heard, _ = grade(learner, episodes, lift)
+        values, heard, *_ = grade(learner, episodes, Way(lift))
         torch.testing.assert_close(heard, expected.detach())
         torch.testing.assert_close(values, losses(learner, episodes, lift))
         assert values.requires_grad and not heard.requires_grad
-        whole = engine._as_a_whole(learner, episodes, lift)
+        whole = engine._as_a_whole(learner, episodes, Way(lift))
         torch.testing.assert_close(whole.answers, heard)
         torch.testing.assert_close(whole.losses, values)
     learner.loss = lambda episode: learner.predict(
         learner.adapt(episode.support), episode.query.x
     ).sum()
     assert not in_parts(learner)
-    assert grade(learner, episodes, "vmap").answers is None  # nobody called forward
+    assert grade(learner, episodes, Way("vmap")).answers is None  # nobody called forward
+    heard = grade(learner, episodes, Way("vmap", answers=True)).answers  # but somebody asks
+    torch.testing.assert_close(heard, expected.detach())
+
+
+def test_surrogates_are_differentiated():
+    # cell aab042d7
+    class Normalised(torch.nn.Sequential):
+        "A network whose only layer with statistics sees its inputs as they are."
+
+        def __init__(self):
+            super().__init__(BatchNorm(2, stats="running", momentum=0.25))
+
+    points = Classes.of({str(i): i + torch.randn(6, 2) for i in range(4)})
+    episodes = FewShot(points, 3, 1, 2).sample(5, torch.Generator().manual_seed(0))
+    # A layer that is used twice notes the later use: here the query set.
+    mean = episodes.query.x.mean((0, 1))
+    var = episodes.query.x.var(1, correction=0).mean(0)
+    for lift in ("loop", "vmap"):
+        learner = ProtoNet(Normalised()).train()
+        losses(learner, episodes, lift)
+        layer = learner.embed[0]
+        torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
+        torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
+    # cell b0e10e52
+    learner = ProtoNet(Normalised()).eval()
+    expected = over_tasks(learner, episodes.support, episodes.query.x)
+    for lift in ("loop", "vmap"):
+        values, heard, *_ = grade(learner, episodes, Way(lift))
+        torch.testing.assert_close(heard, expected.detach())
+        torch.testing.assert_close(values, losses(learner, episodes, lift))
+        assert values.requires_grad and not heard.requires_grad
+        whole = engine._as_a_whole(learner, episodes, Way(lift))
+        torch.testing.assert_close(whole.answers, heard)
+        torch.testing.assert_close(whole.losses, values)
+    learner.loss = lambda episode: learner.predict(
+        learner.adapt(episode.support), episode.query.x
+    ).sum()
+    assert not in_parts(learner)
+    assert grade(learner, episodes, Way("vmap")).answers is None  # nobody called forward
+    heard = grade(learner, episodes, Way("vmap", answers=True)).answers  # but somebody asks
+    torch.testing.assert_close(heard, expected.detach())
+
+    # cell b0e10e53
+    class Halved(ProtoNet):
+        "Differentiates half of its criterion, and no more."
+
+        approximate = True
+
+        def loss(self, episode):
+            return super().loss(episode) / 2
+
+    learner = Halved(Normalised()).eval()
+    whole = ProtoNet(learner.embed).eval()
+    for lift in ("loop", "vmap"):
+        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
+        torch.testing.assert_close(found.losses, expected.losses.detach())
+        torch.testing.assert_close(found.differentiated, expected.losses / 2)
+        for m, factor in ((learner, 2), (whole, 1)):
+            m.zero_grad()
+            m.combine = lambda values: values.square().mean()  # weighs by the criterion
+            gradients(m, episodes, lift=lift)
+            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
+            if m is learner:
+                mine = slopes
+        torch.testing.assert_close(mine, slopes)
+    learner.approximate = False
+    assert grade(learner, episodes, Way("vmap")).surrogates is None
 
 
 @pytest.mark.proves("eq-task-weights")

@@ -220,7 +220,7 @@ def test_gradients_that_are_not_derivatives_are_found():
     print(fails(gradients_are_true, Cut()))
 
 
-def test_first_order_is_a_declared_exception():
+def test_what_is_approximate_says_so():
     # cell 5d98c66f
     class Smoother(Learner):
         "Answers with a mean of the support targets, the closest counting most."
@@ -301,7 +301,7 @@ def test_first_order_is_a_declared_exception():
     first_order = MAML(net, 0.1, first_order=True, kind="regression")
     assert gradients_are_true(Case.of(exact, sinusoids, 3, 0)) is None
     assert "on purpose" in gradients_are_true(Case.of(first_order, sinusoids, 3, 0))
-    assert "first_order" in fails(gradients_are_true, Undeclared(net, 0.1, kind="regression"))
+    assert "approximate" in fails(gradients_are_true, Undeclared(net, 0.1, kind="regression"))
 
 
 def test_broken_symmetries_are_found():

@@ -25,7 +25,15 @@ from typer.testing import CliRunner
 
 import metabook
 from metabook import checkpoints, cli, datasets, recipes
-from metabook.checkpoints import NETWORKS, load, register, rehearse, save, write_checkpoint
+from metabook.checkpoints import (
+    NETWORKS,
+    load,
+    read_config,
+    register,
+    rehearse,
+    save,
+    write_checkpoint,
+)
 from metabook.datasets import from_folder
 from metabook.engine import Engine
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks, VariedWayShot
@@ -785,7 +793,7 @@ MESSAGES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
     "tasks of no kind": (
         lambda: train(curve(), Nameless()),
         TypeError,
-        ("tasks", "Nameless", "expected classification or regression", "set kind"),
+        ("tasks", "Nameless", "expected classification, regression", "set kind"),
     ),
     "Classes as tasks": (
         lambda: train(ProtoNet(MLP([3, 4])), classes(3)),
@@ -1046,10 +1054,31 @@ def test_a_checkpoint_of_0_1_0_is_refused_with_the_reason_and_the_folder_still_l
     ):
         fit(learner, vectors(), steps=2, resume=True, **how)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["layout"] == 1
     older = {k: v for k, v in config.items() if k not in ("frozen", "tied", "tables")}
-    (tmp_path / "config.json").write_text(json.dumps(older))  # as 0.1.0 wrote it
+    (tmp_path / "config.json").write_text(json.dumps(older | {"layout": 1}))  # as 0.1.0 wrote it
     assert same_answers(learner, load(tmp_path), vectors())
+
+
+WRITTEN = Path(__file__).parent / "written_by_0_1_0"
+
+
+@pytest.mark.parametrize("folder", sorted(WRITTEN.iterdir()), ids=lambda f: f.name)
+def test_a_folder_that_0_1_0_wrote_answers_as_it_did(folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["metabook"] == "0.1.0"
+    generator = torch.Generator().manual_seed(1)
+    x, queries = (torch.randn(n, 4, generator=generator) for n in (6, 2))
+    found = load(folder)(Examples.of(x, torch.arange(6) % 3, 3), queries)
+    torch.testing.assert_close(found, torch.tensor(config["answers"]), rtol=0, atol=2e-6)
+
+
+def test_renamed_parts_are_found_in_learners_inside():
+    config, state = (read_config(WRITTEN / "meta-transfer"), {"held.start.weight": torch.ones(1)})
+    outer = {"name": "a-wrapper", "args": {"held": config["method"]}}
+    config |= {"method": outer, "frozen": ["held.start.weight"], "tied": [["held.start.bias", "x"]]}
+    now, renamed = checkpoints.upgraded(config, state)
+    assert list(renamed) == now["frozen"] == ["held.rows.weight"]
+    assert now["tied"] == [["held.rows.bias", "x"]]
 
 
 def test_the_script_of_a_user_runs_as_written(tmp_path: Path):

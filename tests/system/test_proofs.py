@@ -67,6 +67,12 @@ def test_a_good_proof_notices_and_leaves_the_library_as_it_was(tmp_path):
     assert (tmp_path / "metabook" / "sample.py").read_text() == LIBRARY["sample"]
 
 
+def test_a_proof_may_break_another_module(tmp_path):
+    [proof] = small_book(tmp_path, proof_cell('other: "UNIT = 1.0" -> "UNIT = 2.0"'))
+    assert proof.mutations == [Mutation("UNIT = 1.0", "UNIT = 2.0", "other")]
+    assert proof.problem(proof.mutations[0]) is None
+
+
 WEAK = {
     "nothing changes": ('"x / 2" -> "x * 0.5"', "assert half(3.0) == 1.5", "it passes"),
     "the test does not look": ('"x / 2" -> "x / 3"', "assert half(0.0) == 0", "it passes"),
@@ -140,6 +146,10 @@ FAULTS = {
     "no arrow": ([proof_cell('"x / 2" to "x"')], 'not `"old" -> "new"`'),
     "text that is not there": ([proof_cell('"x / 7" -> "x"')], "stands 0 times"),
     "text that is there twice": ([proof_cell('"x" -> "y"')], "stands 2 times"),
+    "text that stands in another module": (
+        [proof_cell('other: "x / 2" -> "x"')],
+        "0 times in ['other']",
+    ),
     "no Python": ([proof_cell('"x / 2" -> "x /"')], "makes what is no Python"),
     "expensive": (
         ["#| setup: once\nrun = 3.0", proof_cell('"x / 2" -> "x"', "assert half(run) == 1.5")],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 from metabook.checkpoints import log
 from metabook.engine import Engine, Replayed, capturable
 from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.learners import set_progress
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
 from metabook.prototypes import ProtoNet
-from metabook.training import Outer
+from metabook.training import Outer, phases
 
 CUDA = torch.device("cuda")  # only its name is looked at
 
@@ -141,7 +143,28 @@ class Broken(Sinusoids):
         return episodes
 
 
+class Annealed(MAML):
+    """A price on the parameters that falls to zero."""
+
+    def loss(self, episode):
+        price = sum(p.square().sum() for p in self.net.parameters())
+        return super().loss(episode) + (1 - self.progress) * price
+
+
+class Switching(MAML):
+    """First order until half of the training is done: other operations from then on."""
+
+    def phase_at(self, progress):
+        return progress >= 0.5
+
+    def gradient(self, phi, support):
+        g = super().gradient(phi, support)
+        return g if self.phase else {k: d.detach() for k, d in g.items()}
+
+
 RUNS = {
+    "annealed": (lambda: Annealed(MLP([1, 8, 1]), 0.01, kind="regression"), Sinusoids()),
+    "switching": (lambda: Switching(MLP([1, 8, 1]), 0.01, kind="regression"), Sinusoids()),
     "maml": (lambda: MAML(Conv4(out=3, width=4), steps=2), FewShot(IMAGES, 3, 1, 2)),
     "averages": (lambda: ProtoNet(Conv4(width=4, stats="running")), FewShot(IMAGES, 3, 1, 2)),
     "waves": (lambda: MAML(MLP([1, 8, 1]), 0.01, kind="regression"), Sinusoids()),
@@ -154,7 +177,7 @@ OPTIMIZERS = {
 
 
 def trained(
-    name: str, optimizer: str, replayed: bool, steps: int = 8
+    name: str, optimizer: str, replayed: bool, steps: int = 12
 ) -> tuple[list[torch.Tensor], dict, Outer]:
     """Losses and the state after some steps, whose rate falls, drawn within the recording."""
     torch.manual_seed(0)
@@ -168,13 +191,15 @@ def trained(
     def turn():
         return outer.turn(tasks.sample(3, generator).to(dtype=torch.float64))
 
-    advance = Replayed(turn, CUDA, generator) if replayed else turn
+    phase = partial(phases, learner)
+    advance = Replayed(turn, CUDA, generator, phase=phase) if replayed else turn
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
+        set_progress(learner, step / steps)
         outer.count(advance())
         losses.append(outer.latest.losses.clone())
     if replayed:
-        assert len(advance.graphs) == 1 and not advance.why_not
+        assert len(advance.graphs) == 1 + (name == "switching") and not advance.why_not
     return losses, learner.state_dict(), outer
 
 
@@ -190,11 +215,11 @@ def test_a_replay_is_the_step(cuda, monkeypatch, name, optimizer):
     torch.testing.assert_close(state, kept, rtol=1e-9, atol=1e-12)
     norms = outer.latest.norm, other.latest.norm
     torch.testing.assert_close(*norms, rtol=1e-9, atol=1e-12, equal_nan=True)
-    assert outer.verdict.steps == other.verdict.steps == 8 and not cuda
+    assert outer.verdict.steps == other.verdict.steps == 12 and not cuda
     assert repr(outer.verdict.wrong()) == repr(other.verdict.wrong())
     bad = [step for step, some in enumerate(losses, 1) if not some.isfinite().all()]
     assert (bad[0] if bad else None) == (outer.verdict.wrong() or SimpleNamespace(step=None)).step
-    assert bool(bad) == (name == "broken") and len(bad) < 8
+    assert bool(bad) == (name == "broken") and len(bad) < 12
 
 
 def test_graphs_are_kept_by_shape_and_stay_when_there_are_too_many(cuda):
