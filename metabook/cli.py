@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +17,18 @@ from torch import Tensor
 import metabook
 from . import processes
 from .checkpoints import NETWORKS, at_home, load, methods, read_config
-from .datasets import SOURCES, check, fetch, present, read_image
+from .datasets import SOURCES, check, fetch, own_images, present, read_image, source_of
 from .engine import Engine
 from .episodes import Classes, Examples, usable
 from .learners import Learner
 from metabook.recipes import (
+    EVERY,
     REPRODUCTIONS,
     TEST_TASKS,
     Recipe,
     data_named,
     listed,
-    own_images,
+    owned,
     provenance,
     recipe_for,
     reproduce,
@@ -39,11 +40,11 @@ from .training import evaluate
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay', 'TrainWay',
-           'TrainQuery', 'Network', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels', 'Every',
-           'EngineArgs', 'Start', 'Resume', 'Out', 'settings', 'tell_version', 'options', 'device_of', 'tell',
-           'list_methods', 'list_data', 'get_data', 'check_data', 'train', 'engine_settings', 'asked', 'chosen',
-           'adjusted', 'reproduce_row', 'evaluate_folder', 'check_way', 'classify', 'read_query', 'classify_images',
-           'main']
+           'TrainQuery', 'Networks', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels', 'Every',
+           'EngineArgs', 'Start', 'Resume', 'Out', 'settings', 'networks_said', 'tell_version', 'options', 'device_of',
+           'tell', 'list_methods', 'list_data', 'get_data', 'check_data', 'in_words', 'engine_words', 'words_of',
+           'written', 'train', 'engine_settings', 'asked', 'chosen', 'adjusted', 'reproduce_row', 'evaluate_folder',
+           'check_way', 'classify', 'read_query', 'classify_images', 'main']
 
 # %% ../nbs/A5_command_line.ipynb #0a38eb58
 def settings(
@@ -61,6 +62,19 @@ def settings(
         except (ValueError, RecursionError):
             result[name] = value
     return result
+
+
+def networks_said(words: list[str]) -> dict[str, str]:
+    'What --network says, by name; "*": of every network.  Raises `ValueError` where that is said twice.'
+    for_all = [word for word in words if "=" not in word]
+    if len(for_all) > 1:
+        raise ValueError(
+            f"--network {for_all[0]} --network {for_all[1]}: expected one for all networks of the method; for "
+            f"one of them say its name, --network NAME={for_all[1]}"
+        )
+    named = settings([word for word in words if "=" in word], "--network")
+    said = {EVERY: for_all[0]} if for_all else {}
+    return said | {name: str(network) for name, network in named.items()}
 
 # %% ../nbs/A5_command_line.ipynb #10230bb0
 app = typer.Typer(
@@ -162,16 +176,16 @@ def check_data(
 ) -> None:
     "Read a data set from end to end and say what it holds."
     report = check(name)
-    lines = [
-        f"{s}: {r['classes']} classes, {r['images']} images, names {r['names']}"
-        for s, r in report.items()
-    ]
+    lines = [f"{split}: {', '.join(in_words(facts))}" for split, facts in report.items()]
     tell("\n".join(lines), report, as_json)
 
+
+def in_words(facts: dict[str, Any]) -> list[str]:
+    "Numbers before what they count, all else behind its name."
+    return [f"{v} {k}" if isinstance(v, int) else f"{k} {v}" for k, v in facts.items()]
+
 # %% ../nbs/A5_command_line.ipynb #a084b9a7
-DataName = Annotated[
-    str, typer.Option(help="A name of `metabook data list`, `sinusoids`, or a folder.")
-]
+DataName = Annotated[str, typer.Option(help="A name of `metabook data list`, or a folder.")]
 TestWay = Annotated[int, typer.Option(help="Classes of a validation or test task.", min=2)]
 TrainWay = Annotated[
     int | None, typer.Option(help="Classes of a training task; often more.", min=2)
@@ -179,12 +193,22 @@ TrainWay = Annotated[
 TrainQuery = Annotated[
     int | None, typer.Option(help="Query examples of each class in training.", min=1)
 ]
-Network = Annotated[str | None, typer.Option(help="A network of `metabook methods`.")]
+Networks = Annotated[
+    list[str],
+    typer.Option(
+        "--network",
+        metavar="[NAME=]NETWORK",
+        help="A network of `metabook methods`; of several networks for the one called NAME.",
+    ),
+]
 MethodArgs = Annotated[
     list[str], typer.Option("--set", help="NAME=VALUE for the method: --set lr=0.4.")
 ]
 NetArgs = Annotated[
-    list[str], typer.Option("--net", help="NAME=VALUE for the network: --net width=32.")
+    list[str],
+    typer.Option(
+        "--net", help="NAME=VALUE for the network: --net width=32; for one: --net other.width=32."
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Outer steps.", min=1)]
 Batch = Annotated[int | None, typer.Option(help="Tasks of each outer step.", min=1)]
@@ -194,14 +218,32 @@ Channels = Annotated[int, typer.Option(help="Of a folder's images: 3 colour, 1 g
 Every = Annotated[
     int | None, typer.Option(help="Steps between validations; a tenth of all.", min=1)
 ]
+
+
+def engine_words() -> str:
+    "What --engine takes, and in brackets what it is where nobody says it: from the fields of `Engine`."
+    said = [f"{f.name}={words_of(f)} ({written(f.default)})" for f in fields(Engine)]
+    return ", ".join(said) + "."
+
+
+def words_of(field: Field) -> str:
+    "The words that a field of `Engine` takes, as it lists them when it is told another."
+    if not isinstance(field.default, str):
+        return "true|false" if isinstance(field.default, bool) else "NUMBER"
+    try:
+        Engine(**{field.name: ""})
+    except ValueError as error:
+        return str(error).partition("expected one of ")[2].partition(";")[0].replace(", ", "|")
+    return "TEXT"
+
+
+def written(value: Any) -> str:
+    "A value as it is typed: `null` where there is none."
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 EngineArgs = Annotated[
-    list[str],
-    typer.Option(
-        "--engine",
-        metavar="NAME=VALUE",
-        help="lift=auto|loop|vmap, run=auto|eager|graph|compile, chunk=TASKS, recompute=true, "
-        "precision=float32|tf32|bfloat16, nonfinite=stop|skip, deterministic=true, check=false.",
-    ),
+    list[str], typer.Option("--engine", metavar="NAME=VALUE", help=engine_words())
 ]
 Start = Annotated[
     Path | None,
@@ -224,7 +266,7 @@ def train(
     shot: Shot = None,
     query: TrainQuery = None,
     train_way: TrainWay = None,
-    network: Network = None,
+    network: Networks = [],  # noqa: B006
     method_args: MethodArgs = [],  # noqa: B006
     net_args: NetArgs = [],  # noqa: B006
     steps: Steps = None,
@@ -246,11 +288,15 @@ def train(
     What is not said comes from the method's recipe for that data.  Several processes share the tasks
     of each step: torchrun --nproc-per-node 2 -m metabook train ...
     """
-    if start and (network or net_args):
-        raise ValueError("--start brings its own network: leave out --network and --net")
-    said = {"network": network, "query": query, "way": train_way}
-    said |= {"steps": steps, "batch": batch, "lr": lr}
-    recipe = adjusted(recipe_for(method, data), said, method_args, net_args)
+    said = {"query": query, "way": train_way, "steps": steps, "batch": batch, "lr": lr}
+    networks, net = networks_said(network), settings(net_args, "--net")
+    if start and (EVERY in networks or not all(owned(key)[0] for key in net)):
+        raise ValueError(
+            "--start brings its own network: leave out --network and --net, or say them by the name of "
+            "another network of the method, --network NAME=NETWORK and --net NAME.ARGUMENT=VALUE"
+        )
+    recipe = recipe_for(method, data).with_networks(networks).with_arguments(net)
+    recipe = adjusted(recipe, said, method_args)
     task = asked(data, way, shot, size, channels)
     name = f"{method}-{Path(task['data']).name}-{way}way-{task['shot']}shot"
     out = out or Path("runs") / name
@@ -276,9 +322,9 @@ def engine_settings(pairs: list[str]) -> Engine:
 
 def asked(data: str, way: int, shot: int | None, size: int, channels: int) -> dict[str, Any]:
     "The tasks to validate and test on; for a folder also how its images are read."
-    task = {"data": data_named(data), "way": way, "shot": shot or (5 if data == "sinusoids" else 1)}
-    own = task["data"] not in [*SOURCES, "sinusoids"]
-    return task | ({"size": size, "channels": channels} if own else {})
+    name = data_named(data)
+    source = source_of({"data": name, "size": size, "channels": channels})
+    return {"data": name, "way": way, "shot": shot or source.shot} | source.reading
 
 
 def chosen(best: dict[str, Any] | None) -> str:
@@ -292,14 +338,11 @@ def adjusted(
     recipe: Recipe,  # the defaults
     said: dict[str, Any],  # options; `None` where nothing was said
     method_args: list[str],  # NAME=VALUE
-    net_args: list[str],  # NAME=VALUE
 ) -> Recipe:
-    "The recipe with what the options say; another network drops the recipe's network arguments."
+    "The recipe with what the options say."
     changes = {name: value for name, value in said.items() if value is not None}
     if changes.get("lr", 1) <= 0:
         raise ValueError(f"--lr {changes['lr']}: expected a positive outer rate")
-    net = {} if changes.get("network", recipe.network) != recipe.network else recipe.net
-    changes["net"] = net | settings(net_args, "--net")
     changes["method"] = recipe.method | settings(method_args, "--set")
     return replace(recipe, **changes)
 

@@ -20,7 +20,7 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checkpoints import at_home, log, lookup, write_atomically
-from .episodes import Classes, positive
+from .episodes import Classes, FewShot, Sinusoids, Tasks, positive
 
 try:
     from jaxtyping import Float, UInt8
@@ -41,7 +41,8 @@ except ImportError:  # the shapes in signatures are checked by the tests, not at
 # %% auto #0
 __all__ = ['SPLITS', 'OMNIGLOT_FILES', 'OMNIGLOT', 'SOURCES', 'DataError', 'fingerprint', 'shuffled', 'data_root', 'glyph_list',
            'Glyphs', 'turned', 'Remote', 'members', 'omniglot_split', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet',
-           'read_image', 'class_folders', 'from_folder', 'Source', 'present', 'fetch', 'check']
+           'read_image', 'class_folders', 'from_folder', 'own_images', 'Source', 'ClassSource', 'TaskSource',
+           'own_source', 'source_of', 'present', 'fetch', 'check']
 
 # %% ../nbs/03_datasets.ipynb #5288b7e4
 SPLITS = ("train", "val", "test")
@@ -1004,21 +1005,151 @@ def from_folder(
     half, quarter = (0.5,) * channels, (0.25,) * channels
     return Classes(torch.from_numpy(x), sizes, [f.name for f in classes], None, half, quarter)
 
+
+def own_images(
+    folder: Path,  # Holds a folder per class
+    how: dict[
+        str, Any
+    ],  # Some of "size", "channels", "invert", and of a trained learner "mean", "std"
+) -> Classes:
+    """Load images from a folder as `how` says: prepared as a trained learner expects them, say."""
+    read = {key: how[key] for key in ("size", "channels", "invert") if key in how}
+    scaled = {key: tuple(how[key]) for key in ("mean", "std") if key in how}
+    return replace(from_folder(folder, **read), **scaled)
+
 # %% ../nbs/03_datasets.ipynb #49634c56
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """One data set of the book: how to load it, what it consists of, and whose it is."""
+    """What tasks come from, by name: whose it is, what it consists of, and all that a training has to know of it.
+
+    A subclass writes `training`, `unseen` and `about`, and the others where it has something to say.
+    """
 
     title: str
-    load: Callable[..., Classes]  # Takes a split and `root`
     licence: str
+    family: str  # The name under which there are recipes for data of this kind
+    network: str  # That reads it, where no recipe names another
+    shot: int = 1  # Support examples of each class (or of each task) where nobody says how many
+    reading: dict[str, Any] = field(default_factory=dict)  # How somebody wants its files to be read
     folder: str = ""  # Under the data root
     files: tuple[str, ...] = ()  # What lies in the folder; nothing: it is made on the spot
     remotes: tuple[Remote, ...] = ()  # Where they come from; nothing: they cannot be fetched
     megabytes: int = 0  # To fetch
 
+    def training(
+        self,
+        task: dict[str, Any],  # "way" and "shot" of the tasks in testing
+        query: int,  # Query examples of each class (or of each task)
+        device: torch.device,
+        way: int | None = None,  # Classes of a training task, where they are more
+    ) -> Tasks:
+        """Make the tasks to train on."""
+        raise NotImplementedError(f"{type(self).__name__} does not say training")
 
-_CIFAR = Source(
+    def unseen(
+        self,
+        task: dict[str, Any],  # "way", "shot", and "query" where somebody says how many
+        split: str,  # "val" or "test"
+        device: torch.device,
+    ) -> Tasks:
+        """Make the tasks to validate or test on."""
+        raise NotImplementedError(f"{type(self).__name__} does not say unseen")
+
+    def about(
+        self,
+        split: str,  # "train", "val" or "test"
+        root: str | Path | None = None,  # The data root
+    ) -> dict[str, Any]:
+        """Say what a split holds, read from end to end."""
+        raise NotImplementedError(f"{type(self).__name__} does not say about")
+
+    def classes(
+        self,
+        split: str,  # "train", "val" or "test"
+    ) -> Classes:
+        """Load the labelled examples of a split; raises ValueError where there are only tasks."""
+        raise ValueError(
+            f"{self.title!r} has no classes, expected data that is organised by class: take another "
+            "of `metabook data list`"
+        )
+
+    def preprocessing(
+        self,
+        tasks: Tasks,  # That it gave
+    ) -> dict[str, Any]:
+        """Say how an image file becomes what the network sees; nothing, where that is no image."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSource(Source):
+    """Data that is organised by class, in three splits: few-shot tasks are made of it."""
+
+    load: Callable[..., Classes]  # Takes a split and `root`
+    invert: bool = False  # Is it ink on dark ground, where an image file has dark ink on light?
+    family: str = "images"
+    network: str = "conv4"
+
+    def training(
+        self, task: dict[str, Any], query: int, device: torch.device, way: int | None = None
+    ) -> Tasks:
+        """Make few-shot tasks; never more classes in one than there are."""
+        classes, way = self.load("train").to(device), way or task["way"]
+        if task["way"] <= len(classes) < way:
+            log.warning("training tasks have %d classes, all there are", len(classes))
+            way = len(classes)
+        return FewShot(classes, way, task["shot"], query)
+
+    def unseen(self, task: dict[str, Any], split: str, device: torch.device) -> Tasks:
+        """Make few-shot tasks of as many queries of each class as the data has, 15 at most."""
+        classes = self.load(split)
+        spare = classes.sizes - task["shot"] if classes.cut is None else classes.cut
+        query = task.get("query") or max(1, min(15, int(spare.min())))
+        return FewShot(classes.to(device), task["way"], task["shot"], query)
+
+    def about(self, split: str, root: str | Path | None = None) -> dict[str, Any]:
+        """Count classes and images, and give the `fingerprint` of the names."""
+        data = self.load(split, root=root)
+        return {"classes": len(data), "images": len(data.x), "names": fingerprint(data.names)}
+
+    def classes(self, split: str) -> Classes:
+        """Load the labelled examples of a split."""
+        return self.load(split)
+
+    def preprocessing(self, tasks: Tasks) -> dict[str, Any]:
+        """Say how an image file becomes what the network sees; of data that is no image, nothing."""
+        seen = tasks.describe()["examples"]
+        if len(seen["shape"]) != 3:
+            return {}
+        channels, size, _ = seen["shape"]
+        shape = {"size": size, "channels": channels, "invert": self.invert}
+        return shape | {key: seen[key] for key in ("mean", "std")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSource(Source):
+    """Tasks that are drawn without end, each time new ones: so no split is needed."""
+
+    make: Callable[[int, int, torch.device], Tasks]  # Of shot, queries and device
+    query: int = 100  # Query examples of an unseen task where nobody says how many
+
+    def training(
+        self, task: dict[str, Any], query: int, device: torch.device, way: int | None = None
+    ) -> Tasks:
+        """Make the tasks; they have no classes, so `way` is nothing to them."""
+        return self.make(task["shot"], query, device)
+
+    def unseen(self, task: dict[str, Any], split: str, device: torch.device) -> Tasks:
+        """Make the same tasks with more queries: whatever is drawn has not been seen."""
+        return self.make(task["shot"], task.get("query") or self.query, device)
+
+    def about(self, split: str, root: str | Path | None = None) -> dict[str, Any]:
+        """Give the digest of a few tasks."""
+        tasks = self.make(self.shot, self.query, torch.device("cpu"))
+        return {"tasks": "without end", "digest": tasks.describe()["data"]}
+
+
+_CIFAR = ClassSource(
     title="CIFAR-FS: CIFAR-100, classes split at random",
     load=CIFARFS,
     licence="none stated",
@@ -1028,15 +1159,17 @@ _CIFAR = Source(
     megabytes=169,
 )
 SOURCES: dict[str, Source] = {
-    "glyphs": Source(
+    "glyphs": ClassSource(
         title="Glyphs: letters of five scripts, drawn with matplotlib's fonts",
         load=Glyphs,
         licence="fonts: DejaVu (free), STIX (OFL)",
+        invert=True,
     ),
-    "omniglot": Source(
+    "omniglot": ClassSource(
         title="Omniglot: 1,623 handwritten characters of 50 alphabets",
         load=Omniglot,
         licence="MIT",
+        invert=True,
         folder="omniglot",
         files=("images_background.zip", "images_evaluation.zip"),
         remotes=OMNIGLOT_FILES,
@@ -1044,14 +1177,47 @@ SOURCES: dict[str, Source] = {
     ),
     "cifarfs": _CIFAR,
     "fc100": replace(_CIFAR, title="FC100: CIFAR-100, split by superclass", load=FC100),
-    "miniimagenet": Source(
+    "miniimagenet": ClassSource(
         title="mini-ImageNet: 100 classes of ImageNet, 84 x 84",
         load=MiniImageNet,
         licence="ImageNet's: research only",
         folder="mini-imagenet",
         files=_MINI_FILES,
     ),
+    "sinusoids": TaskSource(
+        title="Sinusoids: curves of random amplitude and phase, drawn without end",
+        make=Sinusoids,
+        licence="none needed",
+        family="sinusoids",
+        network="mlp",
+        shot=5,
+    ),
 }
+
+
+def own_source(
+    folder: Path,  # Holds the folders train, val and test, each with a folder per class
+    how: dict[str, Any],  # For `own_images`
+) -> ClassSource:
+    """Make a source of a folder of images; its files are read when they are needed, and not before."""
+    return ClassSource(
+        title=f"images in {_shown(folder)}",
+        load=lambda split, root=None: own_images(folder / split, how),
+        licence="yours",
+        invert=how.get("invert", False),
+        reading={key: how[key] for key in ("size", "channels") if key in how},
+    )
+
+
+def source_of(
+    task: dict[
+        str, Any
+    ],  # Its "data": a name of `SOURCES`, or a folder and how its images are read
+) -> Source:
+    """Find what tasks come from; a folder need not be there yet."""
+    if task["data"] in SOURCES:
+        return SOURCES[task["data"]]
+    return own_source(Path(task["data"]), task)
 
 # %% ../nbs/03_datasets.ipynb #15f4cd97
 def present(
@@ -1083,16 +1249,12 @@ def fetch(
 def check(
     name: str,  # A name of `SOURCES`
     root: str | Path | None = None,  # The data root
-) -> dict[str, dict[str, Any]]:  # Of each split: classes, images, and the names' `fingerprint`
+) -> dict[str, dict[str, Any]]:  # Of each split what it says `about` it
     """Read a data set from end to end, archives included; raises DataError at what is wrong."""
-    source, report = lookup(name, SOURCES, "data set"), {}
+    source = lookup(name, SOURCES, "data set")
     fetch(name, root)
     for remote in source.remotes:
         if (archive := data_root(root) / remote.path).exists():
             for _ in members(archive):
                 pass
-    for split in SPLITS:
-        data = source.load(split, root=root)
-        about = {"classes": len(data), "images": len(data.x), "names": fingerprint(data.names)}
-        report[split] = about
-    return report
+    return {split: source.about(split, root) for split in SPLITS}

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import kernels
 from .checkpoints import NETWORKS, lookup, register
-from .episodes import positive
+from .episodes import Examples, positive
 from .trust import TWICE, composing, copy_of, lending, turn
 
 try:
@@ -388,6 +388,41 @@ class MLP(NoScript, nn.Module):
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
+    @classmethod
+    def for_tasks(
+        cls,
+        support: Examples,  # of one task, as the tasks give it
+        out: int | None,  # outputs; `None`: an embedding
+    ) -> dict[str, Any]:
+        "The arguments with which it reads such examples.  Raises `ValueError` for what is no row of floats."
+        shape = _shape_of(cls, support)
+        hidden = [40, 40] if len(shape) == 1 else [256, 64]
+        return {"sizes": [prod(shape), *hidden, *([] if out is None else [out])]}
+
+
+def _shape_of(network: type, support: Examples) -> list[int]:
+    "The shape of one example.  Raises `ValueError` unless the examples are one tensor of floats."
+    x = support.x
+    if not isinstance(x, Tensor) or x.ndim < 2:
+        what = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+        raise ValueError(
+            f"{network.__name__} reads one tensor [n, *features], but the examples of these tasks are of {what}: take "
+            "a network that reads them, or give each example an axis of features"
+        )
+    _check_floats(x)
+    return list(x.shape[1:])
+
+
+def _image_shape(network: type, support: Examples) -> list[int]:
+    "Channels, height and width of one example.  Raises `ValueError` unless the examples are images."
+    shape = _shape_of(network, support)
+    if len(shape) != 3:
+        raise ValueError(
+            f"{network.__name__} reads images [n, channels, height, width], but the examples of these tasks have shape "
+            f"{tuple(support.x.shape)}: take a network that reads them, such as MLP"
+        )
+    return shape
+
 
 def _check_floats(x: Tensor) -> None:
     "Raise `ValueError` where a network is given integers."
@@ -445,6 +480,21 @@ class Conv4(nn.Module):
             maps = self.block(maps, conv, norm)
         z = maps.mean((2, 3)) if self.pool == "stride" else maps.flatten(1)
         return self.head(z.to(x.dtype))
+
+    @classmethod
+    def for_tasks(
+        cls,
+        support: Examples,  # of one task, as the tasks give it
+        out: int | None,  # outputs; `None`: an embedding
+    ) -> dict[str, Any]:
+        "The arguments with which it reads such examples.  Raises `ValueError` for what is no square image."
+        channels, height, width = _image_shape(cls, support)
+        if height != width:
+            raise ValueError(
+                f"{cls.__name__} reads square images, but these are {height} x {width}: scale them to one size, or take "
+                "ResNet12, which reads other shapes, too"
+            )
+        return {"channels": channels, "out": out, "size": width}
 
     def block(self, x: Tensor, conv: nn.Conv2d, norm: BatchNorm) -> Tensor:
         "Convolution, normalisation, ReLU, and the step that halves a map."
@@ -510,6 +560,21 @@ class ResNet12(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean((2, 3)))
+
+    @classmethod
+    def for_tasks(
+        cls,
+        support: Examples,  # of one task, as the tasks give it
+        out: int | None,  # outputs; `None`: an embedding
+    ) -> dict[str, Any]:
+        "The arguments with which it reads such examples.  Raises `ValueError` for what is no image of 16 pixels."
+        channels, *sides = _image_shape(cls, support)
+        if min(sides) < 16:
+            raise ValueError(
+                f"{cls.__name__} reads images of 16 or more pixels a side, but these are {sides[0]} x {sides[1]}: scale "
+                "them up, or take a smaller network"
+            )
+        return {"channels": channels, "out": out}
 
 
 class ResidualBlock(nn.Module):

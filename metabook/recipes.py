@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import logging
 import math
 import os
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import metabook
 from . import processes
@@ -28,34 +28,44 @@ from metabook.checkpoints import (
     load,
     lookup,
     methods,
+    plain,
     read_config,
     save,
     write_atomically,
 )
-from .datasets import SOURCES, SPLITS, class_folders, from_folder
+from .datasets import SOURCES, SPLITS, class_folders, source_of
 from .engine import Engine
-from .episodes import Classes, FewShot, Sinusoids, Tasks, spelled, usable
+from .episodes import Classes, Examples, FewShot, Tasks, spelled, usable
 from .learners import Learner
 from .meta_transfer import HardTasks
 from .networks import parameter_count
-from .training import evaluate, fit, paired
+from .training import evaluate, fit, one_of, paired
 from .transfer import Batches
 
 # %% auto #0
-__all__ = ['STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'OTHERWISE', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO',
+__all__ = ['EVERY', 'STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'OTHERWISE', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO',
            'TOGETHER', 'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS',
-           'REPRODUCTIONS', 'TEST_TASKS', 'RESULTS', 'Recipe', 'recipe_for', 'data_named', 'classes_of', 'own_images',
-           'training_tasks', 'unseen_tasks', 'network_arguments', 'make_learner', 'learner_note', 'held_learner',
-           'network_of', 'run_recipe', 'check_ways', 'train', 'taken_over', 'preprocessing', 'evidence',
-           'circumstances', 'commit', 'provenance', 'Published', 'Reproduction', 'reproduce', 'rows_in', 'Attempt',
-           'same_run', 'told', 'as_printed', 'seconds_of', 'percent', 'reports', 'table', 'listed']
+           'REPRODUCTIONS', 'TEST_TASKS', 'RESULTS', 'Recipe', 'owned', 'recipe_for', 'data_named', 'classes_of',
+           'training_tasks', 'unseen_tasks', 'make_learner', 'learner_note', 'one_support', 'network_notes',
+           'network_note', 'check_start', 'held_learner', 'network_of', 'run_recipe', 'check_ways', 'train',
+           'taken_over', 'evidence', 'circumstances', 'commit', 'provenance', 'Published', 'Reproduction', 'reproduce',
+           'rows_in', 'Attempt', 'same_run', 'told', 'as_printed', 'seconds_of', 'percent', 'reports', 'table',
+           'listed']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
+EVERY = "*"  # in a recipe: all networks of the method that it does not name
+
+
 @dataclass(frozen=True)
 class Recipe:
-    "How a method is trained on a data set unless options say otherwise."
+    """How a method is trained on a data set unless options say otherwise.
 
-    network: str = "conv4"  # a registered network
+    Where a method has several networks, `network` may say for each by name which it is.  An argument
+    in `net` is for each of them, "other.width" for the one of that name, "*.width" for those that
+    `network` does not name.
+    """
+
+    network: str | dict[str, str] = "conv4"  # a registered network; {"*": "conv4", "other": "mlp"}
     net: dict[str, Any] = field(default_factory=dict)  # its arguments
     method: dict[str, Any] = field(default_factory=dict)  # the method's arguments
     tasks: str = "episodes"  # or "batches" of labelled images, or "hard" episodes
@@ -70,6 +80,54 @@ class Recipe:
     def on_network_of(self, other: Recipe) -> Recipe:
         "This recipe with the network of another."
         return replace(self, network=other.network, net=other.net)
+
+    @property
+    def networks(self) -> dict[str, str]:
+        'Which network is for which of the method; "*": for all others.'
+        return self.network if isinstance(self.network, dict) else {EVERY: self.network}
+
+    def network_called(self, name: str) -> str:
+        "The registered network for one of the method.  Raises `ValueError` where nothing says which."
+        networks = self.networks
+        if name in networks or EVERY in networks:
+            return networks.get(name) or networks[EVERY]
+        raise ValueError(
+            f"network={networks} says nothing of {name!r}, expected a network for each that the method takes: add "
+            f'"{name}": "conv4", or "{EVERY}": "conv4" for all others'
+        )
+
+    def arguments_called(self, name: str) -> dict[str, Any]:
+        "The arguments for one network of the method: those for each, and over them its own."
+        owners = ("", name) if name in self.networks else ("", EVERY, name)
+        parts = [(*owned(key), value) for key, value in self.net.items()]
+        return {arg: v for owner in owners for whose, arg, v in parts if whose == owner}
+
+    def with_networks(
+        self,
+        said: dict[str, str],  # "*" or the name of one of the method's -> a registered network
+    ) -> Recipe:
+        "This recipe with other networks; the arguments of those that it had in their place are dropped."
+        before = self.networks
+        now = said if EVERY in said else before | said
+        if now == before:
+            return self
+        kept = [k for k in now if now[k] == before.get(k, before.get(EVERY))]
+        net = {f"{k}.{arg}": v for k in kept for arg, v in self.arguments_called(k).items()}
+        return replace(self, network=now[EVERY] if now.keys() == {EVERY} else now, net=net)
+
+    def with_arguments(
+        self,
+        said: dict[str, Any],  # as in `net`
+    ) -> Recipe:
+        "This recipe with other arguments of networks; one for all takes the place of each network's own."
+        kept = {key: v for key, v in self.net.items() if owned(key)[1] not in said}
+        return replace(self, net=kept | said)
+
+
+def owned(key: str) -> tuple[str, str]:
+    'Whose argument it is, and its name: "other.width" -> "other", "width"; "width" is nobody\'s own.'
+    owner, _, argument = key.rpartition(".")
+    return owner, argument
 
 
 STRIDED = {"pool": "stride", "stats": "running"}
@@ -133,24 +191,24 @@ RECIPES |= {
 
 
 def recipe_for(method: str, data: str) -> Recipe:
-    "The recipe of a method on a data set, else for images in general, else plain defaults."
-    kind = "sinusoids" if data == "sinusoids" else "images"
-    plain = Recipe("mlp" if kind == "sinusoids" else "conv4")
-    return RECIPES.get((method, data)) or RECIPES.get((method, kind)) or plain
+    "The recipe of a method on a data set, else on data of its family, else plain defaults."
+    source = source_of({"data": data})
+    keys = [(method, data), (method, source.family)]
+    return next((RECIPES[key] for key in keys if key in RECIPES), Recipe(source.network))
 
 # %% ../nbs/A4_recipes.ipynb #b7d9ed18
 def data_named(
-    data: str,  # a name of `SOURCES`, "sinusoids", or a folder
+    data: str,  # a name of `SOURCES`, or a folder
 ) -> str:
     """The name, or the full path of the folder, so that it is found again from anywhere.
 
     Raises `ValueError` for unknown data, and for a folder in which a class stands on two sides.
     """
-    if data in SOURCES or data == "sinusoids":
+    if data in SOURCES:
         return data
     folder = Path(data).expanduser()
     if not folder.is_dir() and os.sep not in data:
-        lookup(data, dict.fromkeys([*SOURCES, "sinusoids"]), "data set or folder")
+        lookup(data, SOURCES, "data set or folder")
     if missing := [split for split in SPLITS if not (folder / split).is_dir()]:
         raise ValueError(
             f"--data {data}: expected a folder that holds train, val and test, each with a folder "
@@ -172,60 +230,23 @@ def classes_of(
     task: dict[str, Any],  # its "data"; for a folder also how its images are read
     split: str,  # "train", "val" or "test"
 ) -> Classes:
-    "One split of a data set."
-    if task["data"] in SOURCES:
-        return SOURCES[task["data"]].load(split)
-    return own_images(Path(task["data"]) / split, task)
-
-
-def own_images(
-    folder: Path,  # a folder of images for every class
-    how: dict[str, Any],  # "size", "channels"; of a trained learner also "invert", "mean", "std"
-) -> Classes:
-    "Images from a folder, prepared as a trained learner expects them where `how` says it."
-    classes = from_folder(folder, how["size"], how["channels"], how.get("invert", False))
-    scaled = {key: tuple(how[key]) for key in ("mean", "std") if key in how}
-    return replace(classes, **scaled)
+    "One split of a data set.  Raises `ValueError` where there are tasks and no classes."
+    return source_of(task).classes(split)
 
 
 def training_tasks(task: dict[str, Any], recipe: Recipe, device: torch.device) -> Tasks:
     "What to train on; never more classes in a task than there are."
-    if task["data"] == "sinusoids":
-        return Sinusoids(task["shot"], recipe.query, device)
-    classes, way = classes_of(task, "train").to(device), recipe.way or task["way"]
     if recipe.tasks == "batches":
-        return Batches(classes, recipe.batch)
-    if task["way"] <= len(classes) < way:
-        logging.getLogger("metabook").warning(
-            "training tasks have %d classes, all there are", len(classes)
-        )
-        way = len(classes)
-    few = FewShot(classes, way, task["shot"], recipe.query)
-    return HardTasks(few) if recipe.tasks == "hard" else few
+        return Batches(classes_of(task, "train").to(device), recipe.batch)
+    tasks = source_of(task).training(task, recipe.query, device, recipe.way)
+    return HardTasks(tasks) if recipe.tasks == "hard" else tasks
 
 
 def unseen_tasks(task: dict[str, Any], split: str, device: torch.device) -> Tasks:
-    "The tasks to validate or test on: as many queries of each class as the data has, 15 at most."
-    if task["data"] == "sinusoids":
-        return Sinusoids(task["shot"], 100, device)
-    classes = classes_of(task, split)
-    spare = classes.sizes - task["shot"] if classes.cut is None else classes.cut
-    query = task.get("query") or max(1, min(15, int(spare.min())))
-    return FewShot(classes.to(device), task["way"], task["shot"], query)
+    "The tasks to validate or test on."
+    return source_of(task).unseen(task, split, device)
 
 # %% ../nbs/A4_recipes.ipynb #56ed1a7b
-def network_arguments(network: str, tasks: Tasks, head: bool) -> dict[str, Any]:
-    "What the tasks decide about a network: its inputs, and its outputs where it has a head."
-    lookup(network, NETWORKS, "network")
-    out = getattr(tasks, "way", 1) if head else None
-    shape = tasks.describe().get("examples", {}).get("shape", [1])
-    if network == "mlp":
-        hidden = [40, 40] if len(shape) == 1 else [256, 64]
-        return {"sizes": [math.prod(shape), *hidden, *([out] if out else [])]}
-    size = {"size": shape[-1]} if network == "conv4" else {}
-    return {"channels": shape[0], "out": out} | size
-
-
 def make_learner(
     method: str,  # a registered method
     recipe: Recipe,  # network and arguments
@@ -249,9 +270,6 @@ def learner_note(
     first = next(iter(known))
     for name in recipe.method:
         lookup(name, known, f"argument of {method}")
-    for name in recipe.net:
-        network = lookup(recipe.network, NETWORKS, "network")
-        lookup(name, dict(inspect.signature(network).parameters), f"argument of {recipe.network}")
     if tasks.kind == "regression" and "kind" not in known:
         raise ValueError(f"{method} is for classification, and {tasks} are regression: use maml")
     more = {"kind": "regression"} if tasks.kind == "regression" else {}
@@ -263,14 +281,98 @@ def learner_note(
             "name": method,
             "args": args | {k: v for k, v in recipe.method.items() if k != first},
         }
-    if net is not None and cls.head:
+    args = network_notes(method, recipe, cls.takes(one_support(tasks)), net)
+    return {"name": method, "args": args | more | recipe.method}
+
+
+def one_support(tasks: Tasks) -> Examples:
+    "The support set of one task, as the tasks give it.  Raises `ValueError` where they give none."
+    episode = one_of(tasks)
+    if episode is None:
+        raise ValueError(
+            f"{tasks} give no task for which a network could be made, expected an Episode from sample(1): call it to "
+            "see what is wrong"
+        )
+    return tree_map(lambda t: t[0], episode.support)
+
+
+def network_notes(
+    method: str,  # whose networks they are
+    recipe: Recipe,  # which says what they are
+    wanted: dict[str, tuple[Examples, int | None]],  # as `Learner.takes` gives them
+    net: nn.Module | None = None,  # a trained one, for the first of them
+) -> dict[str, Any]:
+    """The networks of a learner, each as its name and arguments; the trained one as it is.
+
+    Raises `ValueError` where the recipe means a network that the method does not take, and where the
+    method cannot start from a trained one.
+    """
+    for name in {**recipe.networks, **{owned(key)[0]: None for key in recipe.net}}:
+        if name not in ("", EVERY):
+            lookup(name, wanted, f"network of {method}")
+    notes: dict[str, Any] = {}
+    for name, (support, out) in wanted.items():
+        if started := net is not None and not notes:
+            check_start(method, name, recipe, out, net)
+        try:
+            notes[name] = net if started else network_note(name, recipe, support, out)
+        except ValueError as error:
+            if len(wanted) == 1:
+                raise
+            raise ValueError(
+                f"the network {name!r} of {method}: {error}; for one of {', '.join(wanted)} alone say "
+                "--network NAME=NETWORK and --net NAME.ARGUMENT=VALUE"
+            ) from error
+    return notes
+
+
+def network_note(
+    name: str,  # what the method calls it
+    recipe: Recipe,
+    support: Examples,  # what it reads
+    out: int | None,  # its outputs; `None`: an embedding
+) -> dict[str, Any]:
+    "One network as its name and arguments: those that fit the tasks, and over them what the recipe says."
+    network, said = recipe.network_called(name), recipe.arguments_called(name)
+    cls = lookup(network, NETWORKS, "network")
+    known = dict(inspect.signature(cls).parameters)
+    for argument in said:
+        lookup(argument, known, f"argument of {network}")
+    fit = getattr(cls, "for_tasks", None)
+    args = (fit(support, out) if fit else {}) | said
+    needed = [k for k, p in known.items() if p.default is p.empty]
+    if missing := [k for k in needed if k not in args]:
+        raise ValueError(
+            f"{network} has no for_tasks, which would say its {missing[0]!r} for these tasks, so expected that you do: "
+            f"--net {missing[0]}=..., or a class method for_tasks(support, out)"
+        )
+    return {"name": network, "args": args}
+
+
+def check_start(
+    method: str,
+    name: str,  # what the method calls its first network
+    recipe: Recipe,
+    out: int | None,  # outputs that the method wants of it
+    net: nn.Module,  # the trained one
+) -> None:
+    "Raise `ValueError` where a method cannot start from a network, or the recipe names another one."
+    if out is not None:
         raise ValueError(
             f"{method} needs a network with an output for each class and cannot start from one "
             "without: leave --start out"
         )
-    fresh = network_arguments(recipe.network, tasks, cls.head) | recipe.net
-    args = {first: net or {"name": recipe.network, "args": fresh}}
-    return {"name": method, "args": args | more | recipe.method}
+    asked = {key: v for key, v in recipe.net.items() if owned(key)[0] == name}
+    asked |= {name: recipe.networks[name]} if name in recipe.networks else {}
+    if not asked:
+        return
+    note = plain(name, net)
+    given = {name: note["name"]} | {f"{name}.{k}": v for k, v in note["args"].items()}
+    if other := [f"{key}={v}" for key, v in asked.items() if given.get(key) != v]:
+        raise ValueError(
+            f"{method} starts from a trained {note['name']} with {note['args']} as its {name}, but {other[0]} is asked "
+            "for: leave that out, or start from another folder"
+        )
 
 
 def held_learner(method: str, argument: str, recipe: Recipe) -> tuple[str, Recipe]:
@@ -289,7 +391,7 @@ def held_learner(method: str, argument: str, recipe: Recipe) -> tuple[str, Recip
 def network_of(
     folder: Path,  # a trained folder
 ) -> nn.Module:
-    """The trained network of a learner without a head, for another learner to start from.
+    """The (first) trained network of a learner without a head, for another learner to start from.
 
     Raises `ValueError` where the learner's network ends in a head for its own tasks.
     """
@@ -300,7 +402,8 @@ def network_of(
             "own tasks: start from one without, such as pretrained or protonet"
         )
     while isinstance(learner, Learner):  # which may hold another
-        learner = next(iter(learner.config["args"].values()))
+        parts = learner.config["args"].values()
+        learner = next(part for part in parts if isinstance(part, nn.Module))
     return learner
 
 # %% ../nbs/A4_recipes.ipynb #aa9ab7f0
@@ -339,8 +442,9 @@ def run_recipe(
     net = network_of(start) if start else None
     learner = make_learner(method, recipe, validate, net, base).to(device)
     check_ways(learner, tasks, validate)
-    notes = {"task": task, "recipe": asdict(recipe), "preprocessing": preprocessing(task, validate)}
-    notes |= {"made": circumstances(device), "start": start and evidence(start)}
+    notes = {"task": task, "recipe": asdict(recipe), "made": circumstances(device)}
+    notes |= {"preprocessing": source_of(task).preprocessing(validate)}
+    notes |= {"start": start and evidence(start)}
     if recipe.steps:
         how = dict(engine=engine, resume=resume)
         train(learner, tasks, recipe, validate, every, seed, out, notes, **how)
@@ -410,18 +514,6 @@ def taken_over(
     if processes.main():
         save(out, learner, **(notes | facts))
     processes.wait()
-
-
-def preprocessing(task: dict[str, Any], tasks: Tasks) -> dict[str, Any]:
-    "How an image file becomes what the network sees."
-    if tasks.kind == "regression":
-        return {}
-    shape = tasks.describe()["examples"]
-    channels, size, _ = shape["shape"]
-    dark_on_light = task["data"] in ("glyphs", "omniglot")
-    return {"size": size, "channels": channels, "invert": dark_on_light} | {
-        k: shape[k] for k in ("mean", "std")
-    }
 
 
 def evidence(folder: Path) -> dict[str, Any]:
@@ -575,13 +667,10 @@ class Reproduction:
         return f"{self.method}-{self.data}-5way-{self.shot}shot"
 
     def recipe(self, budget: str) -> Recipe:
-        "The recipe of a budget: for this data, for images and this shot, or for images."
+        "The recipe of a budget: for this data, for its family and this shot, or for its family."
         known = lookup(budget, BUDGETS, "budget")
-        keys = [
-            (self.method, self.data),
-            (self.method, "images", self.shot),
-            (self.method, "images"),
-        ]
+        family = SOURCES[self.data].family
+        keys = [(self.method, self.data), (self.method, family, self.shot), (self.method, family)]
         if found := [known[key] for key in keys if key in known]:
             return found[0]
         raise ValueError(f"{self.name} has no {budget} recipe: write one for {keys[-1]}")
@@ -683,7 +772,8 @@ class Attempt:
         "Where it is trained."
         name = replace(self.row, shot=self.shot).name
         kind = "trials" if self.trial else self.budget
-        return self.runs / kind / self.recipe.network / name / f"seed{self.seed}"
+        network = "+".join(self.recipe.networks.values())
+        return self.runs / kind / network / name / f"seed{self.seed}"
 
     def start(self) -> Path | None:
         "The trained folder that it starts from: made where it is missing."

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_leaves
 
-from bench.cases import episodes_of, speed_cases
+from bench.cases import QUERIES, episodes_of, speed_cases
 from metabook.checkpoints import write_atomically
 from metabook.datasets import SOURCES, DataError, present
 from metabook.episodes import Frozen
@@ -41,7 +41,7 @@ def older_hash(frozen: Frozen) -> str:
 def episodes_of_the_tables() -> Iterator[Frozen]:
     """All that rows of results were scored on, as far as the data is here."""
     data = [name for name in SOURCES if present(name)]
-    for name, split, shot in itertools.product([*data, "sinusoids"], SETS, (1, 5)):
+    for name, split, shot in itertools.product(data, SETS, (1, 5)):
         try:
             task = {"data": name, "way": 5, "shot": shot}
             tasks = unseen_tasks(task, split, torch.device("cpu"))
@@ -49,8 +49,8 @@ def episodes_of_the_tables() -> Iterator[Frozen]:
             print(f"{name}, {split}, {shot} shot: {error}", file=sys.stderr)
             continue
         yield from (tasks.freeze(n, seed) for n, seed in SETS[split])
-    for name in data:
-        if name in ("omniglot", "glyphs"):
+    for name in QUERIES:
+        if name in data:
             yield from map(episodes_of, speed_cases("cpu", name))
 
 

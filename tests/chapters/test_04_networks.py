@@ -686,6 +686,209 @@ def test_resnet12_equals_the_reference(device):
     torch.testing.assert_close(net(images), F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0])
 
 
+def test_networks_fit_the_tasks(device):
+    # cell 524f0138
+    torch.manual_seed(0)
+    net = MLP([1, 40, 40, 1])
+    assert parameter_count(net) == (1 + 1) * 40 + (40 + 1) * 40 + (40 + 1) * 1 == 1761
+    assert MLP([784, 5])(torch.zeros(3, 1, 28, 28)).shape == (3, 5)  # images are flattened
+    x = torch.randn(4, 1)
+    first, second, last = net.layers
+    torch.testing.assert_close(net(x), last(F.relu(second(F.relu(first(x))))))
+
+    with pytest.raises(ValueError, match=r"sizes=\[3\], expected at least"):
+        MLP([3])
+    with pytest.raises(ValueError, match=r"sizes\[1\]=0"):
+        MLP([3, 0, 1])
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 28, 28\) for an MLP of 10 inputs"):
+        MLP([10, 5])(torch.zeros(2, 1, 28, 28))
+    with pytest.raises(ValueError, match=r"shape \(7,\) for an MLP of 1 inputs"):
+        net(torch.zeros(7))
+    # cell 1dbbedec
+    for channels, width in ((1, 64), (3, 64), (3, 32)):
+        blocks = 27 * width**2 + 9 * channels * width + 12 * width
+        for pool in ("max", "stride"):
+            assert parameter_count(Conv4(channels, width=width, pool=pool)) == blocks
+    assert parameter_count(Conv4()) == 111_936
+    assert parameter_count(Conv4(3, size=84)) == 113_088
+    assert parameter_count(Conv4(3, 5, 84, 32)) == 28_896 + (32 * 25 + 1) * 5 == 32_901
+    # cell ba90b674
+    for size, pool, sides, features in (
+        (28, "max", [28, 14, 7, 3], 64),
+        (28, "stride", [14, 7, 4, 2], 64),
+        (84, "max", [84, 42, 21, 10], 1600),
+    ):
+        net, seen = Conv4(1, size=size, pool=pool).to(device), []
+        for norm in net.norms:
+            norm.register_forward_hook(lambda layer, x, y, seen=seen: seen.append(y.shape[-1]))
+        z = net(torch.rand(2, 1, size, size, device=device))
+        assert (seen, net.features, z.shape[1]) == (sides, features, features)
+        print(f"{size} pixels, {pool:6s}: blocks of {seen}, embedding of {features}")
+    # cell cf7eee5b
+    torch.manual_seed(0)
+    images = torch.rand(4, 1, 28, 28, device=device).double()
+    for pool, stride in (("max", 1), ("stride", 2)):
+        net = Conv4(out=5, width=6, pool=pool).to(device).double()
+        x = images
+        for conv in net.convs:
+            x = F.conv2d(x, conv.weight, conv.bias, stride, padding=1)
+            x = F.batch_norm(x, None, None, training=True).relu()
+            x = F.max_pool2d(x, 2) if pool == "max" else x
+        z = x.flatten(1) if pool == "max" else F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0]
+        torch.testing.assert_close(net(images), net.head(z))
+    # cell b62c3d34
+    sizes = [3, 64, 160, 320, 640]
+    blocks = [10 * a * b + 18 * b**2 + 8 * b for a, b in pairwise(sizes)]
+    assert blocks == [76_160, 564_480, 2_357_760, 9_425_920]
+    net = ResNet12()
+    assert parameter_count(net) == sum(blocks) == 12_424_320
+    assert ResNet12(1, 7, (2, 3, 4, 5))(torch.rand(2, 1, 20, 16)).shape == (2, 7)
+    with pytest.raises(ValueError, match="16 or more"):
+        net(torch.zeros(2, 3, 12, 12))
+    with pytest.raises(ValueError, match="expected four numbers"):
+        ResNet12(widths=(64, 128))
+    with pytest.raises(ValueError, match=r"widths\[2\]=0"):
+        ResNet12(widths=(4, 4, 0, 4))
+    # cell 5029da8d
+    torch.manual_seed(0)
+    net = ResNet12(3, widths=(4, 5, 6, 7)).double()
+    leaky, images = nn.LeakyReLU(0.1), torch.rand(4, 3, 33, 33, dtype=torch.float64)
+
+    def normalised(x):
+        return F.batch_norm(x, None, None, training=True)
+
+    def reference(x, block):
+        w1, w2, w3 = (conv.weight for conv in block.convs)
+        out = leaky(normalised(F.conv2d(x, w1, padding=1)))
+        out = leaky(normalised(F.conv2d(out, w2, padding=1)))
+        out = normalised(F.conv2d(out, w3, padding=1))
+        return F.max_pool2d(leaky(out + normalised(F.conv2d(x, block.shortcut.weight))), 2)
+
+    x = images
+    for block in net.blocks:
+        x = reference(x, block)
+    torch.testing.assert_close(net(images), F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0])
+    # cell b93e5d27
+    y = torch.zeros(5, 2)
+    points, photos = (Examples(torch.zeros(5, *shape), y) for shape in ([1], [3, 32, 32]))
+    assert MLP.for_tasks(points, 1) == {"sizes": [1, 40, 40, 1]}  # the network of the sinusoids
+    assert MLP.for_tasks(photos, None) == {"sizes": [3 * 32 * 32, 256, 64]}
+    assert Conv4.for_tasks(photos, 2) == {"channels": 3, "out": 2, "size": 32}
+    assert ResNet12.for_tasks(photos, None) == {"channels": 3, "out": None}
+    for network in (MLP, Conv4, ResNet12):
+        for out in (2, None):
+            net = network(**network.for_tasks(photos, out))
+            assert net(photos.x).shape == (5, out or net.features)
+
+
+def test_networks_say_what_they_cannot_read(device):
+    # cell 524f0138
+    torch.manual_seed(0)
+    net = MLP([1, 40, 40, 1])
+    assert parameter_count(net) == (1 + 1) * 40 + (40 + 1) * 40 + (40 + 1) * 1 == 1761
+    assert MLP([784, 5])(torch.zeros(3, 1, 28, 28)).shape == (3, 5)  # images are flattened
+    x = torch.randn(4, 1)
+    first, second, last = net.layers
+    torch.testing.assert_close(net(x), last(F.relu(second(F.relu(first(x))))))
+
+    with pytest.raises(ValueError, match=r"sizes=\[3\], expected at least"):
+        MLP([3])
+    with pytest.raises(ValueError, match=r"sizes\[1\]=0"):
+        MLP([3, 0, 1])
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 28, 28\) for an MLP of 10 inputs"):
+        MLP([10, 5])(torch.zeros(2, 1, 28, 28))
+    with pytest.raises(ValueError, match=r"shape \(7,\) for an MLP of 1 inputs"):
+        net(torch.zeros(7))
+    # cell 1dbbedec
+    for channels, width in ((1, 64), (3, 64), (3, 32)):
+        blocks = 27 * width**2 + 9 * channels * width + 12 * width
+        for pool in ("max", "stride"):
+            assert parameter_count(Conv4(channels, width=width, pool=pool)) == blocks
+    assert parameter_count(Conv4()) == 111_936
+    assert parameter_count(Conv4(3, size=84)) == 113_088
+    assert parameter_count(Conv4(3, 5, 84, 32)) == 28_896 + (32 * 25 + 1) * 5 == 32_901
+    # cell ba90b674
+    for size, pool, sides, features in (
+        (28, "max", [28, 14, 7, 3], 64),
+        (28, "stride", [14, 7, 4, 2], 64),
+        (84, "max", [84, 42, 21, 10], 1600),
+    ):
+        net, seen = Conv4(1, size=size, pool=pool).to(device), []
+        for norm in net.norms:
+            norm.register_forward_hook(lambda layer, x, y, seen=seen: seen.append(y.shape[-1]))
+        z = net(torch.rand(2, 1, size, size, device=device))
+        assert (seen, net.features, z.shape[1]) == (sides, features, features)
+        print(f"{size} pixels, {pool:6s}: blocks of {seen}, embedding of {features}")
+    # cell cf7eee5b
+    torch.manual_seed(0)
+    images = torch.rand(4, 1, 28, 28, device=device).double()
+    for pool, stride in (("max", 1), ("stride", 2)):
+        net = Conv4(out=5, width=6, pool=pool).to(device).double()
+        x = images
+        for conv in net.convs:
+            x = F.conv2d(x, conv.weight, conv.bias, stride, padding=1)
+            x = F.batch_norm(x, None, None, training=True).relu()
+            x = F.max_pool2d(x, 2) if pool == "max" else x
+        z = x.flatten(1) if pool == "max" else F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0]
+        torch.testing.assert_close(net(images), net.head(z))
+    # cell b62c3d34
+    sizes = [3, 64, 160, 320, 640]
+    blocks = [10 * a * b + 18 * b**2 + 8 * b for a, b in pairwise(sizes)]
+    assert blocks == [76_160, 564_480, 2_357_760, 9_425_920]
+    net = ResNet12()
+    assert parameter_count(net) == sum(blocks) == 12_424_320
+    assert ResNet12(1, 7, (2, 3, 4, 5))(torch.rand(2, 1, 20, 16)).shape == (2, 7)
+    with pytest.raises(ValueError, match="16 or more"):
+        net(torch.zeros(2, 3, 12, 12))
+    with pytest.raises(ValueError, match="expected four numbers"):
+        ResNet12(widths=(64, 128))
+    with pytest.raises(ValueError, match=r"widths\[2\]=0"):
+        ResNet12(widths=(4, 4, 0, 4))
+    # cell 5029da8d
+    torch.manual_seed(0)
+    net = ResNet12(3, widths=(4, 5, 6, 7)).double()
+    leaky, images = nn.LeakyReLU(0.1), torch.rand(4, 3, 33, 33, dtype=torch.float64)
+
+    def normalised(x):
+        return F.batch_norm(x, None, None, training=True)
+
+    def reference(x, block):
+        w1, w2, w3 = (conv.weight for conv in block.convs)
+        out = leaky(normalised(F.conv2d(x, w1, padding=1)))
+        out = leaky(normalised(F.conv2d(out, w2, padding=1)))
+        out = normalised(F.conv2d(out, w3, padding=1))
+        return F.max_pool2d(leaky(out + normalised(F.conv2d(x, block.shortcut.weight))), 2)
+
+    x = images
+    for block in net.blocks:
+        x = reference(x, block)
+    torch.testing.assert_close(net(images), F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0])
+    # cell b93e5d27
+    y = torch.zeros(5, 2)
+    points, photos = (Examples(torch.zeros(5, *shape), y) for shape in ([1], [3, 32, 32]))
+    assert MLP.for_tasks(points, 1) == {"sizes": [1, 40, 40, 1]}  # the network of the sinusoids
+    assert MLP.for_tasks(photos, None) == {"sizes": [3 * 32 * 32, 256, 64]}
+    assert Conv4.for_tasks(photos, 2) == {"channels": 3, "out": 2, "size": 32}
+    assert ResNet12.for_tasks(photos, None) == {"channels": 3, "out": None}
+    for network in (MLP, Conv4, ResNet12):
+        for out in (2, None):
+            net = network(**network.for_tasks(photos, out))
+            assert net(photos.x).shape == (5, out or net.features)
+    # cell 1f7a80ce
+    with pytest.raises(
+        ValueError, match=r"Conv4 reads images .* have shape \(5, 1\): take a network"
+    ):
+        Conv4.for_tasks(points, 2)
+    with pytest.raises(ValueError, match="ResNet12 reads images of 16 or more pixels"):
+        ResNet12.for_tasks(Examples(torch.zeros(5, 3, 8, 8), y), 2)
+    with pytest.raises(ValueError, match="square images, but these are 20 x 30"):
+        Conv4.for_tasks(Examples(torch.zeros(5, 3, 20, 30), y), 2)
+    with pytest.raises(ValueError, match=r"MLP reads one tensor \[n, \*features\]"):
+        MLP.for_tasks(Examples({"tokens": torch.zeros(5, 3)}, y), 2)
+    with pytest.raises(ValueError, match="expected floats"):
+        MLP.for_tasks(Examples(torch.zeros(5, 3, dtype=torch.long), y), 2)
+
+
 @pytest.mark.proves("eq-gamma-gradient")
 def test_gamma_gradient():
     # cell 7a5b4814

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from metabook.cli import app, settings
+from metabook.cli import app, engine_words, networks_said, settings
 from metabook.datasets import SOURCES
+from metabook.engine import Engine
 
 
 def test_settings_read_json_or_text():
@@ -25,6 +27,9 @@ def test_settings_read_json_or_text():
     }
     with pytest.raises(ValueError, match="--set lr: expected NAME=VALUE"):
         settings(["lr"], "--set")
+    assert networks_said(["other=mlp", "conv4"]) == {"*": "conv4", "other": "mlp"}
+    with pytest.raises(ValueError, match="expected one for all networks of the method"):
+        networks_said(["mlp", "conv4"])
 
 
 def test_methods_and_data_are_listed():
@@ -39,8 +44,21 @@ def test_methods_and_data_are_listed():
 
     # cell 00719a23
     assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert "digest" in typed("data", "check", "sinusoids")
     assert json.loads(typed("methods", "--json"))["methods"]["maml"]
     assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
+
+
+def test_what_the_engine_takes_is_told_from_its_fields():
+    # cell 5b0e93d7
+    told_so = engine_words()
+    for word in ("lift=auto|loop|vmap (auto)", "precision=float32|tf32|bfloat16 (tf32)"):
+        assert word in told_so
+    for word in ("chunk=NUMBER (null)", "recompute=true|false (false)", "check=true|false (true)"):
+        assert word in told_so
+    assert [part.partition("=")[0] for part in told_so.split(", ")] == [
+        f.name for f in fields(Engine)
+    ]
 
 
 def test_train_evaluate_classify():
@@ -55,6 +73,7 @@ def test_train_evaluate_classify():
 
     # cell 00719a23
     assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert "digest" in typed("data", "check", "sinusoids")
     assert json.loads(typed("methods", "--json"))["methods"]["maml"]
     assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
     # cell fa411053
@@ -101,6 +120,7 @@ def test_a_training_goes_on():
 
     # cell 00719a23
     assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert "digest" in typed("data", "check", "sinusoids")
     assert json.loads(typed("methods", "--json"))["methods"]["maml"]
     assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
     # cell fa411053
@@ -170,6 +190,7 @@ def test_sinusoids_from_the_command_line():
 
     # cell 00719a23
     assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert "digest" in typed("data", "check", "sinusoids")
     assert json.loads(typed("methods", "--json"))["methods"]["maml"]
     assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
     # cell fa411053

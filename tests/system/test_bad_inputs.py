@@ -1199,6 +1199,36 @@ LINES = {
         line("train maml --start {at} --network conv4"),
         *("--start", "its own network", "leave out", "--network and --net"),
     ),
+    "a network that the method does not have": Line(
+        line("train protonet --network embeds=mlp --out {at}/run"),
+        *("network of protonet", "'embeds'", "known are embed", "did you mean 'embed'"),
+    ),
+    "an argument of a network that the method does not have": Line(
+        line("train protonet --net embeds.width=4 --out {at}/run"),
+        *("network of protonet", "'embeds'", "known are embed", "did you mean 'embed'"),
+    ),
+    "two networks for one": Line(
+        line("train protonet --network mlp --network conv4"),
+        *(
+            "--network",
+            "mlp",
+            "expected one for all networks",
+            "say its name, --network NAME=conv4",
+        ),
+    ),
+    "another network than the one to start from": Line(
+        kept("train protonet --start {run} --network embed=mlp --out {run}/next"),
+        *(
+            "embed=mlp",
+            "trained conv4",
+            "is asked for",
+            "leave that out, or start from another folder",
+        ),
+    ),
+    "curves for a network that reads images": Line(
+        line("train maml --data sinusoids --network conv4 --out {at}/run"),
+        *("examples of these tasks", "(5, 1)", "reads images", "take a network that reads them"),
+    ),
     "more classes in training than outputs": Line(
         line("train maml --train-way 7 --out {at}/run"),
         *("--train-way", "7", "expected 5 in training too", "leave --train-way out"),
