@@ -404,6 +404,34 @@ def test_accuracy_by_hand():
     assert math.isnan(task_score("classification", answers, classes))
 
 
+def test_a_learner_owns_criterion_and_score():
+    # cell 7a2c9e10
+    class Unsure(FastWeights):
+        "A mean and the logarithm of a variance; one step of gradient descent."
+
+        def start(self, support):
+            return dict(self.net.named_parameters())
+
+        def step(self, phi, support):
+            g = self.gradient(phi, support)
+            return {k: p - self.lr * g[k] for k, p in phi.items()}
+
+        def criterion(self, predictions, y):
+            mean, log_var = predictions.chunk(2, -1)
+            return 0.5 * (log_var + (y - mean) ** 2 / log_var.exp()).mean()
+
+        def score(self, predictions, y):
+            return (predictions[:, :1] - y).square().mean()
+
+    torch.manual_seed(0)
+    unsure = Unsure(torch.nn.Linear(1, 2), kind="regression")
+    check_learner(unsure, Sinusoids(5, 5))
+    score = evaluate(unsure, Sinusoids(5, 10), 20)
+    assert unsure.metric.name == "mse" and unsure.metric.better(1.0, 2.0)
+    assert ProtoNet(torch.nn.Linear(1, 2)).metric.better(0.6, 0.5)
+    score
+
+
 @pytest.mark.proves("eq-outer-objective")
 def test_the_objective_is_the_mean_over_tasks():
     # cell 4122cac2
