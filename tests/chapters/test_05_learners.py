@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.func import vmap
 
+from metabook.checkpoints import register
 from metabook.engine import losses
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.learners import FastWeights, Learner, task_loss, task_score
@@ -406,6 +407,7 @@ def test_accuracy_by_hand():
 
 def test_a_learner_owns_criterion_and_score():
     # cell 7a2c9e10
+    @register("unsure")
     class Unsure(FastWeights):
         "A mean and the logarithm of a variance; one step of gradient descent."
 

@@ -58,7 +58,7 @@ WRONG = {
     "train maml --engine speed=9": "--engine speed=...: expected one of lift, run, chunk, recompute",
     "train maml --engine lift=fast": "'fast'",
     "train maml --engine precision=half": "precision='half', expected one of float32, tf32",
-    "train protonet --engine recompute=true": "ProtoNet has no `step` to compute again",
+    "train protonet --engine recompute=true": "ProtoNet has no inner `step` to compute again",
     "train maml --lr 0": "--lr 0.0: expected a positive outer rate",
     "train maml --device tpu": "--device tpu: expected cpu, cuda or auto",
     "evaluate nowhere": "no trained folder",
