@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import Job
 from metabook.engine import Replayed, gradients
-from metabook.kernels import precise
+from metabook.kernels import keep_memory, precise
 
 WAYS = ("auto", "loop", "vmap", "graph", "compile")  # words for `lift` and for `run`
 
@@ -22,6 +22,7 @@ def ours(
 
     As in `metabook.training.Outer`, a GPU records it and replays it, unless it is told not to.
     """
+    keep_memory()  # as `fit` asks for it
     learner, episodes = job.learner.train(), job.episodes
     lift = way if way in ("auto", "loop") else "vmap"
 

@@ -27,16 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from .checkpoints import at_home, log, lookup, write_atomically
 from .episodes import Classes, FewShot, Sinusoids, Tasks, positive
-
-try:
-    from jaxtyping import Float, UInt8
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['SPLITS', 'OMNIGLOT_FILES', 'OMNIGLOT', 'SOURCES', 'DataError', 'fingerprint', 'shuffled', 'data_root', 'glyph_list',

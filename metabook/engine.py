@@ -14,13 +14,14 @@ from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .checkpoints import log
 from .episodes import Episode, count, leaves_of, positive
-from .kernels import PRECISIONS, keep_memory, lifting, precision_of_now
+from .kernels import PRECISIONS, lifting, precision_of_now
 from .learners import InnerLoop, Learner
 from .networks import Statistics, recording, store_running
 from .processes import Shared, summed_
@@ -35,11 +36,6 @@ from metabook.trust import (
     sparing,
     trusted,
 )
-
-try:
-    from jaxtyping import Float
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['Lift', 'RUNS', 'SCORING', 'FITS', 'FEW', 'Engine', 'repeatable', 'over_tasks', 'choose_lift', 'fitting', 'in_flight',
@@ -126,16 +122,17 @@ class Engine:
         return Engine(**{k: getattr(self, k) for k in SCORING})
 
 
-# What cuBLAS asks for before it repeats itself to the bit.  Torch looks once, at its first product on a GPU.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
 @contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
-    "Within it torch refuses operations that may give another result each time they are run."
+    """Within it torch refuses operations that may give another result each time they are run.
+
+    What cuBLAS asks for before it repeats itself to the bit is set in the environment, where nobody has:
+    torch looks once, at its first product on a GPU, so a process that has made one may be refused.
+    """
     if not wanted:
         yield
         return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -436,7 +433,6 @@ def gradients(
     be differentiated, and where another thread uses the learner.
     """
     check_batch(learner, episodes)
-    keep_memory()
     shared = shared or Shared.whole(count(episodes))
     with claiming(learner), sparing(learner), in_our_words(learner, **_inputs(episodes)):
         if check:

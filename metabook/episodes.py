@@ -21,13 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Generator, Tensor
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
-
-try:
-    from jaxtyping import Bool, Float, Int, Shaped
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'leaves_of', 'shot_of', 'positive',

@@ -13,16 +13,12 @@ from functools import cache, partial
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode, wrap_torch_function
-
-try:
-    from jaxtyping import Float
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['LARGE', 'LARGE_LOW', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'lifting', 'worthwhile', 'eager_on_cpu',

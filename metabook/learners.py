@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional as F
@@ -29,11 +30,6 @@ from metabook.networks import (
     support_statistics,
 )
 from .trust import asking, claiming, in_our_words, require_alone, sparing, turn
-
-try:
-    from jaxtyping import Float
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'set_progress', 'start_training', 'check_support', 'check_task',

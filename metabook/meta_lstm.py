@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad_and_value
 
@@ -14,11 +15,6 @@ from .checkpoints import register
 from .episodes import Examples, positive
 from .learners import FastWeights, Kind
 from .networks import Parameters, Statistics, adaptable
-
-try:
-    from jaxtyping import Float
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['CoordinateLSTM', 'Gates', 'log_and_sign', 'RateAndDirection', 'State', 'flat', 'MetaLSTM', 'LSTMOptimizer']

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Generator, Tensor, nn
 from torch.func import grad
 
@@ -26,11 +27,6 @@ from .networks import Parameters, Statistics, call, embedded, recording
 from .training import Report
 from .transfer import Head, linear
 from .trust import turn
-
-try:
-    from jaxtyping import Float, Shaped
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['layers_of', 'scale_and_shift', 'untouched', 'first_rows', 'Descent', 'MetaTransfer', 'class_accuracy', 'HardTasks']

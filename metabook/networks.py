@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -21,11 +22,6 @@ from . import kernels
 from .checkpoints import NETWORKS, lookup, register
 from .episodes import Examples, positive
 from .trust import TWICE, composing, copy_of, lending, turn
-
-try:
-    from jaxtyping import Float, Shaped
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['Statistics', 'Parameters', 'SIDES', 'NoScript', 'no_script', 'refuse_tracing', 'normalise', 'BatchNorm',

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,11 +23,6 @@ from metabook.networks import (
     parameters_of,
 )
 from .trust import turn
-
-try:
-    from jaxtyping import Float, Shaped
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['FORMS', 'unit_scale', 'weight_std', 'FullWriter', 'LowRankWriter', 'RowWriter', 'ScaleWriter', 'make_writers',

@@ -6,17 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .checkpoints import lookup, register
 from .episodes import Examples
 from .learners import Learner, check_network
 from .networks import Statistics, embedded, recording
-
-try:
-    from jaxtyping import Float, Shaped
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance', 'ProtoNet',

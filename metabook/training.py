@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -73,7 +74,7 @@ from metabook.episodes import (
     undisturbed,
     usable,
 )
-from .kernels import precise
+from .kernels import keep_memory, precise
 from metabook.learners import (
     ACCURACY,
     MSE,
@@ -88,11 +89,6 @@ from metabook.learners import (
     start_training,
 )
 from .trust import claiming
-
-try:
-    from jaxtyping import Bool, Float
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'judged', 'frozen_of', 'answers',
@@ -1118,6 +1114,7 @@ def fit(
     require_optimizer(optimizer)
     require_learner(learner)
     require_learning(learner)
+    keep_memory()
     device = place(learner, device)
     check_tasks(learner, tasks)
     made = optimizer(learner.param_groups(), lr=float(lr))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Generator, Tensor, nn
 from torch.func import grad
 
@@ -14,11 +15,6 @@ from .episodes import Classes, ClassTasks, Examples, Picks, class_data, positive
 from .learners import Learner, check_network, check_rate, check_steps
 from .networks import Statistics, batch_norms, embedded, recording
 from .prototypes import TINY, prototypes, unit
-
-try:
-    from jaxtyping import Float, Shaped
-except ImportError:  # the shapes in signatures are checked by the tests, not at run time
-    pass
 
 # %% auto #0
 __all__ = ['SCALE', 'HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'base_layer', 'spread', 'FineTune']

@@ -1,4 +1,4 @@
-"""What modules of the library import: each other in order, and at first nothing beyond torch and numpy."""
+"""What modules of the library import: each other in order, and at first nothing beyond torch, numpy and jaxtyping."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ BEFORE_USE = {
     "nbdev",
 }
 
-# Imports each module twice: as it is, and in a world with only torch, numpy and the standard library.
+# Imports each module twice: as it is, and in a world with only torch, numpy, jaxtyping and the standard library.
 SCRIPT = """
 import builtins, importlib, json, sys
 import numpy, torch
 
 modules, plain, loaded = sys.argv[1:], builtins.__import__, set(sys.modules)
-allowed = {"torch", "numpy", "metabook", *sys.stdlib_module_names}
+allowed = {"torch", "numpy", "jaxtyping", "metabook", *sys.stdlib_module_names}
 failed = {}
 
 
@@ -60,7 +60,7 @@ print(json.dumps([added, failed]))
 
 @pytest.fixture(scope="module")
 def imported() -> tuple[list[str], dict[str, str]]:
-    """What importing the library adds to torch and numpy, and which modules cannot do with these two."""
+    """What importing the library adds to torch and numpy, and which modules ask for more than jaxtyping besides."""
     command = [sys.executable, "-c", SCRIPT, *MODULES]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     added, failed = json.loads(done.stdout)
@@ -71,7 +71,7 @@ def test_importing_the_library_loads_nothing_before_its_use(imported):
     assert sorted(BEFORE_USE & set(imported[0])) == []
 
 
-def test_every_module_imports_with_torch_and_numpy_alone(imported):
+def test_every_module_imports_with_torch_numpy_and_jaxtyping_alone(imported):
     assert imported[1] == {}
 
 
@@ -119,3 +119,22 @@ def test_what_stands_below_or_nowhere_is_told():
     assert "itself" not in names and check.import_problems({"itself": ""}, names) == [
         "metabook.itself does not stand in docs/order.txt"
     ]
+
+
+UNCHANGED = """
+import ctypes, os, torch
+before, library = dict(os.environ), ctypes.CDLL(None)
+told = []
+if hasattr(library, "mallopt"):
+    real, ctypes.CDLL = ctypes.CDLL, lambda name: told.append(name)
+import metabook.engine as engine, metabook.episodes as e, metabook.maml as m, metabook.networks as n
+engine.gradients(m.MAML(n.MLP([1, 4, 1]), kind="regression"), e.Sinusoids().sample(2))
+print(dict(os.environ) == before, told)
+"""
+
+
+def test_neither_an_import_nor_a_gradient_changes_the_process():
+    done = subprocess.run(
+        [sys.executable, "-c", UNCHANGED], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "[]"]
