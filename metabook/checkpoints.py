@@ -30,9 +30,9 @@ __all__ = ['log', 'VERSION', 'RENAMED', 'CHECKPOINT_VERSION', 'NETWORKS', 'METHO
            'arguments', 'changed', 'plain', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged',
            'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
            'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'upgraded', 'renamed', 'remade',
-           'particulars', 'blank', 'differences', 'misshapen', 'require_loadable', 'unlike', 'give_types',
-           'read_weights', 'rehearse', 'writable', 'pack', 'unpack', 'write_checkpoint', 'read_checkpoint',
-           'newest_checkpoint', 'occupied', 'random_state', 'restore_random']
+           'particulars', 'blank', 'differences', 'misshapen', 'check_loadable', 'unlike', 'give_types', 'read_weights',
+           'rehearse', 'check_writable', 'pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'newest_checkpoint',
+           'occupied', 'random_state', 'restore_random']
 
 # %% ../nbs/A3_checkpoints.ipynb #22bda95b
 log = logging.getLogger("metabook")
@@ -300,7 +300,7 @@ def save(
 
     Raises `ValueError` where the learner's note would build another learner.
     """
-    require_loadable(learner, plain("learner", learner))
+    check_loadable(learner, plain("learner", learner))
     return write_folder(folder, learner, **more)
 
 
@@ -530,7 +530,7 @@ def _shape(t: Tensor) -> tuple[int, ...] | None:
     return None if nn.parameter.is_lazy(t) else tuple(t.shape)
 
 
-def require_loadable(
+def check_loadable(
     learner: nn.Module,  # to be saved
     method: dict[str, Any],  # its note
 ) -> None:
@@ -604,14 +604,14 @@ def rehearse(
     the note cannot be built, or makes another learner.
     """
     method = json.loads(json.dumps(plain("learner", learner)))
-    require_loadable(learner, method)
+    check_loadable(learner, method)
     if any(map(nn.parameter.is_lazy, learner.parameters())):
         return learner  # nothing is known of it yet
     state = {k: v.detach() for k, v in learner.state_dict().items()}
     return remade({"method": method} | particulars(learner), state)
 
 
-def writable(what: str, value: Any) -> None:
+def check_writable(what: str, value: Any) -> None:
     "Raise `ValueError` for numbers that JSON does not have, `TypeError` for what are none."
     try:
         json.dumps(value, allow_nan=False, default=number)

@@ -17,9 +17,10 @@ from torch import Tensor
 import metabook
 from . import processes
 from .checkpoints import NETWORKS, at_home, load, methods, read_config
+from .checks import check_device
 from .datasets import SOURCES, check, fetch, own_images, present, read_image, source_of
 from .engine import Engine
-from .episodes import Classes, Examples, usable
+from .episodes import Classes, Examples
 from .learners import Learner
 from metabook.recipes import (
     EVERY,
@@ -121,7 +122,7 @@ def device_of(name: str) -> torch.device:
         raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: expected cpu, cuda or auto")
-    return usable(name)
+    return check_device(name)
 
 
 def tell(text: str, facts: Any, as_json: bool) -> None:

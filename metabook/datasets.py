@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checkpoints import at_home, log, lookup, write_atomically
-from .episodes import Classes, FewShot, Sinusoids, Tasks, positive
+from .checks import check_positive
+from .episodes import Classes, FewShot, Sinusoids, Tasks
 
 # %% auto #0
 __all__ = ['SPLITS', 'OMNIGLOT_FILES', 'OMNIGLOT', 'SOURCES', 'DataError', 'fingerprint', 'shuffled', 'data_root', 'glyph_list',
@@ -635,7 +636,7 @@ def Omniglot(
     Raises ValueError for an unknown split or protocol or a size below 1, and DataError for archives
     that cannot be fetched or read.
     """
-    positive(size=size)
+    check_positive(size=size)
     names = omniglot_split(split, protocol)
     archives = [_obtain(remote, data_root(root)) for remote in OMNIGLOT_FILES]
     key = ("lanczos", int(size), [(a.stat().st_size, a.stat().st_mtime_ns) for a in archives])
@@ -804,7 +805,7 @@ def MiniImageNet(
     pictures on, so they cannot be fetched. Raises DataError when they are not there or unreadable.
     """
     number = lookup(split, _MINI, "split")
-    positive(size=size)
+    check_positive(size=size)
     folder = fetch("miniimagenet", root)
     rows = _mini_rows(folder, split)
     files = [folder / "images" / name for _, name in rows]
@@ -840,7 +841,7 @@ def _over_white(image: Any) -> Any:
 
 def _check_target(size: int, channels: int) -> None:
     """Raise ValueError for a size or a number of channels that no image can have."""
-    positive(size=size)
+    check_positive(size=size)
     if channels not in (1, 3):
         raise ValueError(
             f"channels={channels}, expected 3 (colour) or 1 (grey): images are converted, so take either"

@@ -20,7 +20,8 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .checkpoints import log
-from .episodes import Episode, count, leaves_of, positive
+from .checks import check_positive, leaves_of
+from .episodes import Episode, count
 from .kernels import PRECISIONS, lifting, precision_of_now
 from .learners import InnerLoop, Learner
 from .networks import Statistics, recording, store_running
@@ -81,7 +82,7 @@ class Engine:
         if self.run == "compile" and self.lift == "loop":
             raise ValueError('run="compile" compiles the lifted step: leave lift="loop" out')
         if self.chunk is not None:
-            positive(chunk=self.chunk)
+            check_positive(chunk=self.chunk)
             object.__setattr__(self, "chunk", int(self.chunk))
 
     @classmethod
@@ -101,7 +102,7 @@ class Engine:
         warnings.warn(text, DeprecationWarning, stacklevel=3)
         return replace(engine, **older)
 
-    def require_heard(
+    def check_heard(
         self,
         by: str,  # who listens, for the message
         *words: str,  # to what
@@ -478,7 +479,7 @@ def portions(
 def _portion(learner: Learner, episodes: Episode, lift: Lift, chunk: int | None) -> int:
     "How many tasks to take at once."
     if chunk is not None:
-        positive(chunk=chunk)
+        check_positive(chunk=chunk)
         return chunk
     fits = fitting(learner, episodes)
     if not averages(learner):  # parts would be computed twice

@@ -16,20 +16,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Generator, Tensor
-from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+
+from metabook.checks import (
+    check_alike,
+    check_device,
+    check_enough,
+    check_finite,
+    check_labels,
+    check_positive,
+    check_tensors,
+)
 
 # %% auto #0
-__all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'tensors', 'leaves_of', 'shot_of', 'positive',
-           'usable', 'finite', 'check_labels', 'check_range', 'Tasks', 'Frozen', 'twin_of', 'undisturbed', 'number',
-           'digest', 'count', 'Waves', 'Sinusoids', 'Classes', 'spelled', 'check_alike', 'class_data', 'Picks',
-           'choose', 'sides', 'ClassTasks', 'FewShot', 'summary', 'check_enough', 'VariedWayShot', 'uneven']
+__all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'Tasks', 'Frozen', 'twin_of', 'undisturbed',
+           'number', 'digest', 'count', 'Waves', 'Sinusoids', 'Classes', 'spelled', 'Picks', 'choose', 'sides',
+           'ClassTasks', 'FewShot', 'summary', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -56,10 +64,10 @@ class Examples(NamedTuple):
         Raises `TypeError` for what is no tensor, and `ValueError` where a label is not one of
         `0 .. way - 1`, a label is missing, or a number in `x` is NaN or infinite.
         """
-        tensors(x=x, labels=labels)
-        positive(way=way)
+        check_tensors(x=x, labels=labels)
+        check_positive(way=way)
         check_labels(labels, x, way)
-        finite(x)
+        check_finite(x)
         return cls(x, like(one_hot(labels, way), x))
 
 
@@ -97,96 +105,7 @@ def like(
     return y.to(x.dtype) if x.is_floating_point() else y
 
 # %% ../nbs/02_episodes.ipynb #a383c7ed
-def tensors(**arguments: Any) -> None:
-    "Raise `TypeError`, naming the argument, unless every one is a tensor."
-    for name, value in arguments.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}, expected a tensor: make one with torch.as_tensor"
-            )
-
-
-def leaves_of(
-    name: str,  # of an argument
-    structure: Any,  # a tensor, or a structure of tensors
-) -> dict[str, Any]:
-    "The leaves by their names: of a tensor its own, of a dictionary such as `x['mask']`."
-    return {name + keystr(path): leaf for path, leaf in tree_leaves_with_path(structure)}
-
-
-def shot_of(examples: Examples) -> int | None:
-    "How many examples there are; `None` where neither inputs nor targets say so."
-    leaf = next(iter(tree_leaves((examples.x, examples.y))), None)
-    return None if leaf is None else len(leaf)
-
-
-def positive(**numbers: int) -> None:
-    "Raise `ValueError`, naming the argument, unless every number is an integer of at least 1."
-    for name, value in numbers.items():
-        if not isinstance(value, Integral) or value < 1:  # numpy's integers are integers
-            raise ValueError(
-                f"{name}={value!r}, expected an integer of at least 1: pass one, such as {name}=1"
-            )
-
-
-def usable(
-    device: torch.device | str,  # where something is to be computed
-) -> torch.device:
-    "Raise `ValueError`, saying why, for a device that torch does not have, or that has no float64."
-    try:
-        torch.zeros(1, dtype=torch.float64, device=device)
-    except Exception as error:  # of many kinds
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f'device="{device}" ({why}), expected one that torch has and that computes in float64, as some of the '
-            'sums here do: use device="cpu", or "cuda" where there is such a GPU'
-        ) from error
-    return torch.device(device)
-
-
-def finite(
-    x: Tensor,  # data that comes in; code that is lifted may not look at values
-) -> None:
-    "Raise `ValueError`, naming the first place, where a number is NaN or infinite."
-    if x.is_meta or not x.is_floating_point() or (fine := x.isfinite()).all():
-        return
-    place = (~fine).nonzero()[0].tolist()
-    raise ValueError(
-        f"x{place} is {x[tuple(place)].item()}, expected finite numbers: repair that example, or "
-        "leave it out"
-    )
-
-
-def check_labels(
-    labels: Tensor,  # class indices
-    x: Tensor,  # what they label
-    way: int,  # how many classes the task has
-) -> None:
-    "Raise `ValueError` unless every example has one label of `0 .. way - 1`."
-    if labels.is_floating_point():
-        raise ValueError(
-            f"labels are {labels.dtype}, expected integers: class indices, as labels.long() gives them"
-        )
-    if labels.ndim == 0 or labels.shape != x.shape[: labels.ndim]:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and x {tuple(x.shape)}: every example needs exactly "
-            "one label; give class indices [n] for examples [n, *features]"
-        )
-    if labels.device != x.device:
-        raise ValueError(
-            f"labels are on {labels.device}, expected {x.device}, where x is: use labels.to(x.device)"
-        )
-    if labels.numel() and not labels.is_meta:
-        check_range(int(labels.min()), int(labels.max()), way)
-
-
-def check_range(low: int, high: int, way: int) -> None:
-    "Raise `ValueError` unless labels from `low` to `high` are among `way` classes."
-    if not 0 <= low <= high < way:
-        raise ValueError(
-            f"labels run from {low} to {high}, but way={way} allows 0 to {way - 1}: number the classes "
-            "of a task from 0"
-        )
+#| export
 
 # %% ../nbs/02_episodes.ipynb #279564a4
 class Tasks:
@@ -274,7 +193,7 @@ class Tasks:
         seed: int = 0,  # the same seed gives the same episodes, on every device
     ) -> Frozen:
         "The `n` episodes of a seed, held as indices that were drawn on the CPU."
-        positive(n=n)
+        check_positive(n=n)
         seed = operator.index(seed)  # numpy's integers, too
         generator = torch.Generator().manual_seed(seed)
         sizes = [int(n)] if self.same_shapes else [1] * n
@@ -316,7 +235,7 @@ class Frozen:
 
         Random numbers in `gather` are the same each time, for episodes of one name are the same.
         """
-        positive(batch=batch)
+        check_positive(batch=batch)
         if self.tasks.determined:
             yield from map(self.tasks.gather, self.parts(batch))
             return
@@ -425,8 +344,8 @@ class Sinusoids(Tasks):
         query: int = 10,  # query points of a task
         device: torch.device | str = "cpu",  # where the tensors are made
     ):
-        positive(shot=shot, query=query)
-        self.shot, self.query, self.device = int(shot), int(query), usable(device)
+        check_positive(shot=shot, query=query)
+        self.shot, self.query, self.device = int(shot), int(query), check_device(device)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shot={self.shot}, query={self.query})"
@@ -436,7 +355,7 @@ class Sinusoids(Tasks):
         return self.keeps(Sinusoids, "gather") and self.keeps(Tasks, "sample")
 
     def draw(self, n: int, generator: Generator | None = None) -> Waves:
-        positive(n=n)
+        check_positive(n=n)
         device = generator.device if generator else self.device
         u = torch.rand(n, 2 + self.shot + self.query, generator=generator, device=device)
         task = torch.stack([0.1 + 4.9 * u[:, 0], math.pi * u[:, 1]], 1)
@@ -472,9 +391,9 @@ class Classes:
     origin: str = field(default="", init=False)  # digest of the data behind, see `with_features`
 
     def __post_init__(self) -> None:
-        tensors(x=self.x, sizes=self.sizes)
+        check_tensors(x=self.x, sizes=self.sizes)
         self.check_sizes()
-        finite(self.x)
+        check_finite(self.x)
         if self.x.dtype == torch.uint8:
             self.check_images()
         self.settle()
@@ -548,7 +467,7 @@ class Classes:
             raise ValueError(
                 "examples is empty, expected at least one class: give a dictionary of name: tensor"
             )
-        tensors(**{f"examples[{name!r}]": x for name, x in examples.items()})
+        check_tensors(**{f"examples[{name!r}]": x for name, x in examples.items()})
         check_alike(examples)
         sizes = torch.tensor([len(x) for x in examples.values()])
         return cls(torch.cat(list(examples.values())), sizes, list(examples), **more)
@@ -652,7 +571,7 @@ class Classes:
 
     def to(self, device: torch.device | str) -> Classes:
         "The data on another device; images stay bytes.  Raises `ValueError` for one that cannot be used."
-        return self.known_as(self.origin, x=self.x.to(usable(device)))
+        return self.known_as(self.origin, x=self.x.to(check_device(device)))
 
     def with_features(
         self,
@@ -693,27 +612,6 @@ LARGE = 2**30  # bytes
 def spelled(name: Any) -> str:
     "One spelling for names that look the same: Unicode has two for many a letter with an accent."
     return unicodedata.normalize("NFC", str(name))
-
-
-def check_alike(examples: dict[str, Tensor]) -> None:
-    "Raise `ValueError` unless all classes have the same features, type and device."
-    said = {k: f"{x.dtype} {tuple(x.shape[1:])} on {x.device}" for k, x in examples.items()}
-    first = next(iter(said))
-    for name, features in said.items():
-        if features != said[first]:
-            raise ValueError(
-                f"examples[{name!r}] are {features}, expected {said[first]} as in {first!r}: convert or "
-                "resize one of the two"
-            )
-
-
-def class_data(classes: Any) -> None:
-    "Raise `TypeError` for data that is not organised by class."
-    if not hasattr(classes, "of_class"):
-        raise TypeError(
-            f"classes={reprlib.repr(classes)}, expected `Classes`: load them, for example with "
-            'Glyphs("train"), or make them with Classes.of'
-        )
 
 # %% ../nbs/02_episodes.ipynb #3da5c99b
 class Picks(NamedTuple):
@@ -829,7 +727,7 @@ class FewShot(ClassTasks):
         shot: int = 1,  # support examples of each class
         query: int = 15,  # query examples of each class
     ):
-        positive(way=way, shot=shot, query=query)
+        check_positive(way=way, shot=shot, query=query)
         check_enough(classes, way, shot, query)
         self.classes, self.way, self.shot, self.query = classes, int(way), int(shot), int(query)
 
@@ -838,7 +736,7 @@ class FewShot(ClassTasks):
         return f"{type(self).__name__}({summary(self.classes)}, {sizes})"
 
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
-        positive(n=n)
+        check_positive(n=n)
         device = generator.device if generator else self.device
         every = torch.ones(n, len(self.classes), dtype=torch.bool, device=device)
         return self.picks(choose(every, self.way, generator), generator)
@@ -866,28 +764,6 @@ def summary(classes: Classes) -> str:
     text = repr((list(classes.names), classes.sizes.tolist()))
     return f"{len(classes)} classes {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
-
-def check_enough(classes: Classes, way: int, shot: int, query: int) -> None:
-    "Raise `ValueError`, naming the class, unless the data can give every task of this size."
-    class_data(classes)
-    if way > len(classes):
-        raise ValueError(
-            f"way={way}, but the data has {len(classes)} classes: lower way or bring more classes"
-        )
-    if classes.cut is None:
-        short, need = classes.sizes - (shot + query), f"{shot + query} (shot + query)"
-        rest = f"data.select(data.sizes >= {shot + query})"
-    else:
-        small = torch.minimum(classes.cut, classes.sizes - classes.cut)
-        short, need = small - max(shot, query), f"{max(shot, query)} on each side of its cut"
-        rest = f"data.select(torch.minimum(data.cut, data.sizes - data.cut) >= {max(shot, query)})"
-    if (short < 0).any():
-        i = int(short.argmin())
-        raise ValueError(
-            f"class {classes.name(i)!r} has {int(classes.sizes[i])} examples, but shot={shot} and "
-            f"query={query} need {need}: lower them, or leave the class out, and others that are as small, with {rest}"
-        )
-
 # %% ../nbs/02_episodes.ipynb #02c155a6
 class VariedWayShot(FewShot):
     """Few-shot tasks of varied way, and with a varied number of support examples for each class.
@@ -910,8 +786,8 @@ class VariedWayShot(FewShot):
         for name, pair in {"way": way, "shot": shot}.items():
             if not isinstance(pair, Sequence) or len(pair) != 2 or pair[0] > pair[1]:
                 raise ValueError(f"{name}={pair!r}, expected (smallest, largest), such as (2, 5)")
-            positive(**{f"{name}[{i}]": number for i, number in enumerate(pair)})
-        positive(query=query)
+            check_positive(**{f"{name}[{i}]": number for i, number in enumerate(pair)})
+        check_positive(query=query)
         check_enough(classes, way[1], shot[1], query)
         self.classes, self.query = classes, int(query)
         self.ways, self.shots = tuple(map(int, way)), tuple(map(int, shot))
@@ -921,7 +797,7 @@ class VariedWayShot(FewShot):
         return f"{type(self).__name__}({summary(self.classes)}, {sizes})"
 
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
-        positive(n=n)
+        check_positive(n=n)
         device = generator.device if generator else self.device
         way, shot = (
             int(torch.randint(low, high + 1, (), generator=generator, device=device))

@@ -9,7 +9,6 @@ import math
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,7 +18,19 @@ from torch.func import grad
 from torch.nn import functional as F
 
 from .checkpoints import lookup
-from .episodes import Episode, Examples, leaves_of, shot_of, tensors
+from metabook.checks import (
+    check_answers,
+    check_match,
+    check_network,
+    check_place,
+    check_rate,
+    check_steps,
+    check_support,
+    check_targets,
+    leaves_of,
+    shot_of,
+)
+from .episodes import Episode, Examples
 from metabook.networks import (
     NoScript,
     Parameters,
@@ -29,12 +40,11 @@ from metabook.networks import (
     mixes_examples,
     support_statistics,
 )
-from .trust import asking, claiming, in_our_words, require_alone, sparing, turn
+from .trust import asking, check_alone, claiming, in_our_words, sparing, turn
 
 # %% auto #0
-__all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'set_progress', 'start_training', 'check_support', 'check_task',
-           'check_targets', 'check_place', 'check_rate', 'check_steps', 'check_network', 'InnerLoop', 'FastWeights',
-           'task_loss', 'task_score', 'check_classes', 'check_answers', 'check_match']
+__all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'set_progress', 'start_training', 'check_task', 'InnerLoop',
+           'FastWeights', 'task_loss', 'task_score']
 
 # %% ../nbs/05_learners.ipynb #1f0a5c3d
 @dataclass(frozen=True)
@@ -129,7 +139,7 @@ class Timed(NoScript, nn.Module):
 
     def train(self, mode: bool = True) -> Timed:
         "Switch the mode.  Raises `RuntimeError` while another thread uses the learner."
-        require_alone(self)
+        check_alone(self)
         return super().train(mode)
 
 # %% ../nbs/05_learners.ipynb #1f0a5c3f
@@ -344,39 +354,6 @@ def _frozen(module: nn.Module) -> bool:
     )
 
 # %% ../nbs/05_learners.ipynb #efd57860
-def check_support(
-    support: Examples,  # of one task
-    query: Tensors,  # inputs of the same
-) -> None:
-    "Raise `ValueError` unless all that is said of the support examples is said of each, and queries look alike."
-    if not hasattr(support, "y"):
-        raise TypeError(
-            f"support is a {type(support).__name__}, expected Examples: make them with "
-            "Examples.of(x, labels, way), or Examples(x, y) for targets"
-        )
-    x, queries = leaves_of("support.x", support.x), leaves_of("query", query)
-    told = x | leaves_of("support.y", support.y)
-    tensors(**told, **queries)
-    first = next(iter(told), None)
-    for name, t in told.items():
-        if t.shape[:1] != told[first].shape[:1] or not t.ndim:
-            raise ValueError(
-                f"{first} has shape {tuple(told[first].shape)} and {name} {tuple(t.shape)}, expected as many rows: "
-                "each example needs its own row in y; Examples.of(x, labels, way) makes one for each label"
-            )
-        if t.device != told[first].device:
-            raise ValueError(
-                f"{name} is on {t.device}, expected {told[first].device}, where {first} is: move both, for example "
-                "episode.to(device)"
-            )
-    for (name, t), q in zip(x.items(), queries.values(), strict=False):
-        if len(x) != len(queries) or q.shape[1:] != t.shape[1:]:
-            raise ValueError(
-                f"support examples have features {tuple(t.shape[1:])}, queries {tuple(q.shape[1:])} ({name}): both "
-                "need the same, so resize or reshape one of them"
-            )
-
-
 def check_task(
     learner: Learner,  # that is to learn it
     support: Examples,  # of one task
@@ -391,74 +368,6 @@ def check_task(
         parameter = next(learner.parameters(), None)
     for name, x in (leaves_of("support.x", support.x) | leaves_of("query", query)).items():
         check_place(name, x, parameter)
-
-
-def check_targets(
-    y: Tensor,  # of the support set of one task
-    kind: Kind,
-) -> None:
-    "Raise `ValueError` unless these are rows of floats, and of at least two classes where they are classes."
-    if y.ndim != 2 or not y.is_floating_point():
-        raise ValueError(
-            f"support.y is {y.dtype} of shape {tuple(y.shape)}, expected floats [n, way] or [n, out], of one task: "
-            "make one-hot rows of class numbers with Examples.of(x, labels, way), a column of targets with "
-            "y[:, None]; many tasks are for metabook.engine.answer"
-        )
-    if kind == "classification" and y.shape[-1] < 2:
-        raise ValueError(
-            f"support.y has shape {tuple(y.shape)}, so the way is {y.shape[-1]}, expected "
-            'at least two classes to tell apart: show more, or build the learner with kind="regression"'
-        )
-
-
-def check_place(
-    name: str,  # of the argument, for the message
-    x: Tensor,  # examples
-    parameter: Tensor | None,  # of the learner that is to read them
-) -> None:
-    """Raise `ValueError` where examples are bytes, or on another device.
-
-    A network may bring them to its own precision; where it does not, `metabook.trust.in_our_words` says so.
-    """
-    if x.dtype == torch.uint8:
-        raise ValueError(
-            f"{name}: the examples are bytes ({x.dtype}), expected floats: Classes.prepare(x) makes the "
-            "floats a network needs"
-        )
-    if parameter is not None and x.device != parameter.device:
-        raise ValueError(
-            f"{name}: the examples are {x.dtype} on {x.device}, the learner {parameter.dtype} on "
-            f"{parameter.device}: move one of them, for example episode.to(device, dtype)"
-        )
-
-
-def check_rate(
-    lr: float,  # inner rate
-) -> None:
-    "Raise `ValueError` unless the rate is positive and finite."
-    if not isinstance(lr, Real) or not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr!r}, expected a positive inner rate: pass one, such as lr=0.01")
-
-
-def check_steps(
-    **numbers: int | None,  # of inner steps; `None`: not said
-) -> None:
-    "Raise `ValueError`, naming the argument, for a number that is negative or broken."
-    for name, number in numbers.items():
-        if not isinstance(number, Integral | None) or (number is not None and number < 0):
-            raise ValueError(
-                f"{name}={number!r}, expected at least 0 whole steps: pass {name}=0 to take none"
-            )
-
-
-def check_network(**networks: Any) -> None:
-    "Raise `TypeError`, naming the argument, for what is no network."
-    for name, value in networks.items():
-        if not isinstance(value, nn.Module):
-            raise TypeError(
-                f"{name}={value!r}, expected a network, an instance of torch.nn.Module: build one, such as "
-                f"{name}=Conv4(out=5)"
-            )
 
 # %% ../nbs/05_learners.ipynb #3b5d7c1a
 class InnerLoop(Learner):
@@ -599,70 +508,3 @@ def task_score(
     hits = (predictions.argmax(-1) == y.argmax(-1)).to(exact)
     lost = ~predictions.amax(-1).isfinite()  # no answer is no wrong answer
     return hits.masked_fill(lost, math.nan).mean()
-
-
-def check_classes(
-    name: str,  # of the argument
-    y: Float[Tensor, "*tasks n way"],  # labels
-) -> None:
-    "Raise `ValueError` unless each row names one class, or is a distribution over classes."
-    if y.is_meta or not y.numel():
-        return
-    sums = y.sum(-1)
-    odd = ~((sums - 1).abs() <= 0.01)  # NaN is odd
-    if bool(odd.any()) or bool((y < 0).any()):
-        found = sums[odd][0].item() if bool(odd.any()) else y.min().item()
-        raise ValueError(
-            f"{name}: a row of labels {'sums to' if bool(odd.any()) else 'has'} {found:.4g}, expected one-hot rows, or "
-            "probabilities that sum to 1: several classes at once (multi-hot) have no accuracy; learn each as a "
-            'task of its own, or as targets, with kind="regression"'
-        )
-
-
-def check_answers(
-    y: Float[Tensor, "*tasks n way"],  # labels of queries
-) -> None:
-    "Raise `ValueError` unless each row has one class that is the right answer."
-    check_classes("query.y", y)
-    if not y.is_meta and y.numel() and y.shape[-1] > 1:
-        first, second = y.topk(2, -1).values.unbind(-1)
-        if bool((first == second).any()):
-            raise ValueError(
-                f"query.y: a row of labels has {first[first == second][0].item():.4g} twice, expected one class that "
-                "is the likeliest: with two right answers there is no accuracy; give queries one class each"
-            )
-
-
-def check_match(predictions: Tensors, y: Tensors) -> None:
-    """Raise `ValueError` unless there is one prediction for each target, of the same width, and any at all.
-
-    `TypeError` where one of the two is no tensor: who predicts a structure writes its own criterion and score.
-    """
-    for name, value in {"predictions": predictions, "targets": y}.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} are a {type(value).__name__}, expected one tensor [n, ...]: let its forward return the "
-                "answers alone, such as the first of a pair, or write the learner's own criterion and score"
-            )
-    if predictions.shape == y.shape and y.numel():
-        return
-    if predictions.ndim != y.ndim:
-        raise ValueError(
-            f"predictions of shape {tuple(predictions.shape)} for targets of shape {tuple(y.shape)}: predict has "
-            "to give one row of numbers for each query; end the network with nn.Flatten() and a linear layer, or "
-            "give the targets their last axis, y[..., None]"
-        )
-    if predictions.shape == y.shape:
-        raise ValueError(
-            f"targets of shape {tuple(y.shape)}, expected at least one: nothing has no mean loss, so give "
-            "examples"
-        )
-    if predictions.shape[-1:] != y.shape[-1:]:
-        raise ValueError(
-            f"the network gives {predictions.shape[-1]} outputs, but the task's way (or number of "
-            f"targets) is {y.shape[-1]}: build the network with {y.shape[-1]} outputs"
-        )
-    raise ValueError(
-        f"predictions of shape {tuple(predictions.shape)} for targets of shape {tuple(y.shape)}: "
-        "predict has to give one row for each query"
-    )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import grad_and_value
 
 from .checkpoints import register
-from .episodes import Examples, positive
+from .checks import check_positive
+from .episodes import Examples
 from .learners import FastWeights, Kind
 from .networks import Parameters, Statistics, adaptable
 
@@ -151,7 +152,7 @@ class _LearnedUpdate(FastWeights):
         lr: float = 0.01,  # rate before training
     ):
         super().__init__(net, lr, steps, test_steps, kind)
-        positive(hidden=hidden)
+        check_positive(hidden=hidden)
         self.hidden = hidden
         self.lstm = CoordinateLSTM(4, hidden)
         self.update = self.rule(hidden, lr)

@@ -13,16 +13,9 @@ from torch import Generator, Tensor, nn
 from torch.func import grad
 
 from .checkpoints import register
-from metabook.episodes import (
-    Episode,
-    Examples,
-    FewShot,
-    Frozen,
-    Picks,
-    Tasks,
-    positive,
-)
-from .learners import InnerLoop, check_network, check_rate
+from .checks import check_network, check_positive, check_rate
+from .episodes import Episode, Examples, FewShot, Frozen, Picks, Tasks
+from .learners import InnerLoop
 from .networks import Parameters, Statistics, call, embedded, recording
 from .training import Report
 from .transfer import Head, linear
@@ -69,7 +62,7 @@ def untouched(net: nn.Module) -> tuple[nn.ParameterList, nn.ParameterList]:
 
 def first_rows(net: nn.Module, way: int, like: Tensor) -> nn.Linear:
     "Rows at which heads start.  Raises `ValueError` where `net` does not say its `features`."
-    positive(way=way)
+    check_positive(way=way)
     if not isinstance(getattr(net, "features", None), int):
         raise ValueError(
             f"{type(net).__name__} does not say how long its embeddings are: set its attribute "
@@ -229,7 +222,7 @@ class HardTasks(Tasks):
         tasks: FewShot,  # where the classes and the examples come from
         every: int = 10,  # meta-batches from one hard one to the next
     ):
-        positive(every=every)
+        check_positive(every=every)
         if not isinstance(tasks, FewShot) or not tasks.same_shapes:
             raise ValueError(
                 f"HardTasks needs a FewShot with a fixed way and shot, not {tasks}: give it one, such as "
@@ -276,7 +269,7 @@ class HardTasks(Tasks):
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
         if not self.hard:
             return self.tasks.draw(n, generator)
-        positive(n=n)
+        check_positive(n=n)
         device = generator.device if generator else self.device
         among, way = self.failed.to(device).expand(n, -1), self.tasks.way
         luck = torch.rand(among.shape, generator=generator, device=device)

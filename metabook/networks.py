@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from . import kernels
 from .checkpoints import NETWORKS, lookup, register
-from .episodes import Examples, positive
+from .checks import check_positive
+from .episodes import Examples
 from .trust import TWICE, composing, copy_of, lending, turn
 
 # %% auto #0
@@ -108,7 +109,7 @@ class BatchNorm(NoScript, nn.Module):
     ):
         super().__init__()
         lookup(stats, dict.fromkeys(["batch", "support", "running"]), "stats")
-        positive(channels=channels)
+        check_positive(channels=channels)
         self.stats, self.eps, self.momentum = stats, eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))  # gamma
         self.bias = nn.Parameter(torch.zeros(channels))  # b
@@ -366,7 +367,7 @@ class MLP(NoScript, nn.Module):
                 f"sizes={sizes!r}, expected at least the number of inputs and of outputs, "
                 "as in [784, 64, 5]"
             )
-        positive(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+        check_positive(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.features = sizes[-1]  # length of an embedding, where it is used as one
 
@@ -454,7 +455,7 @@ class Conv4(nn.Module):
         stats: Literal["batch", "support", "running"] = "batch",  # see `BatchNorm`
     ):
         super().__init__()
-        positive(channels=channels, size=size, width=width, out=1 if out is None else out)
+        check_positive(channels=channels, size=size, width=width, out=1 if out is None else out)
         lookup(pool, dict.fromkeys(["max", "stride"]), "pool")
         if pool == "max" and size < 16:
             raise ValueError(
@@ -544,7 +545,7 @@ class ResNet12(nn.Module):
             raise ValueError(
                 f"widths={list(widths)}, expected four numbers, one for each block: such as [64, 160, 320, 640]"
             )
-        positive(channels=channels, **{f"widths[{i}]": w for i, w in enumerate(widths)})
+        check_positive(channels=channels, **{f"widths[{i}]": w for i, w in enumerate(widths)})
         sizes = [channels, *widths]
         self.blocks = nn.ModuleList(ResidualBlock(a, b, stats) for a, b in pairwise(sizes))
         self.channels, self.features = channels, widths[-1]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoints import lookup, register
-from .episodes import Episode, Examples, positive
+from .checks import check_positive
+from .episodes import Episode, Examples
 from .learners import FastWeights, Kind
 from metabook.networks import (
     MLP,
@@ -234,7 +235,9 @@ class PGN(FastWeights):
         lookup(description, dict.fromkeys(["support", "task", "both"]), "description")
         lookup(loss_steps, dict.fromkeys(["last", "all"]), "loss_steps")
         last_layer(net)  # a network without one is refused
-        positive(hidden=hidden, **({} if description == "support" else {"task_size": task_size}))
+        check_positive(
+            hidden=hidden, **({} if description == "support" else {"task_size": task_size})
+        )
         self.description, self.task_size, self.loss_steps = description, task_size, loss_steps
         given = 0 if description == "support" else task_size
         self.encoder = None if description == "task" else SetEncoder(net, hidden)

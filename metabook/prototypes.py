@@ -10,13 +10,14 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from .checkpoints import lookup, register
+from .checks import check_every_class, check_network
 from .episodes import Examples
-from .learners import Learner, check_network
+from .learners import Learner
 from .networks import Statistics, embedded, recording
 
 # %% auto #0
-__all__ = ['TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance', 'ProtoNet',
-           'require_every_class']
+__all__ = ['require_every_class', 'TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance',
+           'ProtoNet']
 
 # %% ../nbs/13_prototypes.ipynb #4a3e82e9
 def prototypes(
@@ -34,6 +35,7 @@ def prototypes(
     return y.T @ z / y.sum(0)[:, None]
 
 # %% ../nbs/13_prototypes.ipynb #e91b7f91
+require_every_class = check_every_class  # its name in 0.1.0
 TINY = 1e-12  # the smallest squared length that is told from zero
 
 
@@ -92,7 +94,7 @@ class ProtoNet(Learner):
     with `BatchNorm(stats="batch")` each has its own statistics, where the authors' code normalises
     both together in training.  Raises `ValueError` for an unknown distance.  A class without a
     support example makes every logit NaN: inside a lift nobody may look at values, so look before, with
-    `require_every_class`.
+    `check_every_class`.
     """
 
     head = False
@@ -123,12 +125,4 @@ class ProtoNet(Learner):
         return -self.scale * DISTANCES[self.distance](z, c)
 
 # %% ../nbs/13_prototypes.ipynb #06662e32
-def require_every_class(
-    support: Examples,  # of one task, not inside a lift
-) -> None:
-    "Raise `ValueError` where a class has no support example."
-    if missing := (support.y.sum(0) == 0).nonzero().flatten().tolist():
-        raise ValueError(
-            f"no support example of class {missing[0]}, expected one at least of each of the "
-            f"{support.y.shape[-1]}: show one, or leave the class out and number the others from 0"
-        )
+#| export

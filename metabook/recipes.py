@@ -33,9 +33,10 @@ from metabook.checkpoints import (
     save,
     write_atomically,
 )
+from .checks import check_device
 from .datasets import SOURCES, SPLITS, class_folders, source_of
 from .engine import Engine
-from .episodes import Classes, Examples, FewShot, Tasks, spelled, usable
+from .episodes import Classes, Examples, FewShot, Tasks, spelled
 from .learners import Learner
 from .meta_transfer import HardTasks
 from .networks import parameter_count
@@ -714,7 +715,7 @@ def reproduce(
     row.recipe(budget)
     published = None if row.published is None else asdict(row.published)
     for seed in row.seeds if seeds is None else seeds:
-        attempt = Attempt(row, budget, seed, usable(device), at_home(runs), steps, tasks)
+        attempt = Attempt(row, budget, seed, check_device(device), at_home(runs), steps, tasks)
         path = at_home(results) / ("trials" if attempt.trial else "") / f"{name}.json"
         new = attempt.measured(progress)
         others = [r for r in rows_in(path) if (r["budget"], r["seed"]) != (budget, seed)]

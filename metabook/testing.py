@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .checkpoints import METHODS, load, methods, save
+from .checks import leaves_of, shot_of
 from .engine import combined, gradients, losses
-from .episodes import Episode, Examples, Tasks, leaves_of, shot_of
-from .learners import InnerLoop, Learner, Metric
+from .episodes import Episode, Examples, Tasks
+from .learners import FastWeights, InnerLoop, Learner, Metric
 
 # %% auto #0
 __all__ = ['CHECKS', 'Flaw', 'ContractError', 'Case', 'far_apart', 'require_close', 'kind_matches', 'predictions_fit',
@@ -650,5 +651,9 @@ def unregistered_learners() -> list[str]:
         module = importlib.import_module(f"metabook.{name}") if name[0] != "_" else None
         exported = [getattr(module, n) for n in getattr(module, "__all__", [])]
         learners = [c for c in exported if inspect.isclass(c) and issubclass(c, Learner)]
-        found += [f"metabook.{name}.{c.__name__}" for c in learners if c not in known | {Learner}]
+        found += [
+            f"metabook.{name}.{c.__name__}"
+            for c in learners
+            if c not in known | {Learner, InnerLoop, FastWeights}
+        ]
     return found

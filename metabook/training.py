@@ -25,6 +25,7 @@ import metabook
 from . import processes
 from metabook.checkpoints import (
     at_home,
+    check_writable,
     differences,
     log,
     lookup,
@@ -36,10 +37,21 @@ from metabook.checkpoints import (
     read_config,
     rehearse,
     restore_random,
-    writable,
     write_atomically,
     write_checkpoint,
     write_folder,
+)
+from metabook.checks import (
+    check_answers,
+    check_class_rows,
+    check_device,
+    check_distribution,
+    check_episodes,
+    check_is_learner,
+    check_learning,
+    check_optimizer,
+    check_positive,
+    leaves_of,
 )
 from metabook.engine import (
     SCORING,
@@ -66,13 +78,10 @@ from metabook.episodes import (
     Frozen,
     Tasks,
     count,
-    leaves_of,
     number,
     one_hot,
-    positive,
     twin_of,
     undisturbed,
-    usable,
 )
 from .kernels import keep_memory, precise
 from metabook.learners import (
@@ -82,8 +91,6 @@ from metabook.learners import (
     Metric,
     Tensors,
     Timed,
-    check_answers,
-    check_classes,
     scoring,
     set_progress,
     start_training,
@@ -92,11 +99,10 @@ from .trust import claiming
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'judged', 'frozen_of', 'answers',
-           'require_tasks', 'require_learner', 'check_tasks', 'check_labels_of', 'waits', 'give_sizes', 'one_of',
-           'require_episodes', 'place', 'bar', 'Report', 'diagnosis', 'phases', 'Outer', 'Run', 'fit',
-           'require_optimizer', 'require_learning', 'prepare', 'begin', 'start_anew', 'last_state', 'identity', 'named',
-           'some_of', 'described', 'surroundings', 'changes', 'same_everywhere', 'require_same_answers', 'run_folder',
-           'read_log', 'Calibration', 'binned', 'calibration']
+           'check_tasks', 'waits', 'give_sizes', 'one_of', 'place', 'bar', 'Report', 'diagnosis', 'phases', 'Outer',
+           'Run', 'fit', 'prepare', 'begin', 'start_anew', 'last_state', 'identity', 'named', 'some_of', 'described',
+           'surroundings', 'changes', 'same_everywhere', 'check_same_answers', 'run_folder', 'read_log', 'Calibration',
+           'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -224,8 +230,8 @@ def evaluate(
     """
     engine = Engine.told(engine, older)
     processes.join()
-    positive(batch=batch)
-    require_learner(learner)
+    check_positive(batch=batch)
+    check_is_learner(learner)
     frozen = frozen_of(tasks, n, seed)
     place(learner, device)
     parts = [p for group in frozen.groups for p in portions(group, batch)]
@@ -262,7 +268,7 @@ def judged(
 def frozen_of(tasks: Tasks | Frozen, n: int | None, seed: int | None) -> Frozen:
     "Frozen tasks: these, or `n` of them.  Raises `ValueError` for numbers that would be ignored."
     if not isinstance(tasks, Frozen):
-        require_tasks(tasks)
+        check_distribution(tasks)
         return tasks.freeze(600 if n is None else n, 0 if seed is None else seed)
     for name, value in {"n": n, "seed": seed}.items():
         if value is not None:
@@ -283,7 +289,7 @@ def answers(
     progress: bool = False,  # show a bar
 ) -> list[tuple[Tensors, Tensors]]:  # each leaf [tasks, n, ...], on the CPU
     "Predictions and targets for the queries of frozen episodes, batch by batch.  Raises as `evaluate` does."
-    engine.require_heard("scoring", *SCORING)
+    engine.check_heard("scoring", *SCORING)
     check_tasks(learner, frozen)
     if queries not in ("joint", "single"):
         raise ValueError(f'queries={queries!r}, expected "joint" or "single"')
@@ -291,7 +297,7 @@ def answers(
     device = place(learner)
 
     def ask(episodes: Episode) -> tuple[Tensors, Tensors]:
-        check_labels_of(learner, episodes)
+        check_class_rows(learner, episodes)
         given = answer(learner, episodes.to(device), engine.lift, queries, check=engine.check)
         return tree_map(lambda t: t.cpu(), (given, episodes.query.y))
 
@@ -300,31 +306,6 @@ def answers(
         return [ask(episodes) for episodes in batches]
 
 # %% ../nbs/06_training.ipynb #7b81687d
-def require_tasks(tasks: Any, name: str = "tasks") -> None:
-    "Raise `TypeError` for what is no distribution over tasks, such as data that they could be made of."
-    if not hasattr(tasks, "sample") or isinstance(tasks, type):
-        raise TypeError(
-            f"{name}={reprlib.repr(tasks)}, expected tasks: make them, for example "
-            "FewShot(classes, way=5, shot=1) of classes"
-        )
-    if not isinstance(kind := getattr(tasks, "kind", None), str) or not kind:
-        raise TypeError(
-            f"{name}={reprlib.repr(tasks)} do not say their kind, expected classification, regression, or a word "
-            f'that your learners say too: set kind = "classification" in {type(tasks).__name__}'
-        )
-
-
-def require_learner(learner: Any) -> None:
-    "Raise `TypeError` for what is no learner, such as a network that one could be made of."
-    made = not isinstance(learner, type)
-    if not (made and hasattr(learner, "adapt") and hasattr(learner, "predict")):
-        what = f"a {type(learner).__name__}" if made else f"the class {learner.__name__}"
-        raise TypeError(
-            f"learner is {what}, expected an instance of a Learner: put a network into a method, such as "
-            "ProtoNet(network) or MAML(network)"
-        )
-
-
 def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") -> None:
     """Raise unless these can be tasks for this learner: looks at one of them.
 
@@ -333,7 +314,7 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
     """
     frozen = isinstance(tasks, Frozen)
     of = tasks.tasks if frozen else tasks
-    require_tasks(of, name)
+    check_distribution(of, name)
     if learner.kind != of.kind:
         raise ValueError(
             f"a {learner.kind} learner cannot be used on {of.kind} tasks ({of}): "
@@ -342,20 +323,13 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
     first = next(tasks.episodes(1), None) if frozen else one_of(of)
     if first is None:  # this process has no share of them, or nobody can look
         return
-    require_episodes(first, of)
-    check_labels_of(learner, first)
+    check_episodes(first, of)
+    check_class_rows(learner, first)
     one = tree_map(lambda t: t[0].to(place(learner)), first)
     learner.check(one.support, one.query.x)
     if waits(learner):
         with scoring(learner), torch.no_grad():
             give_sizes(learner, one)
-
-
-def check_labels_of(learner: Learner, episodes: Episode) -> None:
-    "Raise `ValueError` where labels are no classes; looks at values, so it stands before any lift."
-    for side, examples in zip(("support", "query"), episodes, strict=True):
-        if learner.kind == "classification" and isinstance(examples.y, Tensor):
-            check_classes(f"{side}.y", examples.y)
 
 
 def waits(module: nn.Module) -> bool:
@@ -382,38 +356,12 @@ def one_of(tasks: Tasks) -> Episode | None:
     return None
 
 
-def require_episodes(first: Any, tasks: Tasks) -> None:
-    "Raise `ValueError` unless this is an `Episode` of one task, each tensor with its axes."
-    for side in ("support", "query"):
-        examples = getattr(first, side, None)
-        if not (hasattr(examples, "x") and hasattr(examples, "y") and hasattr(examples, "info")):
-            raise ValueError(
-                f"{tasks} give {reprlib.repr(first)}, expected an Episode of Examples: let gather return "
-                "Episode(Examples(x, y), Examples(x, y))"
-            )
-        for name, t in leaves_of(side, examples).items():
-            if not isinstance(t, Tensor) or t.shape[:1] != (1,):
-                found = f"shape {tuple(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-                raise ValueError(
-                    f"{tasks} give {name} as {found} for one task, expected a tensor with an axis for tasks in front, "
-                    "[1, ...]: let gather stack what belongs to several tasks"
-                )
-        if tasks.kind in ("classification", "regression") and isinstance(examples.y, Tensor):
-            shape = tuple(examples.y.shape)
-            if len(shape) < 3 or not examples.y.is_floating_point():
-                raise ValueError(
-                    f"{tasks} give {side}.y as {examples.y.dtype} of shape {shape} for one task, expected floats of shape "
-                    "[1, n, out]: give targets their last axis, y[..., None], and classes a row each, "
-                    "one_hot(labels, way)"
-                )
-
-
 def place(learner: Learner, device: torch.device | str | None = None) -> torch.device:
     "Move the learner where it is wanted; say where it is.  Raises `ValueError` for a device that cannot be used."
     if device is not None:
-        learner.to(usable(device))
+        learner.to(check_device(device))
     found = next((p.device for p in learner.parameters()), torch.device("cpu"))
-    return found if found.type in ("cpu", "cuda") else usable(found)
+    return found if found.type in ("cpu", "cuda") else check_device(found)
 
 
 def bar(items: Any, total: int, show: bool, label: str, done: int = 0) -> Any:
@@ -1103,7 +1051,7 @@ def fit(
     """
     engine = Engine.told(engine, older)
     processes.join()
-    positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
+    check_positive(steps=steps, meta_batch=meta_batch, every=every, log_every=log_every)
     if not isinstance(lr, Real) or not 0 < lr < math.inf:
         raise ValueError(f"lr={lr!r}: expected a positive outer rate, for example 1e-3")
     if isinstance(tasks, Frozen):
@@ -1111,9 +1059,9 @@ def fit(
             f"tasks are {len(tasks)} frozen ones, expected a distribution to draw from: give frozen.tasks, and the "
             "frozen ones as validate"
         )
-    require_optimizer(optimizer)
-    require_learner(learner)
-    require_learning(learner)
+    check_optimizer(optimizer)
+    check_is_learner(learner)
+    check_learning(learner)
     keep_memory()
     device = place(learner, device)
     check_tasks(learner, tasks)
@@ -1146,31 +1094,6 @@ def fit(
     return run
 
 
-def require_optimizer(optimizer: Any) -> None:
-    "Raise `TypeError` for an optimiser that is made already: `fit` makes it, for the learner's parameters."
-    if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):
-        raise TypeError(
-            f"optimizer={reprlib.repr(optimizer)}, an instance of {type(optimizer).__name__}, expected a class, or a function of parameters and lr: pass "
-            f"optimizer=torch.optim.Adam and lr=...; more settings, such as weight_decay, with functools.partial"
-        )
-
-
-def require_learning(learner: Learner) -> None:
-    "Raise `ValueError` where training would change nothing, saying why."
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        word = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-        raise ValueError(
-            f"gradients are switched off here (torch.{word}, or set_grad_enabled(False)), so training would "
-            "change nothing: call fit outside of it, or torch.set_grad_enabled(True) before"
-        )
-    if not any(p.requires_grad for p in learner.parameters()):
-        number = sum(1 for _ in learner.parameters())
-        raise ValueError(
-            f"all {number} parameters of this {type(learner).__name__} are frozen, so training would change "
-            "nothing: set requires_grad_(True) for the layers that shall learn"
-        )
-
-
 def prepare(
     run: Run,
     validate: Tasks | Frozen | None,
@@ -1179,7 +1102,7 @@ def prepare(
 ) -> None:
     "What can be refused is refused here, not after an hour."
     if validate is not None and not isinstance(validate, Frozen):
-        require_tasks(validate, "validate")
+        check_distribution(validate, "validate")
         validate = validate.freeze(VALIDATION_TASKS, VALIDATION)
     if not isinstance(run.keep, Integral) or run.keep < 0:
         raise ValueError(f"keep={run.keep!r}: expected how many checkpoints stay, 0 for none")
@@ -1305,7 +1228,7 @@ def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> 
     processes.alike_(list(learner.state_dict().values()))
 
 
-def require_same_answers(learner: Learner, twin: Learner, one: Episode | None) -> None:
+def check_same_answers(learner: Learner, twin: Learner, one: Episode | None) -> None:
     "Raise `ValueError` where what `load` would give answers otherwise; says nothing where neither can be asked."
     device, gap, noise, size = place(learner), 0.0, 0.0, 0.0
     with suppress(Exception):  # whatever it is, the first step will tell
@@ -1342,8 +1265,8 @@ def run_folder(folder: str | Path | None, run: Run, resume: bool) -> Path | None
             raise ValueError("resume=True, but there is no folder to go on with: name one")
         return None
     folder = at_home(folder)
-    require_same_answers(run.learner, rehearse(run.learner), one_of(run.tasks))
-    writable("notes", run.notes)
+    check_same_answers(run.learner, rehearse(run.learner), one_of(run.tasks))
+    check_writable("notes", run.notes)
     if run.keep and changes(run.tasks) and not hasattr(run.tasks, "state_dict"):
         raise TypeError(
             f"{run.tasks!r} learn from feedback, so a checkpoint must hold what they remember: give "
@@ -1440,7 +1363,7 @@ def calibration(
     Raises `ValueError` for a regression learner, unless temperature is positive, where an answer is NaN, and
     for what `evaluate` refuses.
     """
-    positive(bins=bins)
+    check_positive(bins=bins)
     if learner.kind != "classification" or not temperature > 0:
         raise ValueError(
             f"calibration of a {learner.kind} learner at temperature={temperature}: "

@@ -11,8 +11,9 @@ from torch import Generator, Tensor, nn
 from torch.func import grad
 
 from .checkpoints import lookup, register
-from .episodes import Classes, ClassTasks, Examples, Picks, class_data, positive, summary
-from .learners import Learner, check_network, check_rate, check_steps
+from .checks import check_class_data, check_network, check_positive, check_rate, check_steps
+from .episodes import Classes, ClassTasks, Examples, Picks, summary
+from .learners import Learner
 from .networks import Statistics, batch_norms, embedded, recording
 from .prototypes import TINY, prototypes, unit
 
@@ -32,15 +33,15 @@ class Batches(ClassTasks):
         classes: Classes,  # the data
         size: int = 64,  # images of a batch, drawn with replacement
     ):
-        class_data(classes)
-        positive(size=size)
+        check_class_data(classes)
+        check_positive(size=size)
         self.classes, self.size, self.way = classes, int(size), len(classes)
 
     def __repr__(self) -> str:
         return f"Batches({summary(self.classes)}, size={self.size})"
 
     def draw(self, n: int, generator: Generator | None = None) -> Picks:
-        positive(n=n)
+        check_positive(n=n)
         device = generator.device if generator else self.device
         every = torch.arange(self.way, device=device).expand(n, -1)
         total = len(self.classes.x)
@@ -89,7 +90,7 @@ class Pretrained(Learner):
     An empty support set stands for the base classes: trained on `Batches`, the features learn to tell
     all of them apart.  With a support set the head is made of class means (of their directions, for
     `logits="cosine"`).  A class without a support example has no mean, and its logit is NaN: inside a
-    lift nobody may look at values, so look before, with `metabook.prototypes.require_every_class`.
+    lift nobody may look at values, so look before, with `metabook.checks.check_every_class`.
 
     Raises `ValueError` for an unknown head, for base classes with an `embed` that does not say its
     `features` or normalises by the support set, and for an empty support set without base classes.
@@ -153,7 +154,7 @@ class Pretrained(Learner):
 
 def base_layer(embed: nn.Module, classes: int) -> nn.Linear:
     "A last layer, beside `embed` and of its type.  Raises `ValueError` where `embed` is not made for it."
-    positive(classes=classes)
+    check_positive(classes=classes)
     if any(layer.stats == "support" for layer in batch_norms(embed)):
         raise ValueError(
             'embed normalises by the support set (stats="support"), and pre-training has none: '
@@ -184,7 +185,7 @@ class FineTune(Pretrained):
     2019, whose heads start at random and see mini-batches, with momentum and weight decay.
 
     A class without a support example makes every logit NaN, with `steps=0` its own only: inside a lift
-    nobody may look at values, so look before, with `metabook.prototypes.require_every_class`.
+    nobody may look at values, so look before, with `metabook.checks.check_every_class`.
 
     Raises `ValueError` for what `Pretrained` refuses, a negative number of steps, and a rate that is
     not positive.

@@ -26,8 +26,8 @@ from .processes import Shared, summed_
 # %% auto #0
 __all__ = ['TWICE', 'LIFTED', 'HOLDERS', 'MOST', 'TOLERANCE', 'RIGHT', 'VERIFIED', 'Work', 'REFUSALS', 'OF_TYPES', 'layer_norm',
            'batch_norm', 'instance_norm', 'embedding', 'attention', 'multi_head_attention', 'embedding_bag',
-           'hardsigmoid', 'weight_norm', 'sparing', 'composing', 'turn', 'lending', 'require_free', 'claiming',
-           'require_alone', 'asking', 'here', 'verified_here', 'plain', 'proven', 'trusted', 'objection', 'why_not',
+           'hardsigmoid', 'weight_norm', 'sparing', 'composing', 'turn', 'lending', 'check_free', 'claiming',
+           'check_alone', 'asking', 'here', 'verified_here', 'plain', 'proven', 'trusted', 'objection', 'why_not',
            'copy_of', 'suspects', 'Impossible', 'in_our_words']
 
 # %% ../nbs/A6_trust.ipynb #678bd65f
@@ -291,7 +291,7 @@ def lending(
     thread trains it.
     """
     with _turn:
-        require_free(network)
+        check_free(network)
         filled = list(_places(network, tensors))
         odd = [] if _spared.get() else _odd(network)
         kept = [(m, _content(m)) for m in odd]
@@ -420,7 +420,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
-def require_free(module: nn.Module) -> None:
+def check_free(module: nn.Module) -> None:
     "Raise `RuntimeError` where another thread has claimed it."
     owner = _claims.get(module)
     if owner is not None and owner is not _mine.get():
@@ -443,7 +443,7 @@ def claiming(
         return
     mine = _mine.get() or object()
     with _turn:
-        require_alone(learner)
+        check_alone(learner)
         fresh = [m for m in learner.modules() if m not in _claims]
         _claims.update(dict.fromkeys(fresh, mine))
     token = _mine.set(mine)
@@ -456,10 +456,10 @@ def claiming(
                 _claims.pop(module, None)
 
 
-def require_alone(learner: nn.Module) -> None:
+def check_alone(learner: nn.Module) -> None:
     "Raise `RuntimeError` where another thread has claimed a part of it, or is asking it."
     for module in learner.modules():
-        require_free(module)
+        check_free(module)
     if set(_asking.get(learner, ())) - {threading.get_ident()}:
         raise RuntimeError(
             f"this {type(learner).__name__} is answering in another thread: wait for it, or train a copy "
@@ -476,7 +476,7 @@ def asking(
         yield
         return
     with _turn:
-        require_free(learner)
+        check_free(learner)
         threads = _asking.setdefault(learner, [])
         threads.append(threading.get_ident())
     try:

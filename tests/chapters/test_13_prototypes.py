@@ -11,6 +11,7 @@ from torch.func import grad
 from torch.nn import functional as F
 
 from metabook.checkpoints import METHODS
+from metabook.checks import check_every_class
 from metabook.episodes import Classes, Examples, FewShot, one_hot
 from metabook.networks import Conv4
 from metabook.prototypes import (
@@ -19,7 +20,6 @@ from metabook.prototypes import (
     cosine_distance,
     euclidean,
     prototypes,
-    require_every_class,
     squared_euclidean,
 )
 from metabook.testing import check_learner
@@ -618,6 +618,6 @@ def test_forgotten_class():
     c = y.T @ points / y.sum(0).clamp_min(1)[:, None]  # no repair: (0, 0) is shown as class 0,
     assert squared_euclidean(points[:1], c).argmin() == 2  # and goes to the class never shown
 
-    require_every_class(Examples(points, labels))
+    check_every_class(Examples(points, labels))
     with pytest.raises(ValueError, match="no support example of class 2"):
-        require_every_class(support)
+        check_every_class(support)

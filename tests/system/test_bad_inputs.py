@@ -26,6 +26,7 @@ from torch import nn
 
 from metabook import checkpoints, datasets, processes, recipes
 from metabook.checkpoints import NETWORKS, methods, save
+from metabook.checks import check_every_class
 from metabook.cli import main
 from metabook.datasets import DataError
 from metabook.engine import gradients
@@ -37,7 +38,7 @@ from metabook.meta_lstm import LSTMOptimizer, MetaLSTM
 from metabook.meta_transfer import HardTasks, MetaTransfer
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12
 from metabook.pgn import PGN
-from metabook.prototypes import ProtoNet, require_every_class
+from metabook.prototypes import ProtoNet
 from metabook.testing import check_learner
 from metabook.training import calibration, evaluate, fit, paired
 from metabook.transfer import Batches, FineTune, Pretrained
@@ -436,7 +437,7 @@ METHODS = {
         *(ValueError, "support set", "empty", "every class at least one example", "give"),
     ),
     "one class of three": Row(
-        lambda _: require_every_class(Examples.of(INPUTS, torch.zeros(6).long(), 3)),
+        lambda _: check_every_class(Examples.of(INPUTS, torch.zeros(6).long(), 3)),
         *(ValueError, "support example of class", "1", "one at least of each of the 3", "show one"),
     ),
     "no inner rate": Row(lambda _: MAML(FEATURES, lr=0), ValueError, "lr", "=0", RATE, "lr=0.01"),
