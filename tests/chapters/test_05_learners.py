@@ -14,6 +14,7 @@ from metabook.checkpoints import register
 from metabook.engine import losses
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.learners import FastWeights, Learner, task_loss, task_score
+from metabook.networks import MLP
 from metabook.prototypes import ProtoNet
 from metabook.testing import ContractError, check_learner
 from metabook.training import evaluate, fit
@@ -426,7 +427,7 @@ def test_a_learner_owns_criterion_and_score():
             return (predictions[:, :1] - y).square().mean()
 
     torch.manual_seed(0)
-    unsure = Unsure(torch.nn.Linear(1, 2), kind="regression")
+    unsure = Unsure(MLP([1, 2]), kind="regression")
     check_learner(unsure, Sinusoids(5, 5))
     score = evaluate(unsure, Sinusoids(5, 10), 20)
     assert unsure.metric.name == "mse" and unsure.metric.better(1.0, 2.0)
