@@ -512,9 +512,10 @@ def _weights_ahead(
 
 def _told(learner: Learner, shared: Shared, episodes: Episode) -> dict[str, Tensor]:
     "What all tasks say of themselves, for an objective that is not their mean."
-    if averages(learner):
+    if averages(learner) or not _listens(learner):
         return {}
-    return {k: shared.of_all(t) for k, t in (episodes.query.info | episodes.support.info).items()}
+    info = episodes.query.info | episodes.support.info
+    return {name: shared.told(name, info[name]) for name in sorted(info)}
 
 
 def combined(
@@ -523,8 +524,12 @@ def combined(
     info: dict[str, Tensor],  # what the tasks say of themselves, [tasks, ...] each
 ) -> Float[Tensor, ""]:
     "The learner's objective, of losses and of what the tasks say, where it reads that."
-    told = len(inspect.signature(learner.combine).parameters) > 1
-    return learner.combine(values, info) if told else learner.combine(values)
+    return learner.combine(values, info) if _listens(learner) else learner.combine(values)
+
+
+def _listens(learner: Learner) -> bool:
+    "Does its objective take what the tasks say?  Those of 0.1.0 take losses alone."
+    return len(inspect.signature(learner.combine).parameters) > 1
 
 
 def _weights(

@@ -199,6 +199,7 @@ class Shared:
     index: int = field(default_factory=rank)  # of this process
     processes: int = field(default_factory=world)
     losses: Tensor | None = None  # of all tasks, once they are known
+    info: dict[str, Tensor] = field(default_factory=dict)  # what all tasks say, once that is known
 
     @classmethod
     def whole(cls, tasks: int) -> Shared:
@@ -219,13 +220,15 @@ class Shared:
             self.losses = everyones  # known once the message has arrived
         return self.losses
 
-    def of_all(self, rows: Tensor) -> Tensor:
-        "What all tasks say, from what those of this process say, in its own type."
+    def told(self, name: str, rows: Tensor) -> Tensor:
+        "What all tasks say, from what those of this process say.  Sends a message the first time only."
         if self.processes == 1:
             return rows
-        wide = self.placed(rows.to(torch.float64))
-        summed_([wide])
-        return wide.to(rows.dtype)
+        if name not in self.info:
+            wide = self.placed(rows.to(torch.float64))
+            summed_([wide])
+            self.info[name] = wide.to(rows.dtype)
+        return self.info[name]
 
     def placed(self, rows: Tensor) -> Tensor:
         "Rows of this process where they belong among those of all."

@@ -17,7 +17,7 @@ from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.meta_transfer import HardTasks
-from metabook.networks import MLP, BatchNorm
+from metabook.networks import MLP, BatchNorm, parameters_of
 from metabook.prototypes import ProtoNet
 from metabook.training import evaluate, fit
 
@@ -67,11 +67,34 @@ class Stained(Sinusoids):
         return episode
 
 
+class High(MAML):
+    """Weighs tasks by what they say of themselves: their amplitude."""
+
+    def combine(self, losses: Tensor, info: dict[str, Tensor]) -> Tensor:
+        return (losses * info["task"][:, 0]).logsumexp(0)
+
+
+class Towards(MAML):
+    """Walks towards the adapted parameters, with a price that falls to zero."""
+
+    approximate = True
+
+    def loss(self, episode: Any) -> Tensor:
+        (phi, _), theta = self.adapt(episode.support), parameters_of(self.net)
+        price = (1 - self.progress) * sum(p.square().sum() for p in theta.values())
+        return price + sum(((p - phi[k]).detach() * p).sum() for k, p in theta.items())
+
+    def combine(self, losses: Tensor) -> Tensor:
+        return losses.logsumexp(0)
+
+
 CASES: dict[str, tuple[Callable[[], Learner], Callable[[], Any], dict[str, Any]]] = {
     "mean": (lambda: waves(MAML), lambda: SINES[0], {}),
     "mean, one by one": (lambda: waves(MAML), lambda: SINES[0], {"chunk": 1}),
     "combined": (lambda: waves(Tempered), lambda: SINES[0], {}),
     "combined, one by one": (lambda: waves(Tempered), lambda: SINES[0], {"chunk": 1, "clip": 0.1}),
+    "domains": (lambda: waves(High), lambda: SINES[0], {}),
+    "surrogates": (lambda: waves(Towards), lambda: SINES[0], {}),
     "running statistics": (normalised, lambda: FewShot(points(), 3, 1, 2), {}),
     "skipping": (lambda: waves(MAML), lambda: Stained(4, 6), {"nonfinite": "skip"}),
     "hard tasks": (normalised, lambda: HardTasks(FewShot(points(), 3, 1, 2), every=2), {}),
