@@ -16,7 +16,7 @@ import torch
 
 import metabook
 from bench.worker import ROOT
-from metabook.checkpoints import write_atomically
+from metabook.registry import write_atomically
 
 LIBRARIES = ("torch", "higher", "torchopt", "learn2learn")
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import metabook
 from . import processes
-from .checkpoints import NETWORKS, at_home, load, methods, read_config
 from .checks import check_device
 from .datasets import SOURCES, check, fetch, own_images, present, read_image, source_of
 from .engine import Engine
@@ -37,6 +36,7 @@ from metabook.recipes import (
     told,
     unseen_tasks,
 )
+from .registry import NETWORKS, at_home, load, methods, read_config
 from .training import evaluate
 
 # %% auto #0

@@ -31,9 +31,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checkpoints import at_home, log, lookup, write_atomically
 from .checks import check_positive
 from .episodes import Classes, FewShot, Sinusoids, Tasks
+from .registry import at_home, log, lookup, write_atomically
 
 # %% auto #0
 __all__ = ['SPLITS', 'OMNIGLOT_FILES', 'OMNIGLOT', 'SOURCES', 'DataError', 'fingerprint', 'shuffled', 'data_root', 'glyph_list',

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .checkpoints import log
 from .checks import check_positive, leaves_of
 from .episodes import Episode, count
 from .kernels import PRECISIONS, lifting, precision_of_now
 from .learners import InnerLoop, Learner
 from .networks import Statistics, recording, store_running
 from .processes import Shared, summed_
+from .registry import log
 from metabook.trust import (
     LIFTED,
     TWICE,

@@ -13,7 +13,6 @@ import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -33,11 +32,12 @@ from metabook.checks import (
     check_positive,
     check_tensors,
 )
+from .registry import number, undisturbed
 
 # %% auto #0
-__all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'Tasks', 'Frozen', 'twin_of', 'undisturbed',
-           'number', 'digest', 'count', 'Waves', 'Sinusoids', 'Classes', 'spelled', 'Picks', 'choose', 'sides',
-           'ClassTasks', 'FewShot', 'summary', 'VariedWayShot', 'uneven']
+__all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'Tasks', 'Frozen', 'twin_of', 'digest', 'count',
+           'Waves', 'Sinusoids', 'Classes', 'spelled', 'Picks', 'choose', 'sides', 'ClassTasks', 'FewShot', 'summary',
+           'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -268,27 +268,6 @@ def _held(tasks: Tasks) -> Iterator[Any]:
             yield from _held(value)
         elif isinstance(value, Tensor | np.ndarray) or hasattr(value, "of_class"):
             yield value
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    "Within it the random numbers of the CPU begin anew; afterwards they go on as if none had been drawn."
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        for seed in (random.seed, np.random.seed, torch.default_generator.manual_seed):
-            seed(0)
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
-def number(value: Any) -> bool | int | float:
-    "A number of numpy as Python, and JSON, have it.  Raises `TypeError` for anything else."
-    if isinstance(value, Tensor) or getattr(value, "ndim", None) != 0:
-        raise TypeError(f"{type(value).__name__} {value!r} is not JSON serializable")
-    return value.item()
 
 
 PROBE = 8  # episodes by which tasks without stored data are known

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional as F
 
-from .checkpoints import lookup
 from metabook.checks import (
     check_answers,
     check_match,
@@ -40,6 +39,7 @@ from metabook.networks import (
     mixes_examples,
     support_statistics,
 )
+from .registry import lookup
 from .trust import asking, check_alone, claiming, in_our_words, sparing, turn
 
 # %% auto #0
@@ -197,7 +197,7 @@ class Learner(Judged):
     A subclass writes `adapt` and `predict` for ONE task; the engine lifts them over a batch of tasks.
     What is differentiated (`criterion`) and what is reported (`score`, `metric`) are its own; the defaults
     are those of its `kind`.  The attributes say what holds for the method, and
-    `metabook.testing.check_learner` tests it.  Register a subclass with `metabook.checkpoints.register`,
+    `metabook.testing.check_learner` tests it.  Register a subclass with `metabook.registry.register`,
     so that it can be saved.
     """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from .checkpoints import register
 from .episodes import Examples
 from .learners import FastWeights, Kind
 from metabook.networks import (
@@ -13,6 +12,7 @@ from metabook.networks import (
     call,
     parameters_of,
 )
+from .registry import register
 
 # %% auto #0
 __all__ = ['MAML']

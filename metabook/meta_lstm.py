@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad_and_value
 
-from .checkpoints import register
 from .checks import check_positive
 from .episodes import Examples
 from .learners import FastWeights, Kind
 from .networks import Parameters, Statistics, adaptable
+from .registry import register
 
 # %% auto #0
 __all__ = ['CoordinateLSTM', 'Gates', 'log_and_sign', 'RateAndDirection', 'State', 'flat', 'MetaLSTM', 'LSTMOptimizer']

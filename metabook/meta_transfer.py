@@ -12,11 +12,11 @@ from jaxtyping import Float, Shaped
 from torch import Generator, Tensor, nn
 from torch.func import grad
 
-from .checkpoints import register
 from .checks import check_network, check_positive, check_rate
 from .episodes import Episode, Examples, FewShot, Frozen, Picks, Tasks
 from .learners import InnerLoop
 from .networks import Parameters, Statistics, call, embedded, recording
+from .registry import register
 from .training import Report
 from .transfer import Head, linear
 from .trust import turn

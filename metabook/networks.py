@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from . import kernels
-from .checkpoints import NETWORKS, lookup, register
 from .checks import check_positive
 from .episodes import Examples
+from .registry import NETWORKS, lookup, register
 from .trust import TWICE, composing, copy_of, lending, turn
 
 # %% auto #0

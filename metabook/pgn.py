@@ -10,7 +10,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoints import lookup, register
 from .checks import check_positive
 from .episodes import Episode, Examples
 from .learners import FastWeights, Kind
@@ -23,6 +22,7 @@ from metabook.networks import (
     is_frozen,
     parameters_of,
 )
+from .registry import lookup, register
 from .trust import turn
 
 # %% auto #0

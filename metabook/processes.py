@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checkpoints import log
+from .registry import log
 
 Item = TypeVar("Item")
 

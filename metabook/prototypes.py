@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from .checkpoints import lookup, register
 from .checks import check_every_class, check_network
 from .episodes import Examples
 from .learners import Learner
 from .networks import Statistics, embedded, recording
+from .registry import lookup, register
 
 # %% auto #0
 __all__ = ['require_every_class', 'TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance',

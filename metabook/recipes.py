@@ -21,7 +21,14 @@ from torch.utils._pytree import tree_map
 
 import metabook
 from . import processes
-from metabook.checkpoints import (
+from .checks import check_device
+from .datasets import SOURCES, SPLITS, class_folders, source_of
+from .engine import Engine
+from .episodes import Classes, Examples, FewShot, Tasks, spelled
+from .learners import Learner
+from .meta_transfer import HardTasks
+from .networks import parameter_count
+from metabook.registry import (
     NETWORKS,
     at_home,
     build,
@@ -33,13 +40,6 @@ from metabook.checkpoints import (
     save,
     write_atomically,
 )
-from .checks import check_device
-from .datasets import SOURCES, SPLITS, class_folders, source_of
-from .engine import Engine
-from .episodes import Classes, Examples, FewShot, Tasks, spelled
-from .learners import Learner
-from .meta_transfer import HardTasks
-from .networks import parameter_count
 from .training import evaluate, fit, one_of, paired
 from .transfer import Batches
 

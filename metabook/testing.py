@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .checkpoints import METHODS, load, methods, save
 from .checks import leaves_of, shot_of
 from .engine import combined, gradients, losses
 from .episodes import Episode, Examples, Tasks
-from .learners import FastWeights, InnerLoop, Learner, Metric
+from .learners import FastWeights, InnerLoop, Learner
+from .registry import METHODS, load, methods, save
 
 # %% auto #0
 __all__ = ['CHECKS', 'Flaw', 'ContractError', 'Case', 'far_apart', 'require_close', 'kind_matches', 'predictions_fit',
            'scores_are_numbers', 'keeps', 'require_rows', 'require_like', 'param_groups_are_complete', 'nonlinear',
            'lifted', 'loop_equals_vmap', 'parts_make_the_whole', 'gradients_arrive', 'gradients_are_true',
-           'is_derivative', 'objective_at', 'support_is_a_set', 'classes_are_names', 'queries_stand_alone', 'narrower',
-           'no_rows', 'doubled', 'another_way', 'another_shot', 'misfits', 'misfits_are_refused', 'snapshot',
+           'is_derivative', 'objective_at', 'no_rows', 'support_is_a_set', 'classes_are_names', 'queries_stand_alone',
+           'narrower', 'doubled', 'another_way', 'another_shot', 'misfits', 'misfits_are_refused', 'snapshot',
            'nothing_is_written', 'state_is_complete', 'adapting_is_deterministic', 'works_without_grad',
            'survives_saving', 'check_learner', 'surprise', 'unregistered_learners']
 
@@ -127,7 +127,7 @@ def scores_are_numbers(case: Case) -> str | None:
     with torch.no_grad():
         on_cpu = tree_map(lambda t: t.cpu(), (learner(support, query.x), query.y))
     score = learner.score(*on_cpu)
-    if not isinstance(learner.metric, Metric):
+    if not hasattr(learner.metric, "better"):
         raise Flaw(
             f"metric = {learner.metric!r}",
             "a Metric",
@@ -304,6 +304,19 @@ def objective_at(case: Case, direction: dict[str, Tensor], step: float) -> float
     return combined(learner, values, query.info | support.info).item()
 
 # %% ../nbs/A7_testing.ipynb #3036e5be
+def no_rows(examples: Examples) -> str | None:
+    "Why labels cannot be renumbered; `None`: they can, for they are rows."
+    if not isinstance(examples.y, Tensor):
+        return "the targets are a structure"
+    return None if examples.y.ndim == 2 else f"the targets have shape {tuple(examples.y.shape)}"
+
+
+def _of_each(examples: Examples, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    "Inputs and targets, each tensor changed."
+    x, y = tree_map(change, (examples.x, examples.y))
+    return {"x": x, "y": y}
+
+
 def support_is_a_set(case: Case) -> str | None:
     "The order of the support examples has no effect."
     if not case.learner.order_invariant:
@@ -369,19 +382,6 @@ def narrower(examples: Examples) -> Examples:
     info = {k: v[:-1] if k == "classes" else v for k, v in examples.info.items()}
     x, y = tree_map(lambda t: t[keep], (examples.x, examples.y))
     return Examples(x, y[:, :-1], info)
-
-
-def no_rows(examples: Examples) -> str | None:
-    "Why labels cannot be renumbered; `None`: they can, for they are rows."
-    if not isinstance(examples.y, Tensor):
-        return "the targets are a structure"
-    return None if examples.y.ndim == 2 else f"the targets have shape {tuple(examples.y.shape)}"
-
-
-def _of_each(examples: Examples, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    "Inputs and targets, each tensor changed."
-    x, y = tree_map(change, (examples.x, examples.y))
-    return {"x": x, "y": y}
 
 
 def doubled(examples: Examples) -> Examples:

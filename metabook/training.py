@@ -24,22 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 import metabook
 from . import processes
 from metabook.checkpoints import (
-    at_home,
-    check_writable,
-    differences,
-    log,
-    lookup,
     newest_checkpoint,
     occupied,
     pack,
-    plain,
     random_state,
-    read_config,
-    rehearse,
     restore_random,
-    write_atomically,
     write_checkpoint,
-    write_folder,
 )
 from metabook.checks import (
     check_answers,
@@ -71,18 +61,7 @@ from metabook.engine import (
     restore_where,
     update_where,
 )
-from metabook.episodes import (
-    LOOK,
-    Episode,
-    Examples,
-    Frozen,
-    Tasks,
-    count,
-    number,
-    one_hot,
-    twin_of,
-    undisturbed,
-)
+from .episodes import LOOK, Episode, Examples, Frozen, Tasks, count, one_hot, twin_of
 from .kernels import keep_memory, precise
 from metabook.learners import (
     ACCURACY,
@@ -94,6 +73,20 @@ from metabook.learners import (
     scoring,
     set_progress,
     start_training,
+)
+from metabook.registry import (
+    at_home,
+    check_writable,
+    differences,
+    log,
+    lookup,
+    number,
+    plain,
+    read_config,
+    rehearse,
+    undisturbed,
+    write_atomically,
+    write_folder,
 )
 from .trust import claiming
 

@@ -10,12 +10,12 @@ from jaxtyping import Float, Shaped
 from torch import Generator, Tensor, nn
 from torch.func import grad
 
-from .checkpoints import lookup, register
 from .checks import check_class_data, check_network, check_positive, check_rate, check_steps
 from .episodes import Classes, ClassTasks, Examples, Picks, summary
 from .learners import Learner
 from .networks import Statistics, batch_norms, embedded, recording
 from .prototypes import TINY, prototypes, unit
+from .registry import lookup, register
 
 # %% auto #0
 __all__ = ['SCALE', 'HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'base_layer', 'spread', 'FineTune']

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .checkpoints import log
 from .kernels import as_built, precise
 from .processes import Shared, summed_
+from .registry import log
 
 # %% auto #0
 __all__ = ['TWICE', 'LIFTED', 'HOLDERS', 'MOST', 'TOLERANCE', 'RIGHT', 'VERIFIED', 'Work', 'REFUSALS', 'OF_TYPES', 'layer_norm',

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.func import vmap
 
-from metabook.checkpoints import register
 from metabook.engine import losses
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.learners import FastWeights, Learner, task_loss, task_score
 from metabook.networks import MLP
 from metabook.prototypes import ProtoNet
+from metabook.registry import register
 from metabook.testing import ContractError, check_learner
 from metabook.training import evaluate, fit
 

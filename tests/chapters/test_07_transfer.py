@@ -10,10 +10,10 @@ from torch import nn
 from torch.func import grad, hessian
 from torch.nn import functional as F
 
-from metabook.checkpoints import METHODS
 from metabook.episodes import Classes, Episode, Examples, FewShot, one_hot
 from metabook.networks import Conv4
 from metabook.prototypes import ProtoNet, prototypes, squared_euclidean
+from metabook.registry import METHODS
 from metabook.testing import check_learner
 from metabook.training import evaluate, fit, paired
 from metabook.transfer import HEADS, SCALE, Batches, FineTune, Pretrained, cosine, linear, spread

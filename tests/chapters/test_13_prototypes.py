@@ -10,7 +10,6 @@ from torch import nn
 from torch.func import grad
 from torch.nn import functional as F
 
-from metabook.checkpoints import METHODS
 from metabook.checks import check_every_class
 from metabook.episodes import Classes, Examples, FewShot, one_hot
 from metabook.networks import Conv4
@@ -22,6 +21,7 @@ from metabook.prototypes import (
     prototypes,
     squared_euclidean,
 )
+from metabook.registry import METHODS
 from metabook.testing import check_learner
 
 

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from metabook import engine
-from metabook.checkpoints import log
 from metabook.engine import (
     Engine,
     Replayed,
@@ -29,11 +28,12 @@ from metabook.engine import (
     over_tasks,
     update_where,
 )
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
+from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, one_hot
 from metabook.kernels import precise
 from metabook.maml import MAML
 from metabook.networks import MLP, BatchNorm, Conv4
 from metabook.prototypes import ProtoNet
+from metabook.registry import log
 from metabook.training import Outer, evaluate, fit
 
 
@@ -177,71 +177,6 @@ def test_answers_are_overheard():
     torch.testing.assert_close(heard, expected.detach())
 
 
-def test_surrogates_are_differentiated():
-    # cell aab042d7
-    class Normalised(torch.nn.Sequential):
-        "A network whose only layer with statistics sees its inputs as they are."
-
-        def __init__(self):
-            super().__init__(BatchNorm(2, stats="running", momentum=0.25))
-
-    points = Classes.of({str(i): i + torch.randn(6, 2) for i in range(4)})
-    episodes = FewShot(points, 3, 1, 2).sample(5, torch.Generator().manual_seed(0))
-    # A layer that is used twice notes the later use: here the query set.
-    mean = episodes.query.x.mean((0, 1))
-    var = episodes.query.x.var(1, correction=0).mean(0)
-    for lift in ("loop", "vmap"):
-        learner = ProtoNet(Normalised()).train()
-        losses(learner, episodes, lift)
-        layer = learner.embed[0]
-        torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
-        torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
-    # cell b0e10e52
-    learner = ProtoNet(Normalised()).eval()
-    expected = over_tasks(learner, episodes.support, episodes.query.x)
-    for lift in ("loop", "vmap"):
-        values, heard, *_ = grade(learner, episodes, Way(lift))
-        torch.testing.assert_close(heard, expected.detach())
-        torch.testing.assert_close(values, losses(learner, episodes, lift))
-        assert values.requires_grad and not heard.requires_grad
-        whole = engine._as_a_whole(learner, episodes, Way(lift))
-        torch.testing.assert_close(whole.answers, heard)
-        torch.testing.assert_close(whole.losses, values)
-    learner.loss = lambda episode: learner.predict(
-        learner.adapt(episode.support), episode.query.x
-    ).sum()
-    assert not in_parts(learner)
-    assert grade(learner, episodes, Way("vmap")).answers is None  # nobody called forward
-    heard = grade(learner, episodes, Way("vmap", answers=True)).answers  # but somebody asks
-    torch.testing.assert_close(heard, expected.detach())
-
-    # cell b0e10e53
-    class Halved(ProtoNet):
-        "Differentiates half of its criterion, and no more."
-
-        approximate = True
-
-        def loss(self, episode):
-            return super().loss(episode) / 2
-
-    learner = Halved(Normalised()).eval()
-    whole = ProtoNet(learner.embed).eval()
-    for lift in ("loop", "vmap"):
-        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
-        torch.testing.assert_close(found.losses, expected.losses.detach())
-        torch.testing.assert_close(found.differentiated, expected.losses / 2)
-        for m, factor in ((learner, 2), (whole, 1)):
-            m.zero_grad()
-            m.combine = lambda values: values.square().mean()  # weighs by the criterion
-            gradients(m, episodes, lift=lift)
-            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
-            if m is learner:
-                mine = slopes
-        torch.testing.assert_close(mine, slopes)
-    learner.approximate = False
-    assert grade(learner, episodes, Way("vmap")).surrogates is None
-
-
 @pytest.mark.proves("eq-task-weights")
 def test_weights_of_tasks():
     # cell 542b7e73
@@ -281,6 +216,72 @@ def test_weights_of_tasks():
         gradients(learner, episodes, chunk=0)
 
 
+def test_surrogates_are_differentiated():
+    # cell 542b7e73
+    class Worst(MAML):
+        "Cares most for the task that went worst."
+
+        def combine(self, losses):
+            return losses.logsumexp(0)
+
+    def gradient(learner, **how):
+        learner.zero_grad()
+        graded = gradients(learner, episodes, **how)
+        assert not graded.losses.requires_grad and graded.answers.shape[:2] == (5, 6)
+        return [p.grad.clone() for p in learner.parameters()]
+
+    images = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
+    torch.manual_seed(0)
+    episodes = (
+        FewShot(images, 3, 1, 2).sample(5, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+    )
+    for kind in (MAML, Worst):
+        learner = kind(Conv4(out=3, width=4, pool="stride"), steps=2).double()
+        learner.zero_grad()
+        values = torch.stack(
+            [learner.loss(tree_map(lambda t, i=i: t[i], episodes)) for i in range(5)]
+        )
+        learner.combine(values).backward()
+        wanted = [p.grad.clone() for p in learner.parameters()]
+        for how in (
+            dict(lift="loop"),
+            dict(lift="vmap"),
+            dict(lift="auto", chunk=2),
+            dict(chunk=1),
+        ):
+            torch.testing.assert_close(gradient(learner, **how), wanted, rtol=1e-8, atol=1e-12)
+    with pytest.raises(ValueError, match="chunk=0"):
+        gradients(learner, episodes, chunk=0)
+
+    # cell b0e10e53
+    class Halved(ProtoNet):
+        "Differentiates half of its criterion, and no more."
+
+        approximate = True
+
+        def loss(self, episode):
+            return super().loss(episode) / 2
+
+    y = one_hot(torch.arange(4) % 2, 2).expand(3, -1, -1)
+    episodes = Episode(*(Examples(torch.randn(3, 4, 2), y) for _ in range(2)))
+    learner = Halved(MLP([2, 5]))
+    whole = ProtoNet(learner.embed)
+    for lift in ("loop", "vmap"):
+        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
+        torch.testing.assert_close(found.losses, expected.losses.detach())
+        torch.testing.assert_close(found.differentiated, expected.losses / 2)
+        for m, factor in ((learner, 2), (whole, 1)):
+            m.zero_grad()
+            m.combine = lambda values: values.square().mean()  # weighs by the criterion
+            gradients(m, episodes, lift=lift)
+            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
+            if m is learner:
+                mine = slopes
+        torch.testing.assert_close(mine, slopes)
+    learner.approximate = False
+    assert grade(learner, episodes, Way("vmap")).surrogates is None
+
+
 def test_chunks_change_nothing():
     # cell 542b7e73
     class Worst(MAML):
@@ -317,6 +318,34 @@ def test_chunks_change_nothing():
             torch.testing.assert_close(gradient(learner, **how), wanted, rtol=1e-8, atol=1e-12)
     with pytest.raises(ValueError, match="chunk=0"):
         gradients(learner, episodes, chunk=0)
+
+    # cell b0e10e53
+    class Halved(ProtoNet):
+        "Differentiates half of its criterion, and no more."
+
+        approximate = True
+
+        def loss(self, episode):
+            return super().loss(episode) / 2
+
+    y = one_hot(torch.arange(4) % 2, 2).expand(3, -1, -1)
+    episodes = Episode(*(Examples(torch.randn(3, 4, 2), y) for _ in range(2)))
+    learner = Halved(MLP([2, 5]))
+    whole = ProtoNet(learner.embed)
+    for lift in ("loop", "vmap"):
+        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
+        torch.testing.assert_close(found.losses, expected.losses.detach())
+        torch.testing.assert_close(found.differentiated, expected.losses / 2)
+        for m, factor in ((learner, 2), (whole, 1)):
+            m.zero_grad()
+            m.combine = lambda values: values.square().mean()  # weighs by the criterion
+            gradients(m, episodes, lift=lift)
+            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
+            if m is learner:
+                mine = slopes
+        torch.testing.assert_close(mine, slopes)
+    learner.approximate = False
+    assert grade(learner, episodes, Way("vmap")).surrogates is None
 
     # cell e8fe771f
     class OwnLoss(ProtoNet):

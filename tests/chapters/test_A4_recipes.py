@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from metabook.checkpoints import load, methods, register, save
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.recipes import (
@@ -33,6 +32,7 @@ from metabook.recipes import (
     table,
     unseen_tasks,
 )
+from metabook.registry import load, methods, register, save
 from metabook.training import Outer
 
 

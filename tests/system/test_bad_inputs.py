@@ -24,8 +24,7 @@ import torch
 from test_bad_data import huge, png, read_all, tarred, zipped
 from torch import nn
 
-from metabook import checkpoints, datasets, processes, recipes
-from metabook.checkpoints import NETWORKS, methods, save
+from metabook import datasets, processes, recipes, registry
 from metabook.checks import check_every_class
 from metabook.cli import main
 from metabook.datasets import DataError
@@ -39,6 +38,7 @@ from metabook.meta_transfer import HardTasks, MetaTransfer
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet
+from metabook.registry import NETWORKS, methods, save
 from metabook.testing import check_learner
 from metabook.training import calibration, evaluate, fit, paired
 from metabook.transfer import Batches, FineTune, Pretrained
@@ -779,7 +779,7 @@ def loaded(spoil: Callable[[Path], Any]) -> Callable[[Path], Any]:
     def load(at: Path) -> Any:
         save(at, small())
         spoil(at)
-        return checkpoints.load(at)
+        return registry.load(at)
 
     return load
 
@@ -953,7 +953,7 @@ RUNS = {
     ),
     "a folder of a later version": Row(
         loaded(newer),
-        checkpoints.OtherLayout,
+        registry.OtherLayout,
         "config.json",
         "layout 99",
         "reads layout 2",
@@ -970,19 +970,19 @@ RUNS = {
         ),
     ),
     "an unknown method": Row(
-        lambda _: checkpoints.build({"name": "mamel", "args": {}}),
+        lambda _: registry.build({"name": "mamel", "args": {}}),
         *(ValueError, "method", "'mamel'", "known are", "did you mean 'maml'"),
     ),
     "an unknown network": Row(
-        lambda _: checkpoints.build({"name": "conv5", "args": {}}, NETWORKS),
+        lambda _: registry.build({"name": "conv5", "args": {}}, NETWORKS),
         *(ValueError, "network", "'conv5'", "known are conv4", "did you mean 'conv4'"),
     ),
     "an argument that no network takes": Row(
-        lambda _: checkpoints.build({"name": "conv4", "args": {"size": 8}}, NETWORKS),
+        lambda _: registry.build({"name": "conv4", "args": {"size": 8}}, NETWORKS),
         *(ValueError, "'conv4'", "size=8", "at least 16 pixels", 'pool="stride"'),
     ),
     "a value that cannot be written": Row(
-        lambda _: checkpoints.plain("lr", torch.zeros(2)),
+        lambda _: registry.plain("lr", torch.zeros(2)),
         *(TypeError, "lr", "tensor([0., 0.])", "cannot be written as JSON", "pass a plain value"),
     ),
     "fewer tasks than processes": Row(

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from metabook import engine, learners
-from metabook.checkpoints import methods
 from metabook.episodes import Classes, Examples, FewShot, Sinusoids, Tasks
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
 from metabook.prototypes import ProtoNet
+from metabook.registry import methods
 from metabook.testing import ContractError, check_learner, unregistered_learners
 from metabook.transfer import Batches, FineTune, Pretrained
 

@@ -24,16 +24,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import metabook
-from metabook import checkpoints, cli, datasets, recipes
-from metabook.checkpoints import (
-    NETWORKS,
-    load,
-    read_config,
-    register,
-    rehearse,
-    save,
-    write_checkpoint,
-)
+from metabook import checkpoints, cli, datasets, recipes, registry
+from metabook.checkpoints import write_checkpoint
 from metabook.datasets import from_folder
 from metabook.engine import Engine
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks, VariedWayShot
@@ -44,6 +36,7 @@ from metabook.networks import MLP, Conv4, ResNet12
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet
 from metabook.recipes import Recipe, make_learner, network_of
+from metabook.registry import NETWORKS, load, read_config, register, rehearse, save
 from metabook.training import evaluate, fit
 from metabook.transfer import Batches, Pretrained
 
@@ -572,9 +565,9 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path):
 def test_what_is_no_number_is_still_refused():
     for wrong in (np.array([1, 2]), torch.tensor(1), object()):
         with pytest.raises(TypeError, match="cannot be written as JSON"):
-            checkpoints.plain("note", wrong)
+            registry.plain("note", wrong)
     for right, plain in ((np.float64(0.5), 0.5), (np.bool_(True), True), (np.array(3), 3)):
-        found = checkpoints.plain("note", right)
+        found = registry.plain("note", right)
         assert found == plain and type(found) is type(plain)
 
 
@@ -868,7 +861,7 @@ MESSAGES: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] 
         ("notes=", "nan", "expected finite numbers", "or None"),
     ),
     "a class that nobody imported": (
-        lambda: checkpoints.build({"name": "of-my-own", "args": {}}),
+        lambda: registry.build({"name": "of-my-own", "args": {}}),
         ValueError,
         ("unknown method", "'of-my-own'", "known are", "import its module first"),
     ),
@@ -1046,7 +1039,7 @@ def test_a_checkpoint_of_0_1_0_is_refused_with_the_reason_and_the_folder_still_l
         whole = json.loads(path.read_text())
         body = json.dumps(json.loads(whole["checkpoint"]) | {"layout": 1, "metabook": "0.1.0"})
         path.write_text(
-            json.dumps({"checksum": checkpoints.checksum(body.encode()), "checkpoint": body})
+            json.dumps({"checksum": registry.checksum(body.encode()), "checkpoint": body})
         )
     with pytest.raises(
         ValueError,
@@ -1076,7 +1069,7 @@ def test_renamed_parts_are_found_in_learners_inside():
     config, state = (read_config(WRITTEN / "meta-transfer"), {"held.start.weight": torch.ones(1)})
     outer = {"name": "a-wrapper", "args": {"held": config["method"]}}
     config |= {"method": outer, "frozen": ["held.start.weight"], "tied": [["held.start.bias", "x"]]}
-    now, renamed = checkpoints.upgraded(config, state)
+    now, renamed = registry.upgraded(config, state)
     assert list(renamed) == now["frozen"] == ["held.rows.weight"]
     assert now["tied"] == [["held.rows.bias", "x"]]
 
@@ -1105,4 +1098,12 @@ def test_the_script_of_a_user_runs_as_written(tmp_path: Path):
 
 
 def test_messages_go_to_the_log_of_the_library():
-    assert checkpoints.log is logging.getLogger("metabook")
+    assert registry.log is logging.getLogger("metabook")
+
+
+def test_names_that_moved_are_found_where_0_1_0_had_them():
+    with pytest.warns(DeprecationWarning, match=r"metabook\.registry\.register now"):
+        from metabook.checkpoints import register as old
+    assert old is register
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = checkpoints.nothing

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typer.testing import CliRunner
 
 from metabook import cli
-from metabook.checkpoints import NETWORKS, load, register, save
 from metabook.engine import Engine, gradients, losses
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks, one_hot
 from metabook.learners import InnerLoop, Learner, Metric
@@ -28,6 +27,7 @@ from metabook.meta_transfer import HardTasks
 from metabook.networks import MLP, parameters_of
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet, prototypes
+from metabook.registry import NETWORKS, load, register, save
 from metabook.testing import check_learner
 from metabook.training import Outer, Run, Score, evaluate, fit, paired
 

@@ -16,13 +16,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from metabook.checkpoints import log
 from metabook.engine import Engine, Replayed, capturable
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.learners import set_progress
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
 from metabook.prototypes import ProtoNet
+from metabook.registry import log
 from metabook.training import Outer, phases
 
 CUDA = torch.device("cuda")  # only its name is looked at

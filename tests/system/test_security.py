@@ -19,11 +19,11 @@ from notebooks import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from metabook import checkpoints, datasets
-from metabook.checkpoints import load, save
+from metabook import datasets, registry
 from metabook.maml import MAML
 from metabook.networks import MLP
 from metabook.prototypes import ProtoNet
+from metabook.registry import load, save
 
 OURS = ["metabook", "bench", "tools", "docs", "tests"]
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -233,7 +233,7 @@ def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
 def with_weights(folder: Path, data: bytes) -> None:
     """Other parameters, with the right checksum: a stranger can compute it as well."""
     (folder / "learner.safetensors").write_bytes(data)
-    rewrite(folder, lambda config: config.update(weights=checkpoints.checksum(data)))
+    rewrite(folder, lambda config: config.update(weights=registry.checksum(data)))
 
 
 @pytest.mark.parametrize("name", ["os.system", "torch.nn.Linear", "__import__", "../../protonet"])

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import metabook
-from metabook import checkpoints
-from metabook.checkpoints import load, read_config, save
+from metabook import registry
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
+from metabook.registry import load, read_config, save
 from metabook.training import evaluate, fit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,7 +58,7 @@ print(json.dumps([evaluate(learner, tasks, 10).per_task.tolist(), classify(learn
 USE = (
     SHARED
     + """
-from metabook.checkpoints import read_config
+from metabook.registry import read_config
 from metabook.training import evaluate
 
 learner, config = metabook.load(sys.argv[1]), read_config(sys.argv[1])
@@ -105,7 +105,7 @@ def test_what_a_folder_says(trained: tuple[Path, list]) -> None:
     assert config["method"]["args"]["embed"]["args"]["stats"] == "support"
     assert config["training"]["steps"] == config["training"]["steps_taken"] == 3
     assert config["validation"]["step"] in (2, 3) and len(config["validation"]["episodes"]) == 12
-    assert config["metabook"] == metabook.__version__ and config["layout"] == checkpoints.VERSION
+    assert config["metabook"] == metabook.__version__ and config["layout"] == registry.VERSION
     files = [".lock", "checkpoints", "config.json", "learner.safetensors", "log.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == files
 
@@ -127,7 +127,7 @@ def replace(source, target):
     original(source, target)
 
 os.replace = replace
-checkpoints.save(sys.argv[1], MAML(MLP([2, 3, 3]), lr=0.2))
+registry.save(sys.argv[1], MAML(MLP([2, 3, 3]), lr=0.2))
 """
 
 
