@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import metabook
 from . import processes
@@ -244,18 +244,16 @@ def judged(
     y: Tensors,  # what was to be predicted
 ) -> tuple[Float[Tensor, "tasks"], Float[Tensor, "tasks"]]:
     "The score of each task, and 1 where it has none.  Raises `TypeError` where a score is no number."
-    found = []
-    for i in range(count((predictions, y))):
-        one = tree_map(lambda t, i=i: t[i], (predictions, y))
-        score = learner.score(*one)
-        if score is not None and torch.as_tensor(score).ndim:
-            raise TypeError(
-                f"{type(learner).__name__}.score gives {reprlib.repr(score)}, expected one number for a task, or "
-                "None where it has none: take a mean"
-            )
-        found.append(score)
-    values = torch.stack([torch.as_tensor(math.nan if s is None else s) for s in found])
-    return values, torch.tensor([float(s is None) for s in found])
+    leaves, structure = tree_flatten((predictions, y))
+    each = zip(*(t.unbind() for t in leaves), strict=True)
+    found = [learner.score(*tree_unflatten(one, structure)) for one in each]
+    values = [torch.as_tensor(math.nan if s is None else s) for s in found]
+    if odd := [s for s, value in zip(found, values, strict=True) if value.ndim]:
+        raise TypeError(
+            f"{type(learner).__name__}.score gives {reprlib.repr(odd[0])}, expected one number for a task, or "
+            "None where it has none: take a mean"
+        )
+    return torch.stack(values), torch.tensor([float(s is None) for s in found])
 
 
 def frozen_of(tasks: Tasks | Frozen, n: int | None, seed: int | None) -> Frozen:
