@@ -29,8 +29,7 @@ from metabook.registry import (
 )
 
 # %% auto #0
-__all__ = ['MOVED', 'CHECKPOINT_VERSION', 'CHECKPOINTS', 'OURS', 'pack', 'unpack', 'write_checkpoint', 'check_checkpoint_layout',
-           'read_checkpoint', 'newest_checkpoint', 'occupied', 'random_state', 'restore_random']
+__all__ = ['pack', 'unpack', 'write_checkpoint', 'newest_checkpoint', 'occupied', 'random_state', 'restore_random']
 
 # %% ../nbs/A3_checkpoints.ipynb #c8d1cad4
 MOVED = [
@@ -59,7 +58,7 @@ CHECKPOINT_VERSION = (
     3  # of the layout; since 2 they say on which data a run was, since 3 what a score is
 )
 
-
+# %% ../nbs/A3_checkpoints.ipynb #d7f8796c
 def pack(
     value: Any,  # a structure of dictionaries, lists, tensors and plain values
     tensors: dict[str, Tensor],  # the tensors are added here
@@ -92,9 +91,11 @@ def unpack(
 
 # %% ../nbs/A3_checkpoints.ipynb #96fb3809
 CHECKPOINTS = "checkpoints"  # within the folder of a run
+
+
 OURS = re.compile(r"step-\d+\.(json|safetensors)|\.step-.*\.part")
 
-
+# %% ../nbs/A3_checkpoints.ipynb #2bf91e3b
 def write_checkpoint(
     folder: str | Path,  # of a run
     step: int,  # how many have been taken
@@ -121,7 +122,7 @@ def write_checkpoint(
     _forget(path, keep)
     return path
 
-
+# %% ../nbs/A3_checkpoints.ipynb #f8f85565
 def _forget(written: Path, keep: int) -> None:
     "Keep this checkpoint and the last ones before it; drop all others, and what was half-written."
     older = [p for p in _newest_first(written.parent) if _step(p) <= _step(written)]
@@ -173,7 +174,7 @@ def read_checkpoint(
         reason = str(error) if isinstance(error, ValueError | OSError) else repr(error)
         raise ValueError(f"the checkpoint {path} cannot be used: {reason}") from error
 
-
+# %% ../nbs/A3_checkpoints.ipynb #bc2bf2b1
 def newest_checkpoint(
     folder: str | Path,  # of a run
 ) -> dict[str, Any] | None:  # its state; `None` where there is no checkpoint

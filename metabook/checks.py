@@ -14,11 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 
 # %% auto #0
-__all__ = ['leaves_of', 'shot_of', 'check_tensors', 'check_positive', 'check_device', 'check_finite', 'check_labels',
-           'check_range', 'check_classes', 'check_answers', 'check_every_class', 'check_class_data', 'check_alike',
-           'check_enough', 'check_support', 'check_targets', 'check_place', 'check_distribution', 'check_episodes',
-           'check_class_rows', 'check_match', 'check_is_learner', 'check_network', 'check_rate', 'check_steps',
-           'check_optimizer', 'check_learning']
+__all__ = ['check_every_class', 'check_rate', 'check_steps']
 
 # %% ../nbs/A01_checks.ipynb #cb944a38
 def leaves_of(
@@ -144,7 +140,7 @@ def check_answers(
                 "is the likeliest: with two right answers there is no accuracy; give queries one class each"
             )
 
-
+# %% ../nbs/A01_checks.ipynb #bcb43034
 def check_every_class(
     support: Any,  # of one task, not inside a lift
 ) -> None:
@@ -373,7 +369,7 @@ def check_network(**networks: Any) -> None:
                 f"{name}=Conv4(out=5)"
             )
 
-
+# %% ../nbs/A01_checks.ipynb #190677cd
 def check_rate(
     lr: float,  # inner rate
 ) -> None:
@@ -392,7 +388,7 @@ def check_steps(
                 f"{name}={number!r}, expected at least 0 whole steps: pass {name}=0 to take none"
             )
 
-
+# %% ../nbs/A01_checks.ipynb #ec0c9ed2
 def check_optimizer(optimizer: Any) -> None:
     "Raise `TypeError` for an optimiser that is made already: `fit` makes it, for the learner's parameters."
     if isinstance(optimizer, torch.optim.Optimizer) or not callable(optimizer):

@@ -40,12 +40,8 @@ from .registry import NETWORKS, at_home, load, methods, read_config
 from .training import evaluate
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'AsJson', 'Folder', 'Device', 'Way', 'Shot', 'Query', 'Seed', 'DataName', 'TestWay', 'TrainWay',
-           'TrainQuery', 'Networks', 'MethodArgs', 'NetArgs', 'Steps', 'Batch', 'Rate', 'Size', 'Channels', 'Every',
-           'EngineArgs', 'Start', 'Resume', 'Out', 'settings', 'networks_said', 'tell_version', 'options', 'device_of',
-           'tell', 'list_methods', 'list_data', 'get_data', 'check_data', 'in_words', 'engine_words', 'words_of',
-           'written', 'train', 'engine_settings', 'asked', 'chosen', 'adjusted', 'reproduce_row', 'evaluate_folder',
-           'check_way', 'classify', 'read_query', 'classify_images', 'main']
+__all__ = ['app', 'Way', 'Query', 'Seed', 'Networks', 'Steps', 'Batch', 'Every', 'Start', 'settings', 'networks_said', 'options',
+           'tell', 'engine_words', 'words_of', 'written', 'train', 'asked', 'chosen', 'classify', 'main']
 
 # %% ../nbs/A5_command_line.ipynb #0a38eb58
 def settings(
@@ -84,7 +80,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# %% ../nbs/A5_command_line.ipynb #7011ad23
 data_app = typer.Typer(help="List, fetch and check data sets.", no_args_is_help=True)
+
+
 app.add_typer(data_app, name="data")
 
 
@@ -95,7 +95,7 @@ def tell_version(wanted: bool) -> bool:
         raise typer.Exit
     return wanted
 
-
+# %% ../nbs/A5_command_line.ipynb #d57a1679
 @app.callback()
 def options(
     version: Annotated[
@@ -104,16 +104,28 @@ def options(
 ) -> None:
     "Meta-learning from the command line: train, evaluate, classify."
 
-
+# %% ../nbs/A5_command_line.ipynb #7949f237
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
 Folder = Annotated[Path, typer.Argument(help="A folder that `metabook train` wrote.")]
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+
+# %% ../nbs/A5_command_line.ipynb #067e53b6
 Way = Annotated[int | None, typer.Option(help="Classes of a task.", min=2)]
+
+# %% ../nbs/A5_command_line.ipynb #460b34f0
 Shot = Annotated[int | None, typer.Option(help="Support examples of each class.", min=1)]
+
+# %% ../nbs/A5_command_line.ipynb #7c090121
 Query = Annotated[int | None, typer.Option(help="Query examples of each class.", min=1)]
+
+
 Seed = Annotated[int, typer.Option(help="Of the episodes, and in training of the parameters.")]
 
-
+# %% ../nbs/A5_command_line.ipynb #99992872
 def device_of(name: str) -> torch.device:
     "The device somebody asked for.  Raises `ValueError` where there is none."
     if name == "auto":
@@ -124,7 +136,7 @@ def device_of(name: str) -> torch.device:
         raise ValueError(f"--device {name}: expected cpu, cuda or auto")
     return check_device(name)
 
-
+# %% ../nbs/A5_command_line.ipynb #77f9c4da
 def tell(text: str, facts: Any, as_json: bool) -> None:
     "Print the result the way it was asked for; of several processes one does."
     if processes.main():
@@ -187,13 +199,21 @@ def in_words(facts: dict[str, Any]) -> list[str]:
 
 # %% ../nbs/A5_command_line.ipynb #a084b9a7
 DataName = Annotated[str, typer.Option(help="A name of `metabook data list`, or a folder.")]
+
+
 TestWay = Annotated[int, typer.Option(help="Classes of a validation or test task.", min=2)]
+
+
 TrainWay = Annotated[
     int | None, typer.Option(help="Classes of a training task; often more.", min=2)
 ]
+
+
 TrainQuery = Annotated[
     int | None, typer.Option(help="Query examples of each class in training.", min=1)
 ]
+
+# %% ../nbs/A5_command_line.ipynb #45789c7e
 Networks = Annotated[
     list[str],
     typer.Option(
@@ -202,20 +222,36 @@ Networks = Annotated[
         help="A network of `metabook methods`; of several networks for the one called NAME.",
     ),
 ]
+
+# %% ../nbs/A5_command_line.ipynb #1dbfa108
 MethodArgs = Annotated[
     list[str], typer.Option("--set", help="NAME=VALUE for the method: --set lr=0.4.")
 ]
+
+
 NetArgs = Annotated[
     list[str],
     typer.Option(
         "--net", help="NAME=VALUE for the network: --net width=32; for one: --net other.width=32."
     ),
 ]
+
+# %% ../nbs/A5_command_line.ipynb #b84380ae
 Steps = Annotated[int | None, typer.Option(help="Outer steps.", min=1)]
+
+
 Batch = Annotated[int | None, typer.Option(help="Tasks of each outer step.", min=1)]
+
+# %% ../nbs/A5_command_line.ipynb #2ec3d803
 Rate = Annotated[float | None, typer.Option(help="Outer rate; the inner one is --set lr=...")]
+
+
 Size = Annotated[int, typer.Option(help="Scale the images of a folder to this size.", min=16)]
+
+
 Channels = Annotated[int, typer.Option(help="Of a folder's images: 3 colour, 1 grey.")]
+
+# %% ../nbs/A5_command_line.ipynb #ffee6893
 Every = Annotated[
     int | None, typer.Option(help="Steps between validations; a tenth of all.", min=1)
 ]
@@ -242,23 +278,29 @@ def written(value: Any) -> str:
     "A value as it is typed: `null` where there is none."
     return value if isinstance(value, str) else json.dumps(value)
 
-
+# %% ../nbs/A5_command_line.ipynb #46f24523
 EngineArgs = Annotated[
     list[str], typer.Option("--engine", metavar="NAME=VALUE", help=engine_words())
 ]
+
+# %% ../nbs/A5_command_line.ipynb #2c695368
 Start = Annotated[
     Path | None,
     typer.Option(help="Start from the network of this trained folder, not from a fresh one."),
 ]
+
+# %% ../nbs/A5_command_line.ipynb #8b9269bb
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with the run in that folder; start where there is none."),
 ]
+
+
 Out = Annotated[
     Path | None, typer.Option(help="The folder to write; runs/METHOD-DATA-... if not said.")
 ]
 
-
+# %% ../nbs/A5_command_line.ipynb #51b76744
 @app.command()
 def train(
     method: Annotated[str, typer.Argument(help="A name of `metabook methods`.")],
@@ -310,7 +352,7 @@ def train(
     if config["training"]["steps_taken"] < config["training"]["steps"]:
         raise typer.Exit(130)  # as after Ctrl-C: whoever waits may start it again
 
-
+# %% ../nbs/A5_command_line.ipynb #6f8a7650
 def engine_settings(pairs: list[str]) -> Engine:
     "How the engine is to work.  Raises `ValueError` for a name or a word that it does not know."
     known = [f.name for f in fields(Engine)]
@@ -320,7 +362,7 @@ def engine_settings(pairs: list[str]) -> Engine:
             raise ValueError(f"--engine {name}=...: expected one of {', '.join(known)}")
     return Engine(**said)
 
-
+# %% ../nbs/A5_command_line.ipynb #35299c98
 def asked(data: str, way: int, shot: int | None, size: int, channels: int) -> dict[str, Any]:
     "The tasks to validate and test on; for a folder also how its images are read."
     name = data_named(data)
@@ -334,7 +376,7 @@ def chosen(best: dict[str, Any] | None) -> str:
         return ""
     return f"best validation {best['metric']} {best['mean']:.4g} at step {best['step']}, "
 
-
+# %% ../nbs/A5_command_line.ipynb #f4849af5
 def adjusted(
     recipe: Recipe,  # the defaults
     said: dict[str, Any],  # options; `None` where nothing was said
@@ -447,7 +489,7 @@ def classify(
     facts = {str(p): a for p, a in zip(images, answers, strict=True)}
     tell(text + (note if learner.transductive and len(images) > 1 else ""), facts, as_json)
 
-
+# %% ../nbs/A5_command_line.ipynb #4500df12
 def read_query(path: Path, how: dict[str, Any]) -> Tensor:
     "An image to classify.  Raises `ValueError`, naming the file, where it cannot be read."
     if not at_home(path).is_file():

@@ -37,9 +37,8 @@ from .registry import at_home, log, lookup, write_atomically
 
 # %% auto #0
 __all__ = ['SPLITS', 'OMNIGLOT_FILES', 'OMNIGLOT', 'SOURCES', 'DataError', 'fingerprint', 'shuffled', 'data_root', 'glyph_list',
-           'Glyphs', 'turned', 'Remote', 'members', 'omniglot_split', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet',
-           'read_image', 'class_folders', 'from_folder', 'own_images', 'Source', 'ClassSource', 'TaskSource',
-           'own_source', 'source_of', 'present', 'fetch', 'check']
+           'Glyphs', 'turned', 'members', 'omniglot_split', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet',
+           'read_image', 'from_folder', 'Source', 'ClassSource', 'TaskSource', 'source_of', 'present', 'fetch', 'check']
 
 # %% ../nbs/03_datasets.ipynb #5288b7e4
 SPLITS = ("train", "val", "test")
@@ -48,7 +47,7 @@ SPLITS = ("train", "val", "test")
 class DataError(RuntimeError):
     """Data that is missing, damaged, unsafe or other than its name says, with the way out."""
 
-
+# %% ../nbs/03_datasets.ipynb #f28dfb30
 def _reason(error: Exception) -> str:
     """Say in one line what another library had to say."""
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -88,7 +87,7 @@ def _user_cache() -> Path:
 
     return Path(pooch.os_cache("metabook"))
 
-
+# %% ../nbs/03_datasets.ipynb #5b74661f
 def data_root(
     root: str | Path | None = None,  # A folder; None: METABOOK_DATA, else the user's cache folder
 ) -> Path:
@@ -181,13 +180,15 @@ _GLYPH_RANGES = {
 
 # %% ../nbs/03_datasets.ipynb #f3d8998d
 _GLYPH_EDITION = 1  # counted up when the same letters come to be drawn in another way
+
+
 _GLYPH_PRINTS = {
     "train": "66ebe1a437f9071e",
     "val": "7e165798cdeb6494",
     "test": "5ff100ce0e06955b",
 }
 
-
+# %% ../nbs/03_datasets.ipynb #85adeb90
 def glyph_list(
     split: str,  # "train", "val" or "test"
 ) -> str:  # The letters, one a class
@@ -196,7 +197,7 @@ def glyph_list(
     spans = [(int(first, 16), int(last or first, 16)) for first, _, last in ends]
     return "".join(chr(code) for first, last in spans for code in range(first, last + 1))
 
-
+# %% ../nbs/03_datasets.ipynb #ed7ccd89
 def _font_path(face: str) -> str:
     """Find one of matplotlib's own fonts."""
     import matplotlib
@@ -328,7 +329,7 @@ def _render(split: str, seed: int) -> UInt8[np.ndarray, "letters 20 28 28"]:
     ]
     return (torch.cat(parts) * 255).round().byte().reshape(-1, 20, 28, 28).numpy()
 
-
+# %% ../nbs/03_datasets.ipynb #15ebca90
 def Glyphs(
     split: str,  # "train": Latin, "val": Georgian and Armenian, "test": Greek and Cyrillic
     seed: int = 0,  # Other numbers give other distortions of the same letters
@@ -474,7 +475,7 @@ def _leaves(name: str) -> bool:
     path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
     return bool(path.anchor) or ".." in path.parts
 
-
+# %% ../nbs/03_datasets.ipynb #b5c11193
 def members(
     path: str | Path,  # A .zip, or a .tar packed in any way
     most_bytes: int = 1 << 30,  # All files together, unpacked
@@ -512,7 +513,7 @@ def members(
             "when the data is loaded; or put a good copy there by hand."
         ) from error
 
-
+# %% ../nbs/03_datasets.ipynb #44e87069
 def _unpack(
     archive: Path,  # Read with `members`
     folder: Path,  # Where the files go
@@ -527,6 +528,8 @@ def _unpack(
 
 # %% ../nbs/03_datasets.ipynb #691abf3c
 _OMNIGLOT_URL = "https://github.com/brendenlake/omniglot/raw/master/python/"
+
+# %% ../nbs/03_datasets.ipynb #22dd1ce6
 OMNIGLOT_FILES = (
     Remote(
         _OMNIGLOT_URL + "images_background.zip",
@@ -540,6 +543,7 @@ OMNIGLOT_FILES = (
     ),
 )
 
+# %% ../nbs/03_datasets.ipynb #5a02bbb9
 # Alphabets and how many characters each has.  The last five of the background set validate in the
 # protocol "alphabet", as they do in the split of Vinyals et al. (2016).
 _BACKGROUND = """
@@ -551,6 +555,8 @@ _BACKGROUND = """
     Ojibwe_(Canadian_Aboriginal_Syllabics) 14, Sanskrit 42, Syriac_(Estrangelo) 23, Tagalog 17,
     Tifinagh 55, Armenian 41, Bengali 46, Early_Aramaic 22, Hebrew 22, Mkhedruli_(Georgian) 41
 """
+
+
 _EVALUATION = """
     Angelic 20, Atemayar_Qelisayer 26, Atlantean 26, Aurek-Besh 26, Avesta 26, Ge_ez 26,
     Glagolitic 45, Gurmukhi 45, Kannada 41, Keble 26, Malayalam 47, Manipuri 40, Mongolian 30,
@@ -564,7 +570,7 @@ def _characters(alphabets: str) -> list[str]:
     pairs = [pair.split() for pair in alphabets.split(",")]
     return [f"{name}/character{i:02d}" for name, n in pairs for i in range(1, int(n) + 1)]
 
-
+# %% ../nbs/03_datasets.ipynb #db119e95
 OMNIGLOT = _characters(_BACKGROUND) + _characters(_EVALUATION)
 
 # %% ../nbs/03_datasets.ipynb #b948d4d6
@@ -623,7 +629,7 @@ def _omniglot_drawings(
         )
     return np.stack([[drawings[n][file] for file in sorted(drawings[n])] for n in OMNIGLOT])
 
-
+# %% ../nbs/03_datasets.ipynb #bd97eb1c
 def Omniglot(
     split: str,  # "train", "val" or "test"
     protocol: str = "random",  # "random" characters, or every "alphabet" on one side only
@@ -647,6 +653,8 @@ def Omniglot(
 
 # %% ../nbs/03_datasets.ipynb #52b27103
 _CIFAR_PARTS = ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
+
+
 _CIFAR_FILES = (
     Remote(
         "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
@@ -655,6 +663,7 @@ _CIFAR_FILES = (
         tuple(f"cifar-100-binary/{part}" for part in _CIFAR_PARTS),
     ),
 )
+
 
 # The classes of each split as Bertinetto et al. (2019) published them.
 _CIFAR_FS = {
@@ -672,6 +681,8 @@ _CIFAR_FS = {
         whale poppy rose sweet_pepper telephone bed table wardrobe leopard plain chimpanzee fox
         snail worm baby man woman bicycle pickup_truck rocket""",
 }
+
+
 # The superclasses of each split (Oreshkin et al. 2018); each has five classes.
 _FC100 = {
     "train": """
@@ -682,8 +693,12 @@ _FC100 = {
         large_carnivores large_omnivores_and_herbivores non-insect_invertebrates small_mammals""",
     "test": "aquatic_mammals insects medium_mammals people",
 }
+
+
 # Of the images of each data set's training classes, per channel.
 _CIFAR_FS_STATS = ((0.509, 0.492, 0.444), (0.267, 0.256, 0.277))
+
+
 _FC100_STATS = ((0.518, 0.497, 0.458), (0.274, 0.263, 0.287))
 
 # %% ../nbs/03_datasets.ipynb #a32541f8
@@ -733,7 +748,7 @@ def _cifar(
     x = np.stack([rows[rows[:, 1] == i, 2:].reshape(each, 3, 32, 32) for i in classes])
     return _even_classes(x, [names["fine"][i] for i in classes], *stats)
 
-
+# %% ../nbs/03_datasets.ipynb #fcec8430
 def CIFARFS(
     split: str,  # "train", "val" or "test": 64, 16 and 20 classes
     root: str | Path | None = None,  # The data root
@@ -759,7 +774,11 @@ def FC100(
 
 # %% ../nbs/03_datasets.ipynb #9771d6c5
 _MINI = {"train": 64, "val": 16, "test": 20}  # classes
+
+
 _MINI_FILES = ("images", "train.csv", "val.csv", "test.csv")
+
+
 # Per channel, as in the code of MetaOptNet (Lee et al. 2019).
 _MINI_STATS = ((0.472, 0.453, 0.410), (0.277, 0.268, 0.284))
 
@@ -792,7 +811,7 @@ def _mini_rows(folder: Path, split: str) -> list[tuple[str, str]]:
         )
     return rows
 
-
+# %% ../nbs/03_datasets.ipynb #17c34197
 def MiniImageNet(
     split: str,  # "train", "val" or "test": 64, 16 and 20 classes
     size: int = 84,  # Height and width to which pictures are scaled
@@ -847,7 +866,7 @@ def _check_target(size: int, channels: int) -> None:
             f"channels={channels}, expected 3 (colour) or 1 (grey): images are converted, so take either"
         )
 
-
+# %% ../nbs/03_datasets.ipynb #9d2a6008
 def read_image(
     source: str | Path | io.IOBase,  # An image in any format that PIL reads
     size: int,  # Height and width to which it is scaled, whatever its proportions
@@ -871,7 +890,7 @@ def read_image(
     x = torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
     return 255 - x if invert else x
 
-
+# %% ../nbs/03_datasets.ipynb #a026b63b
 def _read_images(
     files: list[Path],  # In the order of the result
     folder: Path,  # The folder that none of them may leave
@@ -897,6 +916,8 @@ def _read_images(
 # %% ../nbs/03_datasets.ipynb #3df96377
 # What archivers, disk stations and systems leave in folders, beside all that begins with a dot.
 _LEFT_THERE = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"}
+
+
 _LEFT_THERE |= {"lost+found", "__pycache__", "thumbs.db", "desktop.ini"}  # in small letters
 
 
@@ -966,7 +987,7 @@ def class_folders(
         )
     return classes
 
-
+# %% ../nbs/03_datasets.ipynb #2b1c06a0
 def from_folder(
     path: str | Path,  # Holds a folder per class, and each of those its images
     size: int = 84,  # Height and width to which images are scaled
@@ -1002,7 +1023,7 @@ def from_folder(
     half, quarter = (0.5,) * channels, (0.25,) * channels
     return Classes(torch.from_numpy(x), sizes, [f.name for f in classes], None, half, quarter)
 
-
+# %% ../nbs/03_datasets.ipynb #fb7144cb
 def own_images(
     folder: Path,  # Holds a folder per class
     how: dict[
@@ -1077,7 +1098,7 @@ class Source:
         """Say how an image file becomes what the network sees; nothing, where that is no image."""
         return {}
 
-
+# %% ../nbs/03_datasets.ipynb #beeab47c
 @dataclass(frozen=True, kw_only=True)
 class ClassSource(Source):
     """Data that is organised by class, in three splits: few-shot tasks are made of it."""
@@ -1145,7 +1166,7 @@ class TaskSource(Source):
         tasks = self.make(self.shot, self.query, torch.device("cpu"))
         return {"tasks": "without end", "digest": tasks.describe()["data"]}
 
-
+# %% ../nbs/03_datasets.ipynb #0175b848
 _CIFAR = ClassSource(
     title="CIFAR-FS: CIFAR-100, classes split at random",
     load=CIFARFS,
@@ -1155,6 +1176,8 @@ _CIFAR = ClassSource(
     remotes=_CIFAR_FILES,
     megabytes=169,
 )
+
+# %% ../nbs/03_datasets.ipynb #8bd95f82
 SOURCES: dict[str, Source] = {
     "glyphs": ClassSource(
         title="Glyphs: letters of five scripts, drawn with matplotlib's fonts",
@@ -1191,7 +1214,7 @@ SOURCES: dict[str, Source] = {
     ),
 }
 
-
+# %% ../nbs/03_datasets.ipynb #4660a37e
 def own_source(
     folder: Path,  # Holds the folders train, val and test, each with a folder per class
     how: dict[str, Any],  # For `own_images`
@@ -1205,7 +1228,7 @@ def own_source(
         reading={key: how[key] for key in ("size", "channels") if key in how},
     )
 
-
+# %% ../nbs/03_datasets.ipynb #3e979635
 def source_of(
     task: dict[
         str, Any

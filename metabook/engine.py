@@ -39,17 +39,20 @@ from metabook.trust import (
 )
 
 # %% auto #0
-__all__ = ['Lift', 'RUNS', 'SCORING', 'FITS', 'FEW', 'Engine', 'repeatable', 'over_tasks', 'choose_lift', 'fitting', 'in_flight',
-           'evenly', 'Graded', 'losses', 'check_batch', 'Way', 'grade', 'in_parts', 'stands_in_for_criterion',
-           'overhearing', 'gradients', 'portions', 'averages', 'combined', 'Recomputed', 'recomputing', 'answer',
-           'Replayed', 'Wrong', 'Verdict', 'update_where', 'restore_where', 'capturable']
+__all__ = ['Lift', 'FITS', 'Engine', 'repeatable', 'over_tasks', 'choose_lift', 'in_flight', 'evenly', 'losses', 'Way', 'grade',
+           'in_parts', 'gradients', 'portions', 'averages', 'combined', 'recomputing', 'answer', 'Replayed', 'Wrong',
+           'Verdict', 'update_where']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap"]
+
+# %% ../nbs/A2_engine.ipynb #7f3de1b6
 RUNS = ("auto", "eager", "graph", "compile")
+
+
 SCORING = ("lift", "precision", "deterministic", "check")  # what `evaluate` hears of an `Engine`
 
-
+# %% ../nbs/A2_engine.ipynb #66ba0606
 @dataclass(frozen=True)
 class Engine:
     """How `fit` and `evaluate` compute.  The numbers are the same in every way, up to rounding.
@@ -158,7 +161,7 @@ def over_tasks(
         results = [f(*tree_map(lambda t, i=i: t[i], args)) for i in range(count(args))]
     return tree_map(lambda *t: torch.stack(t), *results)
 
-
+# %% ../nbs/A2_engine.ipynb #d040a705
 def _vectorised(f: Callable[..., Any], dims: Any = 0) -> Callable[..., Any]:
     "`vmap(f)`, and no kernel is tried within."
 
@@ -170,9 +173,11 @@ def _vectorised(f: Callable[..., Any], dims: Any = 0) -> Callable[..., Any]:
 
 # %% ../nbs/A2_engine.ipynb #a179cecb
 FITS = 3 * 2**20  # numbers, 12 MiB in float32: with more in flight a loop is faster on a CPU
+
+# %% ../nbs/A2_engine.ipynb #8b93160b
 FEW = 4  # tasks: where fewer fit, a vectorised call saves too little to be worth its detours
 
-
+# %% ../nbs/A2_engine.ipynb #241379b5
 def choose_lift(
     learner: nn.Module,  # whose code is lifted
     lift: Lift,  # how `fit` or `evaluate` were told to; "loop" and "vmap" are taken at their word
@@ -194,7 +199,7 @@ def choose_lift(
     flying, few = in_flight(learner, *leaves), bool(leaves) and len(leaves[0]) < FEW
     return "loop" if flying > (FITS / FEW if few else FITS) else "vmap"
 
-
+# %% ../nbs/A2_engine.ipynb #4c5bc49f
 def fitting(
     learner: nn.Module,  # whose code is lifted
     episodes: Episode,  # a batch of tasks
@@ -206,7 +211,7 @@ def fitting(
     flying = in_flight(learner, *inputs) if inputs else 0
     return max(1, min(tasks, int(FITS * tasks // max(flying, 1))))
 
-
+# %% ../nbs/A2_engine.ipynb #c079de3c
 def in_flight(
     learner: nn.Module,  # whose first convolution counts
     *inputs: Tensor,  # [tasks, n, *features]
@@ -243,7 +248,7 @@ class Graded(NamedTuple):
         "What leads back to the parameters."
         return self.losses if self.surrogates is None else self.surrogates
 
-
+# %% ../nbs/A2_engine.ipynb #0669db16
 def losses(
     learner: Learner,  # whose code runs
     episodes: Episode,  # a batch of tasks
@@ -264,7 +269,7 @@ def losses(
         _move_averages(learner, graded.statistics)
     return graded.differentiated
 
-
+# %% ../nbs/A2_engine.ipynb #674feb61
 def check_batch(learner: Learner, episodes: Episode) -> None:
     "Raise `ValueError` unless all tensors hold as many tasks, and the first task can be one for this learner."
     leaves = leaves_of("support", episodes.support) | leaves_of("query", episodes.query)
@@ -311,7 +316,7 @@ def _move_averages(learner: Learner, statistics: Statistics) -> None:
     "Towards the mean over tasks."
     store_running(learner, {name: s.mean(0) for name, s in statistics.items()})
 
-
+# %% ../nbs/A2_engine.ipynb #952ea8e8
 class Way(NamedTuple):
     "How losses are graded."
 
@@ -330,11 +335,11 @@ def grade(
         return _compiled()(learner, episodes, how.answers)
     return _graded(learner, episodes, how)
 
-
+# %% ../nbs/A2_engine.ipynb #65db199b
 def _graded(learner: Learner, episodes: Episode, how: Way) -> Graded:
     return (_in_parts if in_parts(learner) else _as_a_whole)(learner, episodes, how)
 
-
+# %% ../nbs/A2_engine.ipynb #32d31f2b
 def in_parts(learner: Learner) -> bool:
     "Is its loss that of its predictions, as the interface has it?  Then its parts are lifted one by one."
     own = vars(learner)
@@ -343,7 +348,7 @@ def in_parts(learner: Learner) -> bool:
         for name in ("loss", "forward")
     )
 
-
+# %% ../nbs/A2_engine.ipynb #474b1ff3
 def _in_parts(learner: Learner, episodes: Episode, how: Way) -> Graded:
     states, before = _adapted(learner, episodes, how.lift)
     lift = choose_lift(learner, how.lift, episodes.query.x)
@@ -448,7 +453,7 @@ def gradients(
         _move_averages(learner, graded.statistics)
     return graded
 
-
+# %% ../nbs/A2_engine.ipynb #e6741678
 def _descend_all(
     learner: Learner, episodes: Episode, how: Way, chunk: int | None, shared: Shared
 ) -> list[Graded]:
@@ -466,7 +471,7 @@ def _learned_again(learner: Learner, episodes: Episode, lift: Lift) -> list[Tens
     with recomputing(learner):
         return _learned(learner, episodes, lift)
 
-
+# %% ../nbs/A2_engine.ipynb #48786959
 def portions(
     episodes: Any,  # a batch of tasks, or what it was drawn as
     size: int,  # how many at once; the last portion may be smaller
@@ -475,7 +480,7 @@ def portions(
     starts = range(0, count(episodes), size)
     return [tree_map(lambda t, i=i: t[i : i + size], episodes) for i in starts]
 
-
+# %% ../nbs/A2_engine.ipynb #6132fac0
 def _portion(learner: Learner, episodes: Episode, lift: Lift, chunk: int | None) -> int:
     "How many tasks to take at once."
     if chunk is not None:
@@ -490,12 +495,12 @@ def _portion(learner: Learner, episodes: Episode, lift: Lift, chunk: int | None)
     whole_loop = choose_lift(learner, lift, *inputs) == "loop" and not in_parts(learner)
     return 1 if whole_loop else count(episodes)
 
-
+# %% ../nbs/A2_engine.ipynb #66ee3bb9
 def averages(learner: Learner) -> bool:
     "Is its objective the plain mean over tasks?"
     return type(learner).combine is Learner.combine and "combine" not in vars(learner)
 
-
+# %% ../nbs/A2_engine.ipynb #2190d610
 def _weights_ahead(
     learner: Learner, shared: Shared, parts: list[Episode], how: Way, info: dict[str, Tensor]
 ) -> Float[Tensor, "tasks"] | None:
@@ -517,7 +522,7 @@ def _told(learner: Learner, shared: Shared, episodes: Episode) -> dict[str, Tens
     info = episodes.query.info | episodes.support.info
     return {name: shared.told(name, info[name]) for name in sorted(info)}
 
-
+# %% ../nbs/A2_engine.ipynb #29c36565
 def combined(
     learner: Learner,
     values: Float[Tensor, "tasks"],  # losses
@@ -526,7 +531,7 @@ def combined(
     "The learner's objective, of losses and of what the tasks say, where it reads that."
     return learner.combine(values, info) if _listens(learner) else learner.combine(values)
 
-
+# %% ../nbs/A2_engine.ipynb #be6107a0
 def _listens(learner: Learner) -> bool:
     "Does its objective take what the tasks say?  Those of 0.1.0 take losses alone."
     return len(inspect.signature(learner.combine).parameters) > 1
@@ -670,7 +675,7 @@ def _luck() -> tuple[Any, ...]:
         return (state,)
     return state, *(g.get_offset() for g in torch.cuda.default_generators)
 
-
+# %% ../nbs/A2_engine.ipynb #97289469
 @contextmanager
 def recomputing(learner: Learner) -> Iterator[None]:
     "Within it, each inner step of a learner, and of learners inside, is forgotten and computed again."
@@ -685,7 +690,7 @@ def recomputing(learner: Learner) -> Iterator[None]:
             stack.enter_context(_forgetting(loop))
         yield
 
-
+# %% ../nbs/A2_engine.ipynb #9a64eee5
 @contextmanager
 def _forgetting(learner: InnerLoop) -> Iterator[None]:
     "Within it, the inner steps of a learner are computed again on the way back."
@@ -742,7 +747,7 @@ def answer(
         lift = _tried(learner, episodes, lift, _ANSWERED[queries]) if check else lift
         return _answered(learner, episodes, lift, queries)
 
-
+# %% ../nbs/A2_engine.ipynb #74c6dbfd
 def _answered(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> Any:
     fits = fitting(learner, episodes)
     size = evenly(count(episodes), fits if lift == "auto" and fits >= FEW else count(episodes))
@@ -931,7 +936,7 @@ def update_where(
     optimizer.step()
     restore_where(~fine, kept, before)
 
-
+# %% ../nbs/A2_engine.ipynb #3871d3f7
 @torch.no_grad()
 def restore_where(
     wrong: Tensor,  # a bool on the device

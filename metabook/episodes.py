@@ -35,9 +35,8 @@ from metabook.checks import (
 from .registry import number, undisturbed
 
 # %% auto #0
-__all__ = ['PROBE', 'LOOK', 'LARGE', 'Examples', 'Episode', 'one_hot', 'like', 'Tasks', 'Frozen', 'twin_of', 'digest', 'count',
-           'Waves', 'Sinusoids', 'Classes', 'spelled', 'Picks', 'choose', 'sides', 'ClassTasks', 'FewShot', 'summary',
-           'VariedWayShot', 'uneven']
+__all__ = ['Examples', 'Episode', 'one_hot', 'like', 'Tasks', 'Frozen', 'digest', 'count', 'Sinusoids', 'Classes', 'spelled',
+           'choose', 'sides', 'FewShot', 'summary', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -103,9 +102,6 @@ def like(
 ) -> Float[Tensor, "*n way"]:
     "The labels in the precision of the examples, where these are floats."
     return y.to(x.dtype) if x.is_floating_point() else y
-
-# %% ../nbs/02_episodes.ipynb #a383c7ed
-#| export
 
 # %% ../nbs/02_episodes.ipynb #279564a4
 class Tasks:
@@ -199,7 +195,7 @@ class Tasks:
         sizes = [int(n)] if self.same_shapes else [1] * n
         return Frozen(self, [self.draw(k, generator) for k in sizes], seed)
 
-
+# %% ../nbs/02_episodes.ipynb #febb5f21
 @dataclass(frozen=True)
 class Frozen:
     """Episodes that stay the same: what two methods must share to be compared."""
@@ -251,7 +247,7 @@ class Frozen:
             for i in range(0, count(group), batch):
                 yield tree_map(lambda t, i=i: t[i : i + batch], group)
 
-
+# %% ../nbs/02_episodes.ipynb #b32f2322
 def twin_of(tasks: Tasks) -> Tasks:
     "A copy to look at: drawing from it leaves no trace in the tasks.  It shares their tensors and data."
     shared = {id(v): v for v in _held(tasks)}
@@ -271,9 +267,11 @@ def _held(tasks: Tasks) -> Iterator[Any]:
 
 
 PROBE = 8  # episodes by which tasks without stored data are known
+
+
 LOOK = 3 << 30  # the seed of these: nobody is trained, validated or tested on them
 
-
+# %% ../nbs/02_episodes.ipynb #d527da3c
 def digest(
     numbers: Iterable[Tensor],  # on any device
     text: str = "",
@@ -306,7 +304,7 @@ class Waves(NamedTuple):
     support: Tensor  # [tasks, shot, 1] where the support points stand
     query: Tensor  # [tasks, query, 1]
 
-
+# %% ../nbs/02_episodes.ipynb #af67afb6
 class Sinusoids(Tasks):
     """Regression tasks y = A sin(x - p): amplitude A in [0.1, 5], phase p in [0, pi], x in [-5, 5].
 
@@ -584,10 +582,10 @@ class Classes:
         mean, std = (t.to(x.device, dtype) for t in self.scaling)
         return (x.to(dtype) / 255 - mean) / std
 
-
+# %% ../nbs/02_episodes.ipynb #e20bce28
 LARGE = 2**30  # bytes
 
-
+# %% ../nbs/02_episodes.ipynb #e4e3a646
 def spelled(name: Any) -> str:
     "One spelling for names that look the same: Unicode has two for many a letter with an accent."
     return unicodedata.normalize("NFC", str(name))
@@ -602,7 +600,7 @@ class Picks(NamedTuple):
     query: Tensor  # [tasks, m]
     query_labels: Tensor  # [tasks, m]
 
-
+# %% ../nbs/02_episodes.ipynb #bbda898d
 def choose(
     allowed: Bool[Tensor, "*shape m"],  # which of m things may be taken
     k: int,  # how many to take of each row
@@ -637,7 +635,7 @@ def sides(
     support = (position < classes.cut.to(device)[chosen][..., None]) == coin
     return exists & support, exists & ~support
 
-
+# %% ../nbs/02_episodes.ipynb #2752eca1
 class ClassTasks(Tasks):
     """Classification tasks made of class-organised data.
 
@@ -689,7 +687,7 @@ class ClassTasks(Tasks):
         x = self.classes.prepare(self.classes.x[rows])
         return Examples(x, like(one_hot(labels, chosen.shape[-1]), x), {"classes": chosen})
 
-
+# %% ../nbs/02_episodes.ipynb #8502bbba
 class FewShot(ClassTasks):
     """N-way K-shot classification: `way` random classes, `shot` support and `query` query examples each.
 

@@ -16,7 +16,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 # %% auto #0
-__all__ = ['MAX_FRAMES', 'style', 'Frame', 'Explore']
+__all__ = ['MAX_FRAMES', 'style', 'Explore']
 
 # %% ../nbs/A1_explore.ipynb #3ff9f609
 def style() -> None:
@@ -48,8 +48,14 @@ def style() -> None:
 
 # %% ../nbs/A1_explore.ipynb #1bcc500f
 MAX_FRAMES = 80  # a page with more is slow to build and slow to load
+
+# %% ../nbs/A1_explore.ipynb #7fadb4bf
 _PIXELS = 100  # CSS pixels to an inch, as in matplotlib's own default
+
+
 _SHARP = 1.6  # image pixels to a CSS pixel: crisp on a phone, small on the wire
+
+
 _COLOURS = 64  # of a palette: figures need no more, and it halves the bytes
 
 
@@ -217,7 +223,7 @@ class Explore:
             return {"text/html": self.html(), "text/plain": repr(self)}
         return self.live()._repr_mimebundle_()
 
-
+# %% ../nbs/A1_explore.ipynb #7adcb1fa
 def _img(frame: Frame) -> str:
     return (
         f'<img alt="{escape(frame.alt)}" width="{frame.width}" height="{frame.height}" '

@@ -21,9 +21,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode, wrap_torch_function
 
 # %% auto #0
-__all__ = ['LARGE', 'LARGE_LOW', 'PORTION', 'PRECISIONS', 'channels_last', 'keep_memory', 'lifting', 'worthwhile', 'eager_on_cpu',
-           'whole', 'BatchNormKernel', 'batch_norm', 'merge', 'first_block', 'patches', 'moments', 'products',
-           'first_and_plain', 'as_built', 'precise', 'precision_of_now']
+__all__ = ['PORTION', 'channels_last', 'keep_memory', 'lifting', 'worthwhile', 'whole', 'batch_norm', 'merge', 'first_block',
+           'patches', 'moments', 'products', 'first_and_plain', 'precise']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
 def channels_last(
@@ -50,11 +49,17 @@ def keep_memory() -> bool:  # was there somebody to tell?
 
 # %% ../nbs/A8_kernels.ipynb #ca30e97f
 LARGE = 2**18  # numbers: with fewer the plain function is as fast
+
+
 LARGE_LOW = 2**15  # the same in bfloat16
+
+# %% ../nbs/A8_kernels.ipynb #610a4aa0
 PORTION = 2**22  # bytes of a portion: what the caches hold beside everything else
+
+# %% ../nbs/A8_kernels.ipynb #e3d35d21
 _lifted: ContextVar[bool] = ContextVar("lifted", default=False)  # over tasks, by `vmap`
 
-
+# %% ../nbs/A8_kernels.ipynb #8fa414bb
 @contextmanager
 def lifting() -> Iterator[None]:
     "Within it, functions run under `vmap`: kernels stand aside.  A compiler needs no telling."
@@ -77,12 +82,12 @@ def worthwhile(
         return False
     return x.dtype != torch.float16 and x.numel() >= large  # float16 cannot hold the sums
 
-
+# %% ../nbs/A8_kernels.ipynb #baa3445b
 def eager_on_cpu(x: Tensor) -> bool:
     "Is there no GPU and no compiler, which have ways of their own?"
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
-
+# %% ../nbs/A8_kernels.ipynb #9b4c13f0
 def whole(
     f: Callable[..., Any],  # a function of tensors
 ) -> Callable[..., Any]:
@@ -93,7 +98,7 @@ def whole(
 
     return wrap_torch_function(tensors)(f)
 
-
+# %% ../nbs/A8_kernels.ipynb #32c97f42
 class BatchNormKernel(Function):
     "`plain(x, weight, bias, eps)` for maps of many numbers: output, mean and variance."
 
@@ -149,7 +154,7 @@ def _built_in_backward(g: Tensor, x: Tensor, weight: Tensor, *of_batch: Any) -> 
         g, x, weight, None, None, mean, inverse, True, eps, [True, True, True]
     )
 
-
+# %% ../nbs/A8_kernels.ipynb #c007185e
 @whole
 def batch_norm(
     plain: Callable[..., tuple[Tensor, Tensor, Tensor]],  # the definition
@@ -163,12 +168,12 @@ def batch_norm(
         return BatchNormKernel.apply(plain, x, weight, bias, eps)
     return plain(x, weight, bias, eps)
 
-
+# %% ../nbs/A8_kernels.ipynb #75300097
 def _pull_back(f: Callable[..., Any], inputs: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:
     "The gradient of the first result of `f`, as a differentiable function of inputs and `g`."
     return torch.func.vjp(lambda *x: f(*x)[0], *inputs)[1](g)
 
-
+# %% ../nbs/A8_kernels.ipynb #66270998
 def merge(
     means: Float[Tensor, "portions channels"],
     variances: Float[Tensor, "portions channels"],
@@ -179,7 +184,7 @@ def merge(
     mean = (share * means).sum(0)
     return mean, (share * (variances + (means - mean).square())).sum(0)
 
-
+# %% ../nbs/A8_kernels.ipynb #7ef1d9a0
 def _statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
     "Mean and variance of each channel of a portion, by sums that keep their digits."
     axes, n = (0, *range(2, maps.ndim)), maps.numel() // maps.shape[1]
@@ -282,7 +287,7 @@ def first_and_plain(
         and as_built(norm)
     )
 
-
+# %% ../nbs/A8_kernels.ipynb #a8a46669
 def as_built(
     module: nn.Module,  # that somebody may have changed
 ) -> bool:
@@ -293,9 +298,11 @@ def as_built(
 
 # %% ../nbs/A8_kernels.ipynb #2760922f
 PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
 _lowered: ContextVar[bool] = ContextVar("lowered", default=False)  # to bfloat16
 
-
+# %% ../nbs/A8_kernels.ipynb #133018a4
 @contextmanager
 def precise(
     precision: str,  # of products
@@ -311,7 +318,7 @@ def precise(
     with _allowed(tf32=precision != "float32"), _casting(precision == "bfloat16"):
         yield
 
-
+# %% ../nbs/A8_kernels.ipynb #9f04dc7b
 def precision_of_now() -> Callable[[], AbstractContextManager[None]]:
     "What brings the casts back in a backward pass, where PyTorch puts modes aside."
     return partial(_casting, _lowered.get())

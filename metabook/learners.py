@@ -43,8 +43,7 @@ from .registry import lookup
 from .trust import asking, check_alone, claiming, in_our_words, sparing, turn
 
 # %% auto #0
-__all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'set_progress', 'start_training', 'check_task', 'InnerLoop',
-           'FastWeights', 'task_loss', 'task_score']
+__all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'InnerLoop', 'FastWeights', 'task_loss', 'task_score']
 
 # %% ../nbs/05_learners.ipynb #1f0a5c3d
 @dataclass(frozen=True)
@@ -325,7 +324,7 @@ def scoring(learner: Learner) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
 
-
+# %% ../nbs/05_learners.ipynb #f411ac57
 def set_progress(
     learner: Learner,
     share: float,  # of the training that is done, from 0 to 1

@@ -128,7 +128,7 @@ class State(NamedTuple):
     c: Tensor  # [hidden, d] what it keeps of each
     past: Tensor  # [2, d] what the rule decided on last: gates, or rate and direction
 
-
+# %% ../nbs/12_meta_lstm.ipynb #c641ee50
 class _LearnedUpdate(FastWeights):
     """Unroll an update rule whose LSTM, and whose start, are learned across tasks.
 
@@ -194,7 +194,7 @@ class _LearnedUpdate(FastWeights):
         parts = theta.split([p.numel() for p in like.values()])
         return {k: part.view_as(p) for (k, p), part in zip(like.items(), parts, strict=True)}
 
-
+# %% ../nbs/12_meta_lstm.ipynb #7bff9858
 def flat(phi: Parameters) -> Float[Tensor, "d"]:
     "All the tensors in one vector."
     return torch.cat([p.flatten() for p in phi.values()])

@@ -22,7 +22,7 @@ from .transfer import Head, linear
 from .trust import turn
 
 # %% auto #0
-__all__ = ['layers_of', 'scale_and_shift', 'untouched', 'first_rows', 'Descent', 'MetaTransfer', 'class_accuracy', 'HardTasks']
+__all__ = ['scale_and_shift', 'untouched', 'Descent', 'MetaTransfer', 'class_accuracy', 'HardTasks']
 
 # %% ../nbs/20_meta_transfer.ipynb #c679a8ee
 def layers_of(net: nn.Module) -> dict[str, nn.Module]:
@@ -35,7 +35,7 @@ def layers_of(net: nn.Module) -> dict[str, nn.Module]:
         )
     return found
 
-
+# %% ../nbs/20_meta_transfer.ipynb #5f532eee
 def scale_and_shift(
     net: nn.Module,  # whose weights stay
     scale: Iterable[Tensor],  # S: of each layer [out, in, 1, 1], or [out, 1] of a linear one
@@ -59,7 +59,7 @@ def untouched(net: nn.Module) -> tuple[nn.ParameterList, nn.ParameterList]:
     scale = nn.ParameterList(w.new_ones(shape) for w, shape in zip(weights, shapes, strict=True))
     return scale, nn.ParameterList(w.new_zeros(len(w)) for w in weights)
 
-
+# %% ../nbs/20_meta_transfer.ipynb #79fb4a7d
 def first_rows(net: nn.Module, way: int, like: Tensor) -> nn.Linear:
     "Rows at which heads start.  Raises `ValueError` where `net` does not say its `features`."
     check_positive(way=way)
@@ -70,7 +70,7 @@ def first_rows(net: nn.Module, way: int, like: Tensor) -> nn.Linear:
         )
     return nn.Linear(net.features, way, device=like.device, dtype=like.dtype)
 
-
+# %% ../nbs/20_meta_transfer.ipynb #9e64da29
 class Descent(NamedTuple):
     "Where the head is on its way, and what it is trained on."
 
@@ -79,7 +79,7 @@ class Descent(NamedTuple):
     z: Tensor  # [n, d] features of the support set
     statistics: Statistics  # by which they were normalised
 
-
+# %% ../nbs/20_meta_transfer.ipynb #c3b7a95d
 @register("meta-transfer")
 class MetaTransfer(InnerLoop):
     """Learn to scale and shift frozen, pre-trained weights so that a head trained on few examples does well.

@@ -25,13 +25,13 @@ from .registry import NETWORKS, lookup, register
 from .trust import TWICE, composing, copy_of, lending, turn
 
 # %% auto #0
-__all__ = ['Statistics', 'Parameters', 'SIDES', 'NoScript', 'no_script', 'refuse_tracing', 'normalise', 'BatchNorm',
-           'batch_norms', 'recording', 'call', 'embedded', 'parameters_of', 'is_frozen', 'adaptable',
-           'support_statistics', 'mixes', 'mixes_examples', 'store_running', 'MLP', 'parameter_count', 'Conv4',
-           'ResNet12', 'ResidualBlock']
+__all__ = ['Statistics', 'Parameters', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'embedded', 'parameters_of',
+           'support_statistics', 'mixes', 'store_running', 'MLP', 'parameter_count', 'Conv4', 'ResNet12']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
+
+# %% ../nbs/04_networks.ipynb #1f934811
 # Who is recording in this thread: the names of the layers that are heard, and what they said.
 _recordings: ContextVar[tuple[tuple[dict[nn.Module, str], Statistics], ...]] = ContextVar(
     "recordings", default=()
@@ -67,7 +67,7 @@ def refuse_tracing(module: nn.Module) -> None:
     if torch.jit.is_tracing():
         raise RuntimeError(no_script(module))
 
-
+# %% ../nbs/04_networks.ipynb #148764e5
 def normalise(
     x: Float[Tensor, "n channels *space"],  # a batch
     weight: Float[Tensor, "channels"],  # gamma
@@ -85,7 +85,7 @@ def normalise(
     scale = weight * torch.rsqrt(var + eps)  # gamma / s
     return centred * scale.to(own).view(shape) + bias.to(own).view(shape), mean, var
 
-
+# %% ../nbs/04_networks.ipynb #22532af0
 class BatchNorm(NoScript, nn.Module):
     """Batch normalisation of `[n, channels, *space]`, in three modes.
 
@@ -165,7 +165,7 @@ class BatchNorm(NoScript, nn.Module):
                 'bring examples, or use stats="support" and give the support set\'s'
             )
 
-
+# %% ../nbs/04_networks.ipynb #a17c166f
 def batch_norms(module: nn.Module) -> list[BatchNorm]:
     "The `BatchNorm` layers inside a module."
     return [m for m in module.modules() if isinstance(m, BatchNorm)]
@@ -245,7 +245,7 @@ def parameters_of(network: nn.Module) -> Parameters:
     with turn():
         return dict(network.named_parameters())
 
-
+# %% ../nbs/04_networks.ipynb #fc09d839
 def is_frozen(p: Tensor) -> bool:
     "Is it a parameter that shall not learn?  Tensors that stand in for parameters are not frozen."
     return isinstance(p, nn.Parameter) and not p.requires_grad
@@ -268,7 +268,7 @@ def adaptable(
         )
     return found
 
-
+# %% ../nbs/04_networks.ipynb #9a6488bb
 def support_statistics(
     network: nn.Module,  # whose code runs
     parameters: Parameters,  # with these in place of its own
@@ -306,7 +306,7 @@ def mixes(
     size = 1e-4 * together.abs().max()  # some compute in float32, whatever they are given
     return bool(((together - alone).abs().max() > size).item())
 
-
+# %% ../nbs/04_networks.ipynb #275922a7
 def mixes_examples(
     network: nn.Module,  # of any kind
 ) -> bool:
@@ -336,7 +336,7 @@ def _guesses(network: nn.Module) -> Iterator[Tensor]:
         for side in dict.fromkeys([*own, *SIDES]) if axes else (1,):
             yield torch.randn(3, shape[1], *[side] * axes, generator=generator)
 
-
+# %% ../nbs/04_networks.ipynb #b2d635cb
 @torch.no_grad()
 def store_running(
     network: nn.Module,  # whose running averages move
@@ -396,7 +396,7 @@ class MLP(NoScript, nn.Module):
         hidden = [40, 40] if len(shape) == 1 else [256, 64]
         return {"sizes": [prod(shape), *hidden, *([] if out is None else [out])]}
 
-
+# %% ../nbs/04_networks.ipynb #89af2447
 def _shape_of(network: type, support: Examples) -> list[int]:
     "The shape of one example.  Raises `ValueError` unless the examples are one tensor of floats."
     x = support.x
@@ -429,7 +429,7 @@ def _check_floats(x: Tensor) -> None:
             "other integers"
         )
 
-
+# %% ../nbs/04_networks.ipynb #4c2d38d0
 def parameter_count(network: nn.Module) -> int:
     "How many numbers are learned: belongs beside every score that is compared with another."
     return sum(p.numel() for p in network.parameters())
@@ -507,7 +507,7 @@ class Conv4(nn.Module):
         norm.note(mean, var)
         return y
 
-
+# %% ../nbs/04_networks.ipynb #73f3de1e
 def _check_images(
     x: Tensor,  # what somebody wants to classify
     channels: int,  # what the network was built for
@@ -573,7 +573,7 @@ class ResNet12(nn.Module):
             )
         return {"channels": channels, "out": out}
 
-
+# %% ../nbs/04_networks.ipynb #d076106f
 class ResidualBlock(nn.Module):
     "Three convolutions with a 1x1 shortcut around them, then a max-pool that halves the image."
 

@@ -26,8 +26,7 @@ from .registry import lookup, register
 from .trust import turn
 
 # %% auto #0
-__all__ = ['FORMS', 'unit_scale', 'weight_std', 'FullWriter', 'LowRankWriter', 'RowWriter', 'ScaleWriter', 'make_writers',
-           'last_layer', 'SetEncoder', 'image_features', 'PGN']
+__all__ = ['FORMS', 'unit_scale', 'FullWriter', 'LowRankWriter', 'RowWriter', 'ScaleWriter', 'make_writers', 'SetEncoder', 'PGN']
 
 # %% ../nbs/19_pgn.ipynb #a1ec07e0
 def unit_scale(
@@ -36,7 +35,7 @@ def unit_scale(
     "Each vector at a mean square of 1, whatever its length was; only zero stays zero."
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-8)
 
-
+# %% ../nbs/19_pgn.ipynb #85c23120
 def weight_std(
     p: Float[Tensor, "out *fan_in"],  # a parameter that is to be written
     m: int,  # length of the generator's input h
@@ -128,7 +127,7 @@ def make_writers(
         nn.init.ones_(writer.v)  # the description tells its rows apart
     return nn.ModuleList(writers + head)
 
-
+# %% ../nbs/19_pgn.ipynb #5b6e41a3
 def last_layer(net: nn.Module) -> int:
     "The place of the network's last weight among its parameters: that of its output layer."
     weights = [i for i, p in enumerate(net.parameters()) if p.ndim > 1]
@@ -189,7 +188,7 @@ class SetEncoder(nn.Module):
                 f"{space}]; build it to fit the data"
             )
 
-
+# %% ../nbs/19_pgn.ipynb #aab37a24
 def image_features(
     channels: int,  # of the images
     width: int,  # filters of each block

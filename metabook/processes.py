@@ -23,15 +23,17 @@ from .registry import log
 Item = TypeVar("Item")
 
 # %% auto #0
-__all__ = ['Item', 'TIMEOUT', 'LAUNCHED', 'join', 'launched', 'leave', 'world', 'rank', 'main', 'recordable', 'share', 'Lost',
-           'as_one', 'summed_', 'alike_', 'wait', 'placed', 'gathered', 'told', 'agree', 'Shared', 'dealt', 'collected',
-           'Request', 'stoppable']
+__all__ = ['Item', 'TIMEOUT', 'join', 'launched', 'leave', 'world', 'rank', 'main', 'recordable', 'share', 'Lost', 'as_one',
+           'summed_', 'alike_', 'wait', 'placed', 'gathered', 'told', 'agree', 'Shared', 'dealt', 'collected',
+           'stoppable']
 
 # %% ../nbs/A9_processes.ipynb #9ab90cb4
 TIMEOUT = timedelta(minutes=10)  # silence after which another process counts as lost
+
+# %% ../nbs/A9_processes.ipynb #c755c157
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")  # what `torchrun` says
 
-
+# %% ../nbs/A9_processes.ipynb #3a5daf1a
 @cache  # once: whoever has left does not come back
 def join() -> None:
     "Join the processes that `torchrun` started; without it nothing happens."
@@ -98,7 +100,7 @@ def share(
 class Lost(RuntimeError):
     "Another process of this run has ended, or cannot be reached."
 
-
+# %% ../nbs/A9_processes.ipynb #57c99deb
 @contextmanager
 def _listening() -> Iterator[None]:
     try:
@@ -111,7 +113,7 @@ def _listening() -> Iterator[None]:
             f"another process of this run has ended or cannot be reached ({reason.split('. ')[0]})"
         ) from error
 
-
+# %% ../nbs/A9_processes.ipynb #ad5d9911
 @torch.no_grad()
 def as_one(
     tensors: list[Tensor],  # changed in place
@@ -271,7 +273,7 @@ class Request:
         self.made = True
         log.warning("asked to stop: after this step (ask again to stop at once)")
 
-
+# %% ../nbs/A9_processes.ipynb #fb7a4cbb
 @contextmanager
 def stoppable() -> Iterator[Request]:
     """Within it Ctrl-C and SIGTERM are requests, to be looked at between two steps.

@@ -16,8 +16,7 @@ from .networks import Statistics, embedded, recording
 from .registry import lookup, register
 
 # %% auto #0
-__all__ = ['require_every_class', 'TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance',
-           'ProtoNet']
+__all__ = ['TINY', 'DISTANCES', 'prototypes', 'squared_euclidean', 'euclidean', 'unit', 'cosine_distance', 'ProtoNet']
 
 # %% ../nbs/13_prototypes.ipynb #4a3e82e9
 def prototypes(
@@ -36,6 +35,8 @@ def prototypes(
 
 # %% ../nbs/13_prototypes.ipynb #e91b7f91
 require_every_class = check_every_class  # its name in 0.1.0
+
+# %% ../nbs/13_prototypes.ipynb #fb69ae37
 TINY = 1e-12  # the smallest squared length that is told from zero
 
 
@@ -123,6 +124,3 @@ class ProtoNet(Learner):
         c, statistics = state
         z = embedded(self.embed, {}, x, statistics)
         return -self.scale * DISTANCES[self.distance](z, c)
-
-# %% ../nbs/13_prototypes.ipynb #06662e32
-#| export

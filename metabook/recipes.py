@@ -44,14 +44,10 @@ from .training import evaluate, fit, one_of, paired
 from .transfer import Batches
 
 # %% auto #0
-__all__ = ['EVERY', 'STRIDED', 'ALONE', 'PRETRAIN', 'RECIPES', 'OTHERWISE', 'FINN', 'SNELL', 'RAVI', 'CHEN', 'SUN', 'BERTINETTO',
-           'TOGETHER', 'PUBLISHED', 'MAX', 'LEARNED_UPDATE', 'PAPER', 'ROWS', 'COLOUR_IMAGES', 'BUDGETS',
-           'REPRODUCTIONS', 'TEST_TASKS', 'RESULTS', 'Recipe', 'owned', 'recipe_for', 'data_named', 'classes_of',
-           'training_tasks', 'unseen_tasks', 'make_learner', 'learner_note', 'one_support', 'network_notes',
-           'network_note', 'check_start', 'held_learner', 'network_of', 'run_recipe', 'check_ways', 'train',
-           'taken_over', 'evidence', 'circumstances', 'commit', 'provenance', 'Published', 'Reproduction', 'reproduce',
-           'rows_in', 'Attempt', 'same_run', 'told', 'as_printed', 'seconds_of', 'percent', 'reports', 'table',
-           'listed']
+__all__ = ['EVERY', 'STRIDED', 'RECIPES', 'OTHERWISE', 'PUBLISHED', 'PAPER', 'ROWS', 'BUDGETS', 'REPRODUCTIONS', 'RESULTS',
+           'Recipe', 'recipe_for', 'data_named', 'unseen_tasks', 'make_learner', 'network_of', 'run_recipe', 'train',
+           'taken_over', 'evidence', 'circumstances', 'commit', 'Published', 'reproduce', 'Attempt', 'told', 'percent',
+           'reports', 'table', 'listed']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 EVERY = "*"  # in a recipe: all networks of the method that it does not name
@@ -124,17 +120,22 @@ class Recipe:
         kept = {key: v for key, v in self.net.items() if owned(key)[1] not in said}
         return replace(self, net=kept | said)
 
-
+# %% ../nbs/A4_recipes.ipynb #0b90bc8c
 def owned(key: str) -> tuple[str, str]:
     'Whose argument it is, and its name: "other.width" -> "other", "width"; "width" is nobody\'s own.'
     owner, _, argument = key.rpartition(".")
     return owner, argument
 
-
+# %% ../nbs/A4_recipes.ipynb #fa147ddc
 STRIDED = {"pool": "stride", "stats": "running"}
+
+# %% ../nbs/A4_recipes.ipynb #fe09b11d
 ALONE = {"pool": "stride", "stats": "support"}  # each query by the support set's statistics
+
+
 PRETRAIN = Recipe(net=STRIDED, tasks="batches", steps=3000, batch=128, lr=3e-3)
 
+# %% ../nbs/A4_recipes.ipynb #0aafd19d
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("maml", "sinusoids"): Recipe(
         "mlp", method={"lr": 0.01}, query=10, steps=20_000, batch=32, lr=1e-2
@@ -184,6 +185,8 @@ OTHERWISE: dict[str, dict[str, dict[str, Any]]] = {  # other data, other lengths
         "pgn": {"steps": 100},
     },
 }
+
+
 RECIPES |= {
     (method, data): replace(RECIPES[method, "images"], **changes)
     for data, all_changes in OTHERWISE.items()
@@ -226,7 +229,7 @@ def data_named(
             )
     return str(folder.resolve())
 
-
+# %% ../nbs/A4_recipes.ipynb #4142554c
 def classes_of(
     task: dict[str, Any],  # its "data"; for a folder also how its images are read
     split: str,  # "train", "val" or "test"
@@ -242,7 +245,7 @@ def training_tasks(task: dict[str, Any], recipe: Recipe, device: torch.device) -
     tasks = source_of(task).training(task, recipe.query, device, recipe.way)
     return HardTasks(tasks) if recipe.tasks == "hard" else tasks
 
-
+# %% ../nbs/A4_recipes.ipynb #bf494dd1
 def unseen_tasks(task: dict[str, Any], split: str, device: torch.device) -> Tasks:
     "The tasks to validate or test on."
     return source_of(task).unseen(task, split, device)
@@ -258,7 +261,7 @@ def make_learner(
     "A learner that fits the tasks, freshly initialised but for the network it starts from."
     return build(learner_note(method, recipe, tasks, net, base))
 
-
+# %% ../nbs/A4_recipes.ipynb #f611446d
 def learner_note(
     method: str, recipe: Recipe, tasks: Tasks, net: nn.Module | None, base: int | None
 ) -> dict[str, Any]:
@@ -388,7 +391,7 @@ def held_learner(method: str, argument: str, recipe: Recipe) -> tuple[str, Recip
         )
     return held["name"], replace(recipe, method=held.get("args", {}))
 
-
+# %% ../nbs/A4_recipes.ipynb #773eea36
 def network_of(
     folder: Path,  # a trained folder
 ) -> nn.Module:
@@ -453,7 +456,7 @@ def run_recipe(
         taken_over(learner, tasks, validate, read_config(start), seed, out, notes)
     return read_config(out)
 
-
+# %% ../nbs/A4_recipes.ipynb #56c09487
 def check_ways(learner: Learner, tasks: Tasks, validate: Tasks) -> None:
     "Raise `ValueError` where a learner with a head would train on another number of classes."
     if learner.head and isinstance(tasks, FewShot) and tasks.way != validate.way:
@@ -462,7 +465,7 @@ def check_ways(learner: Learner, tasks: Tasks, validate: Tasks) -> None:
             f"{validate.way} classes, expected {validate.way} in training too: leave --train-way out"
         )
 
-
+# %% ../nbs/A4_recipes.ipynb #bd7caa8b
 def train(
     learner: Learner,
     tasks: Tasks,
@@ -545,7 +548,7 @@ def commit() -> str | None:
         return None
     return told.stdout.strip()
 
-
+# %% ../nbs/A4_recipes.ipynb #1be7c6cc
 def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     "Where a score comes from: what a row of `results/` needs beside the score itself."
     made = {key: config[key] for key in ("method", "task", "recipe", "training", "validation")}
@@ -562,14 +565,28 @@ class Published:
     source: str  # paper and table
     protocol: str  # what differs from "Conv4, queries alone, 600 tasks"
 
-
+# %% ../nbs/A4_recipes.ipynb #e88b79e1
 FINN = "Finn et al. 2017, table 1"
+
+
 SNELL = "Snell et al. 2017, tables 1 and 2"
+
+
 RAVI = "Ravi & Larochelle 2017, table 1"
+
+
 CHEN = "Chen et al. 2019, table 1"
+
+
 SUN = "Sun et al. 2019, tables 1 and 2"
+
+
 BERTINETTO = "Bertinetto et al. 2019, as listed by Lee et al. 2019"
+
+
 TOGETHER = "queries normalised together"
+
+# %% ../nbs/A4_recipes.ipynb #e2ec5da3
 PUBLISHED: dict[tuple[str, str, int], Published] = {
     ("maml", "omniglot", 1): Published(98.7, 0.4, FINN, f"strided, 64 filters, {TOGETHER}"),
     ("maml", "miniimagenet", 1): Published(48.70, 1.84, FINN, f"32 filters, {TOGETHER}"),
@@ -593,6 +610,8 @@ PUBLISHED: dict[tuple[str, str, int], Published] = {
 
 # %% ../nbs/A4_recipes.ipynb #07c323bf
 MAX = {"pool": "max", "stats": "running"}
+
+
 LEARNED_UPDATE = Recipe(
     net={"width": 32, "stats": "support"},
     method={"steps": 12, "hidden": 20},
@@ -601,6 +620,8 @@ LEARNED_UPDATE = Recipe(
     batch=1,
     clip=0.25,
 )
+
+# %% ../nbs/A4_recipes.ipynb #14cd237b
 PAPER: dict[tuple[Any, ...], Recipe] = {
     ("maml", "omniglot"): Recipe(
         net={"pool": "stride", "stats": "batch"},
@@ -650,10 +671,14 @@ ROWS = (
     "pgn",
     "meta-transfer",
 )
+
+# %% ../nbs/A4_recipes.ipynb #96323a9b
 COLOUR_IMAGES = ("cifarfs", "fc100", "miniimagenet")
+
+# %% ../nbs/A4_recipes.ipynb #847e8389
 BUDGETS = {"cpu": RECIPES, "gpu": PAPER}
 
-
+# %% ../nbs/A4_recipes.ipynb #9a7ae8c3
 @dataclass(frozen=True)
 class Reproduction:
     "A row of a table: a method on a data set, 5-way, and the seeds it is run with."
@@ -680,7 +705,7 @@ class Reproduction:
     def published(self) -> Published | None:
         return PUBLISHED.get((self.method, self.data, self.shot))
 
-
+# %% ../nbs/A4_recipes.ipynb #b1938fe5
 REPRODUCTIONS = {
     row.name: row
     for row in [
@@ -693,7 +718,7 @@ REPRODUCTIONS = {
 # %% ../nbs/A4_recipes.ipynb #c206b6c1
 TEST_TASKS = 600  # of a row; fewer or more make a trial
 
-
+# %% ../nbs/A4_recipes.ipynb #f9dab645
 def reproduce(
     name: str,  # of `REPRODUCTIONS`
     budget: str = "cpu",  # or "gpu"
@@ -725,7 +750,7 @@ def reproduce(
         write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
     return report
 
-
+# %% ../nbs/A4_recipes.ipynb #21b964b3
 def rows_in(path: Path) -> list[dict[str, Any]]:
     "The rows that a file of results holds by now.  Raises `ValueError` where it holds something else."
     if not path.exists():
@@ -738,7 +763,7 @@ def rows_in(path: Path) -> list[dict[str, Any]]:
             f"{path} holds no rows of results ({error!r}): put it elsewhere, and it is begun anew"
         ) from error
 
-
+# %% ../nbs/A4_recipes.ipynb #81855062
 @dataclass(frozen=True)
 class Attempt:
     "One seed of a row: train, test, and say what came out."
@@ -834,7 +859,7 @@ class Attempt:
         words += f" --steps {self.steps}" if self.steps else ""
         return words + (f" --tasks {self.tasks}" if self.tasks != TEST_TASKS else "")
 
-
+# %% ../nbs/A4_recipes.ipynb #ffd95370
 def same_run(folder: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]:
     "The configuration of a trained folder.  Raises `ValueError` unless it ran this recipe to its end."
     config = read_config(folder)
@@ -848,7 +873,7 @@ def same_run(folder: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]
         )
     return config
 
-
+# %% ../nbs/A4_recipes.ipynb #cf7e60a1
 def told(report: dict[str, Any]) -> list[str]:  # lines
     "A report in words: the published number, and ours below it."
     lines = ["published  none: compared with itself before its training"]
@@ -861,7 +886,7 @@ def told(report: dict[str, Any]) -> list[str]:  # lines
         lines.append(f"{row['budget']} seed {row['seed']}  {', '.join(scores)}  ({seconds})")
     return lines
 
-
+# %% ../nbs/A4_recipes.ipynb #2e9813d7
 def as_printed(published: dict[str, Any]) -> str:
     "A published score, with its interval where one is printed."
     spread = "" if published["ci95"] is None else f" ± {published['ci95']}"
@@ -873,7 +898,7 @@ def seconds_of(row: dict[str, Any]) -> float:
     start = row.get("start") if row["recipe"]["steps"] else None  # else it is counted already
     return row["training"]["seconds"] + (start["training"]["seconds"] if start else 0.0)
 
-
+# %% ../nbs/A4_recipes.ipynb #ccd1d4d5
 def percent(score: dict[str, Any], sign: str = "") -> str:
     "A score and its interval in percent; of one with answers that are NaN, that."
     if score["mean"] is None:

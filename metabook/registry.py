@@ -25,20 +25,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 # %% auto #0
-__all__ = ['log', 'VERSION', 'RENAMED', 'NETWORKS', 'METHODS', 'register', 'noting', 'arguments', 'changed', 'number',
-           'undisturbed', 'plain', 'registered', 'methods', 'lookup', 'build', 'build_argument', 'staged',
-           'write_atomically', 'aside', 'kept_aside', 'mend', 'save', 'write_folder', 'on_its_own', 'at_home',
-           'heading', 'checksum', 'read_config', 'OtherLayout', 'check_layout', 'load', 'upgraded', 'renamed', 'remade',
-           'particulars', 'blank', 'differences', 'misshapen', 'check_loadable', 'unlike', 'give_types', 'read_weights',
-           'rehearse', 'check_writable']
+__all__ = ['log', 'NETWORKS', 'METHODS', 'register', 'arguments', 'changed', 'number', 'undisturbed', 'plain', 'registered',
+           'methods', 'build', 'staged', 'write_atomically', 'aside', 'mend', 'save', 'checksum', 'read_config', 'load',
+           'renamed', 'blank', 'differences', 'misshapen', 'unlike', 'rehearse']
 
 # %% ../nbs/A02_registry.ipynb #22bda95b
 log = logging.getLogger("metabook")
 
+# %% ../nbs/A02_registry.ipynb #283a2b27
 VERSION = 2  # of the layout of a trained folder
+
+
 # What a method's parts were called in an earlier layout: layout -> method -> part -> its name since.
 RENAMED: dict[int, dict[str, dict[str, str]]] = {1: {"meta-transfer": {"start": "rows"}}}
+
+# %% ../nbs/A02_registry.ipynb #0ec32308
 NETWORKS: dict[str, type[nn.Module]] = {}  # "conv4" -> Conv4
+
+
 METHODS: dict[str, type[nn.Module]] = {}  # "maml" -> MAML
 
 
@@ -66,7 +70,7 @@ def register(
 
     return decorate
 
-
+# %% ../nbs/A02_registry.ipynb #3d53fa5a
 def noting(name: str, init: Callable[..., None]) -> Callable[..., None]:
     "The constructor `init`, which also keeps its name and arguments in `self.config`."
     signature = inspect.signature(init)
@@ -88,7 +92,7 @@ def noting(name: str, init: Callable[..., None]) -> Callable[..., None]:
 
     return wrapped
 
-
+# %% ../nbs/A02_registry.ipynb #eaa85c8f
 def arguments(module: nn.Module) -> dict[str, Any]:
     "The arguments that a registered module was made with; of those that it keeps and you changed, what they are now."
     return module.config["args"] | changed(module)
@@ -102,7 +106,7 @@ def changed(module: nn.Module) -> dict[str, Any]:
         k: v for k, v in now.items() if _text(v) and _text(kept[k]) and _text(v) != _text(kept[k])
     }
 
-
+# %% ../nbs/A02_registry.ipynb #0c42f17b
 def _kept(module: nn.Module, name: str) -> Any:
     "An attribute, where it can be had: a property may compute it, on a device that computes nothing."
     try:
@@ -192,7 +196,7 @@ def methods() -> dict[str, type[nn.Module]]:
             importlib.import_module(f"metabook.{module.name}")
     return METHODS
 
-
+# %% ../nbs/A02_registry.ipynb #67541583
 def lookup(
     name: str,  # what somebody typed
     known: dict[str, Any],  # what there is
@@ -205,7 +209,7 @@ def lookup(
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"unknown {what} {name!r}: {hint}known are {', '.join(sorted(known))}")
 
-
+# %% ../nbs/A02_registry.ipynb #ae1a5918
 def build(
     config: dict[str, Any],  # {"name": ..., "args": {...}}
     registry: dict[str, type[nn.Module]] | None = None,  # where its name is looked up: `methods()`
@@ -231,7 +235,7 @@ def build(
             f"{config['name']!r} cannot be built from {config['args']}: {error}"
         ) from error
 
-
+# %% ../nbs/A02_registry.ipynb #e1aee6c9
 def build_argument(value: Any, default: Any = None) -> Any:
     "The opposite of `plain`: what names a network, or a learner, becomes one; a list a tuple, where that is usual."
     if isinstance(value, dict):
@@ -271,7 +275,7 @@ def aside(path: Path) -> Path:
     "The hidden name of what a file held before it was replaced."
     return path.with_name(f".{path.name}.before")
 
-
+# %% ../nbs/A02_registry.ipynb #0723cde7
 @contextmanager
 def kept_aside(
     path: Path,  # a file of parameters that is to be replaced, and its config.json after it
@@ -290,7 +294,7 @@ def kept_aside(
         raise
     aside(path).unlink(missing_ok=True)
 
-
+# %% ../nbs/A02_registry.ipynb #90e1f463
 def mend(path: Path) -> None:
     "After somebody died between the two renames: of the two files keep the one that config.json means."
     before = aside(path)
@@ -319,7 +323,7 @@ def save(
     check_loadable(learner, plain("learner", learner))
     return write_folder(folder, learner, **more)
 
-
+# %% ../nbs/A02_registry.ipynb #425c3ba7
 def write_folder(
     folder: str | Path,  # made where it is missing
     learner: nn.Module,  # an instance of a registered class
@@ -366,7 +370,7 @@ def heading(weights: bytes, layout: int = VERSION) -> dict[str, Any]:
     versions = {"layout": layout, "metabook": metabook.__version__, "torch": torch.__version__}
     return versions | {"weights": checksum(weights)}
 
-
+# %% ../nbs/A02_registry.ipynb #56bd01fe
 def checksum(data: bytes) -> str:
     "SHA-256 in hexadecimal digits."
     return hashlib.sha256(data).hexdigest()
@@ -391,7 +395,7 @@ def read_config(
     check_layout(path, config)
     return config
 
-
+# %% ../nbs/A02_registry.ipynb #c55dd811
 class OtherLayout(ValueError):
     "A file that another version of the library wrote."
 
@@ -405,7 +409,7 @@ def check_layout(path: Path, config: dict[str, Any], expected: int = VERSION) ->
             f"version of metabook that wrote it ({wrote}) or a newer one"
         )
 
-
+# %% ../nbs/A02_registry.ipynb #289cce9b
 def load(
     folder: str | Path,  # written by `save`, `fit(folder=...)` or `metabook train`
 ) -> nn.Module:
@@ -423,7 +427,7 @@ def load(
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     return learner.eval()
 
-
+# %% ../nbs/A02_registry.ipynb #885a6c14
 def upgraded(
     config: dict[str, Any],  # of any layout that can be read
     state: dict[str, Tensor],  # parameters and buffers
@@ -440,7 +444,7 @@ def upgraded(
         told["tables"] = {name(k): v for k, v in config["tables"].items()}
     return config | told, {name(k): t for k, t in state.items()}
 
-
+# %% ../nbs/A02_registry.ipynb #6ad05a8e
 def renamed(
     method: dict[
         str, Any
@@ -454,7 +458,7 @@ def renamed(
         found |= {f"{k}.{old}": f"{k}.{new}" for old, new in inner.items()}
     return found
 
-
+# %% ../nbs/A02_registry.ipynb #75894e5a
 def remade(
     config: dict[str, Any],  # with "method", and what `particulars` gave
     state: dict[str, Tensor],  # parameters and buffers
@@ -495,7 +499,7 @@ def particulars(learner: nn.Module) -> dict[str, Any]:
     tied = [same for same in names.values() if len(same) > 1]
     return {"frozen": frozen, "tied": tied, "tables": tables}
 
-
+# %% ../nbs/A02_registry.ipynb #e5c72807
 def blank(
     method: dict[str, Any],  # name and arguments
 ) -> nn.Module:
@@ -534,7 +538,7 @@ def misshapen(
     wanted = {k: found.get(k) if s is None else s for k, s in shapes.items()}
     return next(iter(differences(wanted, found)), "")
 
-
+# %% ../nbs/A02_registry.ipynb #1879a1b4
 def _shape(t: Tensor) -> tuple[int, ...] | None:
     "`None` where the first data will decide."
     return None if nn.parameter.is_lazy(t) else tuple(t.shape)
@@ -556,7 +560,7 @@ def check_loadable(
             "registered classes make of the arguments they noted: make the change in a constructor, by an argument"
         )
 
-
+# %% ../nbs/A02_registry.ipynb #c7fb8a19
 def unlike(
     learner: nn.Module,
     made: nn.Module,  # from its note
@@ -573,7 +577,7 @@ def unlike(
                 return f"{here}.{k} was {kept!r} and is {v!r}"
     return ""
 
-
+# %% ../nbs/A02_registry.ipynb #68992fc1
 def give_types(learner: nn.Module, state: dict[str, Tensor]) -> None:
     "Bring each parameter and buffer to the precision of its saved value; each may have its own."
     for name, t in [*learner.named_parameters(), *learner.named_buffers()]:
@@ -620,7 +624,7 @@ def rehearse(
     state = {k: v.detach() for k, v in learner.state_dict().items()}
     return remade({"method": method} | particulars(learner), state)
 
-
+# %% ../nbs/A02_registry.ipynb #fa91419e
 def check_writable(what: str, value: Any) -> None:
     "Raise `ValueError` for numbers that JSON does not have, `TypeError` for what are none."
     try:

@@ -25,13 +25,12 @@ from .learners import FastWeights, InnerLoop, Learner
 from .registry import METHODS, load, methods, save
 
 # %% auto #0
-__all__ = ['CHECKS', 'Flaw', 'ContractError', 'Case', 'far_apart', 'require_close', 'kind_matches', 'predictions_fit',
-           'scores_are_numbers', 'keeps', 'require_rows', 'require_like', 'param_groups_are_complete', 'nonlinear',
-           'lifted', 'loop_equals_vmap', 'parts_make_the_whole', 'gradients_arrive', 'gradients_are_true',
-           'is_derivative', 'objective_at', 'no_rows', 'support_is_a_set', 'classes_are_names', 'queries_stand_alone',
-           'narrower', 'doubled', 'another_way', 'another_shot', 'misfits', 'misfits_are_refused', 'snapshot',
-           'nothing_is_written', 'state_is_complete', 'adapting_is_deterministic', 'works_without_grad',
-           'survives_saving', 'check_learner', 'surprise', 'unregistered_learners']
+__all__ = ['CHECKS', 'Flaw', 'ContractError', 'Case', 'far_apart', 'require_close', 'kind_matches', 'predictions_fit', 'keeps',
+           'param_groups_are_complete', 'nonlinear', 'lifted', 'loop_equals_vmap', 'gradients_arrive',
+           'gradients_are_true', 'support_is_a_set', 'classes_are_names', 'queries_stand_alone', 'narrower',
+           'another_way', 'another_shot', 'misfits', 'misfits_are_refused', 'snapshot', 'nothing_is_written',
+           'state_is_complete', 'adapting_is_deterministic', 'works_without_grad', 'survives_saving', 'check_learner',
+           'surprise', 'unregistered_learners']
 
 # %% ../nbs/A7_testing.ipynb #e91e7f24
 class Flaw(Exception):
@@ -120,7 +119,7 @@ def predictions_fit(case: Case) -> None:
     }.items():
         require_like(name, found, number.to(tree_leaves(case.episodes)[0].device))
 
-
+# %% ../nbs/A7_testing.ipynb #7274be2f
 def scores_are_numbers(case: Case) -> str | None:
     "The score of a task is one number, or `None`, and the metric says what it measures."
     learner, (support, query) = case.learner.eval(), case.episode()
@@ -141,13 +140,13 @@ def scores_are_numbers(case: Case) -> str | None:
         )
     return None
 
-
+# %% ../nbs/A7_testing.ipynb #1e0181c8
 def keeps(learner: Learner, *methods: str) -> bool:
     "Does it do these things as `Learner` does?"
     own = vars(learner)
     return all(getattr(type(learner), m) is getattr(Learner, m) and m not in own for m in methods)
 
-
+# %% ../nbs/A7_testing.ipynb #39229408
 def require_rows(predictions: Any, n: int | None) -> None:
     "Raise `Flaw` unless each tensor of a structure has a row for each of `n` queries, and finite numbers."
     for name, t in leaves_of("predictions", predictions).items():
@@ -174,7 +173,7 @@ def require_like(name: str, found: Tensor, wanted: Tensor) -> None:
     if not found.isfinite().all():
         raise Flaw(f"{name} with numbers that are not finite", "finite numbers", "look for 0 / 0")
 
-
+# %% ../nbs/A7_testing.ipynb #5aa2aa40
 def param_groups_are_complete(case: Case) -> None:
     "The outer optimiser gets every parameter that requires a gradient, once."
     given = [id(p) for group in case.learner.param_groups() for p in group["params"]]
@@ -221,7 +220,7 @@ def loop_equals_vmap(case: Case) -> None:
             advice = "look for what depends on the number of tasks, or is remembered between tasks"
             require_close(vmap[name], loop[name], name, "loop and vmap agree in float64", advice)
 
-
+# %% ../nbs/A7_testing.ipynb #220d00e7
 def parts_make_the_whole(case: Case) -> None:
     "Meta-gradients in parts, and with inner steps that are computed again, are those of all at once."
     ways: list[dict[str, Any]] = [{}, {"chunk": 1}, {"chunk": 2, "lift": "loop"}]
@@ -245,7 +244,7 @@ def parts_make_the_whole(case: Case) -> None:
                     "look for what depends on the number of tasks, or is remembered between calls",
                 )
 
-
+# %% ../nbs/A7_testing.ipynb #0621e968
 def gradients_arrive(case: Case) -> str | None:
     "Every parameter that requires a gradient gets a finite one."
     wanted = [k for k, p in case.learner.named_parameters() if p.requires_grad]
@@ -279,7 +278,7 @@ def gradients_are_true(case: Case) -> str | None:
         )
     return None
 
-
+# %% ../nbs/A7_testing.ipynb #191a2494
 def is_derivative(case: Case, gradient: dict[str, Tensor]) -> bool:
     "Does the loss change along a random direction of these parameters as the gradient says?"
     generator = torch.Generator().manual_seed(0)
@@ -316,7 +315,7 @@ def _of_each(examples: Examples, change: Callable[[Tensor], Tensor]) -> dict[str
     x, y = tree_map(change, (examples.x, examples.y))
     return {"x": x, "y": y}
 
-
+# %% ../nbs/A7_testing.ipynb #11a91c01
 def support_is_a_set(case: Case) -> str | None:
     "The order of the support examples has no effect."
     if not case.learner.order_invariant:
@@ -383,12 +382,12 @@ def narrower(examples: Examples) -> Examples:
     x, y = tree_map(lambda t: t[keep], (examples.x, examples.y))
     return Examples(x, y[:, :-1], info)
 
-
+# %% ../nbs/A7_testing.ipynb #079728b0
 def doubled(examples: Examples) -> Examples:
     "The examples with every target twice."
     return examples._replace(y=examples.y.repeat(1, 2))
 
-
+# %% ../nbs/A7_testing.ipynb #40e0e68b
 def another_way(case: Case) -> str | None:
     "With another number of classes (or targets) it works, or a `ValueError` names the number."
     classes = case.learner.kind == "classification"
@@ -462,12 +461,12 @@ def misfits(case: Case) -> dict[str, tuple[Examples, Any]]:
             )
     return found
 
-
+# %% ../nbs/A7_testing.ipynb #75d3d304
 def _bytes(t: Tensor) -> Tensor:
     "The examples as images are stored; what are no floats stays."
     return t.byte() if t.is_floating_point() else t
 
-
+# %% ../nbs/A7_testing.ipynb #e28f5f7e
 def misfits_are_refused(case: Case) -> None:
     "Examples that do not fit raise a `ValueError`."
     known = misfits(case)

@@ -91,11 +91,9 @@ from metabook.registry import (
 from .trust import claiming
 
 # %% auto #0
-__all__ = ['VALIDATION_TASKS', 'TRAINING', 'VALIDATION', 'USED', 'Score', 'paired', 'evaluate', 'judged', 'frozen_of', 'answers',
-           'check_tasks', 'waits', 'give_sizes', 'one_of', 'place', 'bar', 'Report', 'diagnosis', 'phases', 'Outer',
-           'Run', 'fit', 'prepare', 'begin', 'start_anew', 'last_state', 'identity', 'named', 'some_of', 'described',
-           'surroundings', 'changes', 'same_everywhere', 'check_same_answers', 'run_folder', 'read_log', 'Calibration',
-           'binned', 'calibration']
+__all__ = ['VALIDATION_TASKS', 'Score', 'paired', 'evaluate', 'judged', 'answers', 'waits', 'place', 'bar', 'Report', 'diagnosis',
+           'phases', 'Outer', 'Run', 'fit', 'prepare', 'begin', 'identity', 'named', 'described', 'changes',
+           'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_training.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -255,7 +253,7 @@ def judged(
         )
     return torch.stack(values), torch.tensor([float(s is None) for s in found])
 
-
+# %% ../nbs/06_training.ipynb #dfeceeca
 def frozen_of(tasks: Tasks | Frozen, n: int | None, seed: int | None) -> Frozen:
     "Frozen tasks: these, or `n` of them.  Raises `ValueError` for numbers that would be ignored."
     if not isinstance(tasks, Frozen):
@@ -269,7 +267,7 @@ def frozen_of(tasks: Tasks | Frozen, n: int | None, seed: int | None) -> Frozen:
             )
     return tasks
 
-
+# %% ../nbs/06_training.ipynb #d9e67742
 def answers(
     learner: Learner,  # where it is
     frozen: Frozen,  # what it is asked
@@ -322,12 +320,12 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
         with scoring(learner), torch.no_grad():
             give_sizes(learner, one)
 
-
+# %% ../nbs/06_training.ipynb #bfb593ea
 def waits(module: nn.Module) -> bool:
     "Has it parameters that get their sizes from the first data?"
     return any(nn.parameter.is_lazy(p) for p in module.parameters())
 
-
+# %% ../nbs/06_training.ipynb #a3a84422
 def give_sizes(learner: Learner, one: Episode) -> None:
     """Show a learner its first task, for parameters that wait for their sizes.
 
@@ -346,7 +344,7 @@ def one_of(tasks: Tasks) -> Episode | None:
         return twin_of(tasks).sample(1, torch.Generator().manual_seed(LOOK))
     return None
 
-
+# %% ../nbs/06_training.ipynb #994809d8
 def place(learner: Learner, device: torch.device | str | None = None) -> torch.device:
     "Move the learner where it is wanted; say where it is.  Raises `ValueError` for a device that cannot be used."
     if device is not None:
@@ -405,19 +403,19 @@ def diagnosis(
         "lower the outer lr, or set clip"
     )
 
-
+# %% ../nbs/06_training.ipynb #b1852076
 def _largest(values: Any) -> float:
     "The largest absolute value in a structure; NaN where there is one."
     leaves = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
     sizes = [t.abs().max() for t in leaves if t.numel()]
     return torch.stack([s.double().cpu() for s in sizes]).max().item() if sizes else 0.0
 
-
+# %% ../nbs/06_training.ipynb #e0a1ea19
 def phases(learner: Learner) -> tuple[Hashable, ...]:
     "In which phase of its training a learner is, and learners inside."
     return tuple(m.phase for m in learner.modules() if isinstance(m, Timed))
 
-
+# %% ../nbs/06_training.ipynb #fa1862ed
 class Outer:
     """The outer loop's step: losses of a batch of tasks, the gradient of their combination, an update.
 
@@ -1006,9 +1004,11 @@ class Run:
 
 # %% ../nbs/06_training.ipynb #d0222d47
 VALIDATION_TASKS = 200  # frozen by `fit` where `validate` is not frozen yet
+
+# %% ../nbs/06_training.ipynb #a28b880d
 TRAINING, VALIDATION = 1 << 30, 1 << 31  # keep seeds apart: see "The same numbers twice"
 
-
+# %% ../nbs/06_training.ipynb #07778247
 def fit(
     learner: Learner,  # trained in place
     tasks: Tasks,  # to train on
@@ -1084,7 +1084,7 @@ def fit(
                     run.checkpoint()
     return run
 
-
+# %% ../nbs/06_training.ipynb #44495d32
 def prepare(
     run: Run,
     validate: Tasks | Frozen | None,
@@ -1126,7 +1126,7 @@ def begin(run: Run, resume: bool) -> None:
         start_anew(run.folder, run.settings["every"])
     run.note(settings=run.settings, **names, notes=run.notes)
 
-
+# %% ../nbs/06_training.ipynb #8ce458a9
 def start_anew(folder: Path, every: int) -> None:
     """Clear away what a run that was killed before its first checkpoint left.
 
@@ -1151,7 +1151,7 @@ def last_state(folder: Path) -> dict[str, Any] | None:
     found = newest_checkpoint(folder)
     return found and found | {"log": read_log(folder, found["log"])}
 
-
+# %% ../nbs/06_training.ipynb #d5c46253
 def identity(run: Run) -> dict[str, Any]:
     "What a run is: where any of that differs, another run would go on."
     settings = {k: run.settings[k] for k in ("meta_batch", "lr", "seed", "optimizer")}
@@ -1175,20 +1175,20 @@ def named(frozen: Frozen) -> dict[str, Any]:
     "What frozen tasks are, and which of them."
     return frozen.tasks.describe() | {"episodes": frozen.hash}
 
-
+# %% ../nbs/06_training.ipynb #74b1e2e1
 def some_of(differences: list[str], most: int = 5) -> str:
     "The first of them, and how many there are."
     more = len(differences) - most
     return "; ".join(differences[:most]) + (f"; and {more} more" if more > 0 else "")
 
-
+# %% ../nbs/06_training.ipynb #8e1af8c6
 def described(parameter: Tensor) -> str:
     "Type and shape of a parameter, and whether it is frozen."
     shape = "x".join(map(str, parameter.shape))
     kind = str(parameter.dtype).removeprefix("torch.")
     return f"{shape} {kind}" + ("" if parameter.requires_grad else ", frozen")
 
-
+# %% ../nbs/06_training.ipynb #1b55174d
 def surroundings(run: Run) -> dict[str, Any]:
     "What may differ when a run goes on, and is told: where it runs, and how it is computed and watched."
     outer, device = run.outer, run.outer.device
@@ -1206,12 +1206,12 @@ def surroundings(run: Run) -> dict[str, Any]:
     told = ("chunk", "clip", "every", "log_every", "recompute", "precision", "nonfinite")
     return where | {k: run.settings[k] for k in told}
 
-
+# %% ../nbs/06_training.ipynb #09c96c35
 def changes(tasks: Tasks) -> bool:
     "Do these tasks depend on what happened in the run?"
     return hasattr(tasks, "feedback")
 
-
+# %% ../nbs/06_training.ipynb #4f2b52c3
 def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> None:
     "Let all processes begin with the parameters of process 0; `ValueError` unless they are to do the same."
     versions = {"metabook": metabook.__version__, "torch": torch.__version__}
@@ -1336,7 +1336,7 @@ def binned(
     inside = one_hot(bin_of, bins).to(confidence.dtype)  # [tasks, n, bins]
     return tuple((v[..., None] * inside).sum(1) for v in (torch.ones_like(hit), confidence, hit))
 
-
+# %% ../nbs/06_training.ipynb #43b8a6a2
 def calibration(
     learner: Learner,  # for classification
     tasks: Tasks | Frozen,  # frozen here, unless it is frozen already

@@ -18,7 +18,7 @@ from .prototypes import TINY, prototypes, unit
 from .registry import lookup, register
 
 # %% auto #0
-__all__ = ['SCALE', 'HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'base_layer', 'spread', 'FineTune']
+__all__ = ['SCALE', 'HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'spread', 'FineTune']
 
 # %% ../nbs/07_transfer.ipynb #da852e05
 class Batches(ClassTasks):
@@ -151,7 +151,7 @@ class Pretrained(Learner):
             )
         return HEADS[self.logits](z, state.weight, state.bias)
 
-
+# %% ../nbs/07_transfer.ipynb #73703b6d
 def base_layer(embed: nn.Module, classes: int) -> nn.Linear:
     "A last layer, beside `embed` and of its type.  Raises `ValueError` where `embed` is not made for it."
     check_positive(classes=classes)

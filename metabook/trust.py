@@ -24,11 +24,9 @@ from .processes import Shared, summed_
 from .registry import log
 
 # %% auto #0
-__all__ = ['TWICE', 'LIFTED', 'HOLDERS', 'MOST', 'TOLERANCE', 'RIGHT', 'VERIFIED', 'Work', 'REFUSALS', 'OF_TYPES', 'layer_norm',
-           'batch_norm', 'instance_norm', 'embedding', 'attention', 'multi_head_attention', 'embedding_bag',
-           'hardsigmoid', 'weight_norm', 'sparing', 'composing', 'turn', 'lending', 'check_free', 'claiming',
-           'check_alone', 'asking', 'here', 'verified_here', 'plain', 'proven', 'trusted', 'objection', 'why_not',
-           'copy_of', 'suspects', 'Impossible', 'in_our_words']
+__all__ = ['LIFTED', 'MOST', 'TOLERANCE', 'VERIFIED', 'Work', 'layer_norm', 'batch_norm', 'instance_norm', 'embedding',
+           'attention', 'embedding_bag', 'hardsigmoid', 'weight_norm', 'composing', 'turn', 'claiming', 'asking',
+           'here', 'plain', 'proven', 'trusted', 'why_not']
 
 # %% ../nbs/A6_trust.ipynb #678bd65f
 def _normalised(
@@ -50,7 +48,7 @@ def _by_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor
     x = x if weight is None else x * weight.view(shape)
     return x if bias is None else x + bias.view(shape)
 
-
+# %% ../nbs/A6_trust.ipynb #d2bd6a22
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *_):
     "`F.layer_norm`."
     y = _normalised(input, tuple(range(-len(normalized_shape), 0)), eps)
@@ -140,7 +138,7 @@ def attention(
     weights = logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
     return F.dropout(weights, dropout_p) @ value
 
-
+# %% ../nbs/A6_trust.ipynb #d66cd8f0
 def multi_head_attention(*args, **kwargs):
     "`F.multi_head_attention_forward`, by the branch that computes attention weights: it is not fused."
     wanted = kwargs.pop("need_weights", True)
@@ -161,7 +159,7 @@ def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
 
     return recurrent
 
-
+# %% ../nbs/A6_trust.ipynb #f7c446cd
 def embedding_bag(
     input,
     weight,
@@ -202,7 +200,7 @@ def weight_norm(v, g, dim=0):
     others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
 
-
+# %% ../nbs/A6_trust.ipynb #aacdfa55
 TWICE: dict[Callable[..., Any], Callable[..., Any]] = {  # in inner steps
     F.scaled_dot_product_attention: attention,
     F.multi_head_attention_forward: multi_head_attention,
@@ -213,13 +211,19 @@ TWICE: dict[Callable[..., Any], Callable[..., Any]] = {  # in inner steps
     Tensor.data.__get__: Tensor.detach,  # under a transform `.data` is no constant
     **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
 }
+
+# %% ../nbs/A6_trust.ipynb #1f6e60d8
 LIFTED: dict[Callable[..., Any], Callable[..., Any]] = TWICE | {  # in a lift
     F.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
 }
+
+# %% ../nbs/A6_trust.ipynb #d5e5e8e9
 _table: ContextVar[dict[Any, Any] | None] = ContextVar("table", default=None)
+
+
 _spared: ContextVar[bool] = ContextVar("spared", default=False)  # nothing of the table is needed
 
 
@@ -253,7 +257,7 @@ class _Composed(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return self.table.get(function, function)(*args, **(kwargs or {}))
 
-
+# %% ../nbs/A6_trust.ipynb #5f59bccf
 @contextmanager
 def composing(
     table: dict[Any, Any],  # `TWICE` or `LIFTED`
@@ -274,12 +278,12 @@ def composing(
 # %% ../nbs/A6_trust.ipynb #9f041c97
 _turn = threading.RLock()  # for as long as tensors are in a network that are not its own
 
-
+# %% ../nbs/A6_trust.ipynb #5f4b279a
 def turn() -> AbstractContextManager[Any]:
     "Around reading a network's parameters: within it no other thread has its tensors in there."
     return nullcontext() if torch.compiler.is_compiling() else _turn
 
-
+# %% ../nbs/A6_trust.ipynb #de843696
 @contextmanager
 def lending(
     network: nn.Module,  # whose places are filled
@@ -405,7 +409,11 @@ def _computed(value: Any) -> bool:
 
 # %% ../nbs/A6_trust.ipynb #ff9ad0e7
 _claims: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()  # module -> whose it is
+
+
 _mine: ContextVar[object] = ContextVar("mine", default=None)  # what this thread claims by
+
+
 _asking: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()  # learner -> its threads
 
 
@@ -429,7 +437,7 @@ def check_free(module: nn.Module) -> None:
             "it, or ask a copy (copy.deepcopy) that was made before"
         )
 
-
+# %% ../nbs/A6_trust.ipynb #63bd4d5d
 @contextmanager
 def claiming(
     learner: nn.Module,  # with all its parts
@@ -455,7 +463,7 @@ def claiming(
             for module in fresh:
                 _claims.pop(module, None)
 
-
+# %% ../nbs/A6_trust.ipynb #e5849cac
 def check_alone(learner: nn.Module) -> None:
     "Raise `RuntimeError` where another thread has claimed a part of it, or is asking it."
     for module in learner.modules():
@@ -466,7 +474,7 @@ def check_alone(learner: nn.Module) -> None:
             "(copy.deepcopy)"
         )
 
-
+# %% ../nbs/A6_trust.ipynb #d260e0e7
 @contextmanager
 def asking(
     learner: nn.Module,  # that is about to adapt and predict
@@ -504,8 +512,14 @@ def here() -> Callable[[], Any]:
 
 # %% ../nbs/A6_trust.ipynb #c15ff640
 HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Identity)
+
+# %% ../nbs/A6_trust.ipynb #ad41f3b0
 MOST = 2  # sets of shapes of a learner, in one mode on one device, that are tried
+
+
 TOLERANCE = 1e-7  # relative, in float64: rounding is below it, what is wrong far above
+
+# %% ../nbs/A6_trust.ipynb #7fb24d46
 # Layers of the grid that are right whatever their arguments: no Dropout and no Embedding is among them.
 RIGHT = """
 AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool1d AvgPool2d CELU Conv1d Conv2d Conv3d
@@ -515,9 +529,17 @@ MaxPool2d MaxPool3d Mish PReLU PixelShuffle RMSNorm ReLU ReLU6 ReflectionPad2d S
 Sigmoid Softmax Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold Unflatten Unfold
 Upsample
 """
+
+# %% ../nbs/A6_trust.ipynb #1be113e0
 VERIFIED = {("2.13", "cpu"): frozenset(RIGHT.split())}  # where: version of torch, kind of device
+
+
 Work = Callable[[nn.Module, Any, Literal["loop", "vmap"]], list[Tensor]]
+
+# %% ../nbs/A6_trust.ipynb #81a5c02c
 _known: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, str]]] = WeakKeyDictionary()
+
+
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -529,7 +551,7 @@ def verified_here(
     device = next((p.device.type for p in module.parameters()), "cpu")
     return VERIFIED.get((version, device), frozenset())
 
-
+# %% ../nbs/A6_trust.ipynb #aa40abb4
 def plain(
     module: nn.Module,
     names: frozenset[str],  # of verified layers
@@ -569,7 +591,7 @@ def trusted(
     _tell(learner, why)
     return "loop"
 
-
+# %% ../nbs/A6_trust.ipynb #10b569ec
 def objection(
     learner: nn.Module,
     batch: Any,  # tasks
@@ -612,7 +634,7 @@ def _agreed(why: str | None, shared: Shared | None) -> str | None:
         return why or "in another process its lift is not right"
     return None if found[0] else why
 
-
+# %% ../nbs/A6_trust.ipynb #d7925152
 def why_not(
     learner: nn.Module,
     batch: Any,  # tasks
@@ -637,7 +659,7 @@ def why_not(
         return getattr(error, "what", f"it cannot be lifted: {_first_line(error)}")
     return _compared(learner, found, right)
 
-
+# %% ../nbs/A6_trust.ipynb #932aa1ed
 def _in_double(learner: nn.Module, batch: Any, work: Work, way: Any) -> list[Tensor]:
     "The work in float64, by a copy; whatever is drawn, drawn again by the next."
     device = next((p.device for p in learner.parameters()), torch.device("cpu"))

@@ -135,6 +135,8 @@ def code_cell(name: str, cell: NotebookNode, skipped: str | None) -> list[Notebo
     if imports_only(source) and not tags:
         tags, folded = {"hide-input"}, "Imports"
     tags |= {key for key in ("export", "test") if key in directives}
+    if "exporti" in directives and not tags:
+        tags, folded = {"hide-input", "export"}, "Helpers of the library"
     cell.metadata = NotebookNode(tags=sorted(tags), mystnb=NotebookNode(settings(cell, directives)))
     if folded:
         cell.metadata.mystnb |= {"code_prompt_show": folded, "code_prompt_hide": folded}
