@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fuzz.targets import TARGETS
-from metabook.checkpoints import lookup
+from metabook.registry import lookup
 
 PLACE = Path("build") / "fuzz"
 

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import nn
 
 from metabook import datasets
-from metabook.checkpoints import load, methods, save, write_checkpoint
+from metabook.checkpoints import write_checkpoint
 from metabook.networks import MLP, Conv4
+from metabook.registry import load, methods, save
 
 # --- trained folders
 

@@ -16,10 +16,11 @@ import numpy as np
 from fuzz import seeds
 from fuzz.mutations import Mutation, changed_json
 from metabook import datasets
-from metabook.checkpoints import checksum, load, read_checkpoint, read_config
+from metabook.checkpoints import read_checkpoint
 from metabook.cli import settings
 from metabook.datasets import DataError
 from metabook.recipes import rows_in
+from metabook.registry import checksum, load, read_config
 
 
 @dataclass(frozen=True)

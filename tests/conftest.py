@@ -93,7 +93,7 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef) -> None:
 
 def registries() -> list[dict[str, type]]:
     """Of methods and networks, as soon as somebody has imported them."""
-    module = sys.modules.get("metabook.checkpoints")
+    module = sys.modules.get("metabook.registry")
     return [module.METHODS, module.NETWORKS] if module else [{}, {}]
 
 

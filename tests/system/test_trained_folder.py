@@ -114,7 +114,7 @@ def test_what_a_folder_says(trained: tuple[Path, list]) -> None:
 
 KILLED = """
 import os, sys
-from metabook import checkpoints
+from metabook import registry
 from metabook.maml import MAML
 from metabook.networks import MLP
 
