@@ -210,7 +210,7 @@ def test_a_denied_write_names_the_folder(tmp_path: Path, monkeypatch: pytest.Mon
     def denied(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoints, "open", denied, raising=False)
+    monkeypatch.setattr(registry, "open", denied, raising=False)
     with pytest.raises(PermissionError, match=str(tmp_path)):
         save(tmp_path, MAML(MLP([1, 3, 1])))
     assert not list(tmp_path.iterdir())
