@@ -312,7 +312,7 @@ def scoring(learner: Learner) -> Iterator[None]:
         with asking(learner):
             yield  # nothing changes, so others may ask it at the same time
         return
-    before = [(m, float(m._progress)) for m in learner.modules() if isinstance(m, Timed)]
+    before = [(m, float(m._progress)) for m in timed(learner)]
     with claiming(learner):
         learner.eval()
         set_progress(learner, 1.0)
@@ -330,10 +330,14 @@ def set_progress(
     share: float,  # of the training that is done, from 0 to 1
 ) -> None:
     "Tell a learner, and learners inside, how far the training is."
-    for module in learner.modules():
-        if isinstance(module, Timed):
-            module._progress.fill_(share)
-            module._phase = (module.phase_at(share),)
+    for module in timed(learner):
+        module._progress.fill_(share)
+        module._phase = (module.phase_at(share),)
+
+
+def timed(learner: nn.Module) -> list[nn.Module]:
+    "The learner and learners inside: those that know how far their training is."
+    return [m for m in learner.modules() if hasattr(m, "phase_at")]
 
 
 def start_training(learner: Learner) -> None:

@@ -69,10 +69,10 @@ from metabook.learners import (
     Learner,
     Metric,
     Tensors,
-    Timed,
     scoring,
     set_progress,
     start_training,
+    timed,
 )
 from metabook.registry import (
     at_home,
@@ -413,7 +413,7 @@ def _largest(values: Any) -> float:
 # %% ../nbs/06_training.ipynb #e0a1ea19
 def phases(learner: Learner) -> tuple[Hashable, ...]:
     "In which phase of its training a learner is, and learners inside."
-    return tuple(m.phase for m in learner.modules() if isinstance(m, Timed))
+    return tuple(m.phase for m in timed(learner))
 
 # %% ../nbs/06_training.ipynb #fa1862ed
 class Outer:
@@ -979,7 +979,7 @@ class Run:
 
     def pace(self) -> dict[str, Any]:
         "The number of steps, where the learner has asked how far it is: with others it would be another run."
-        asked = any(m.reads_progress for m in self.learner.modules() if isinstance(m, Timed))
+        asked = any(m.reads_progress for m in timed(self.learner))
         switches = any(phase is not None for phase in phases(self.learner))
         return {"steps": self.settings["steps"]} if asked or switches else {}
 

@@ -363,315 +363,6 @@ def test_an_inner_loop_that_cannot_work_is_refused():
     refusals
 
 
-def test_tokens_and_their_mask():
-    # cell 4401ba57
-    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
-    learner = ProtoNet(net)
-    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-
-    def averages_after(prepare, *layers):
-        "Whether training leaves the running averages of layers alone."
-        learner.train()
-        prepare()
-        modes = {name: module.training for name, module in learner.named_modules()}
-        evaluate(learner, tasks, 4)
-        assert modes == {name: module.training for name, module in learner.named_modules()}
-        before = [layer.running_mean.clone() for layer in layers]
-        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
-
-    def set_parts():
-        frozen.eval(), resting.eval()
-
-    assert averages_after(set_parts, frozen, resting) == [True, True]
-    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
-
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell b25f01cd
-    learner = RidgeWave(omega=1.0, ridge=1.0)
-    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
-    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
-
-    phi = learner.adapt(support)
-    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
-    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
-    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
-    phi, learner(support, x)
-    # cell 4a44eb4e
-    learner = RidgeWave()
-    learner.log_ridge.requires_grad_(False)
-    assert [group["params"] for group in learner.param_groups()] == [[learner.omega]]
-    # cell 3eddb1b5
-    learner, x = RidgeWave(), torch.randn(4, 1)
-    wrong = {
-        "make one-hot rows": (Examples(x, torch.tensor([0, 1, 1, 0])), x),
-        "its own row in y": (Examples(x, torch.randn(3, 1)), x),
-        "support set is empty": (Examples(x[:0], torch.randn(0, 1)), x),
-        "both need the same": (Examples(x, torch.randn(4, 1)), torch.randn(4, 2)),
-        "are bytes": (Examples(x.byte(), torch.randn(4, 1)), x.byte()),
-    }
-    messages = []
-    for part, (support, query) in wrong.items():
-        try:
-            learner(support, query)
-        except ValueError as error:
-            messages.append(str(error))
-        assert part in messages[-1]
-    elsewhere = RidgeWave().to("meta")  # a device that holds nothing
-    for part, refusing, support in (
-        ("support set is empty", learner, Examples(torch.randn(0, 1), torch.randn(0, 1))),
-        ("move one of them", elsewhere, Examples(x, torch.randn(4, 1))),
-    ):
-        try:
-            refusing.check(support, support.x)
-        except ValueError as error:
-            messages.append(str(error))
-        assert part in messages[-1]
-    assert len(messages) == len(wrong) + 2
-    messages
-    # cell d1498452
-    refusals = []
-    for impossible in (
-        ("lr", 0.0),
-        ("lr", math.inf),
-        ("lr", math.nan),
-        ("steps", -1),
-        ("test_steps", -1),
-    ):
-        try:
-            FastWeights(torch.nn.Linear(1, 1), **dict([impossible]))
-        except ValueError as error:
-            refusals.append(str(error))
-        assert refusals[-1].startswith("{}={}, expected".format(*impossible))
-    assert len(refusals) == 5
-    FastWeights(torch.nn.Linear(1, 1), steps=0)  # no step at all is possible
-    refusals
-
-    # cell 1d9b4c21
-    @register("sentences")
-    class Sentences(Learner):
-        "Prototypes of sentences."
-
-        def __init__(self, words: int, d: int = 4):
-            super().__init__()
-            self.embed = torch.nn.Embedding(words, d)
-
-        def read(self, x):
-            there = x["mask"].to(self.embed.weight)[..., None]
-            return (self.embed(x["tokens"]) * there).sum(1) / there.sum(1)
-
-        def adapt(self, support):
-            return support.y.T @ self.read(support.x) / support.y.sum(0)[:, None]
-
-        def predict(self, state, x):
-            return -(self.read(x)[:, None] - state).square().sum(-1)
-
-    tokens, mask = (
-        torch.randint(0, 9, (2, 4, 5)),
-        torch.arange(5) < torch.tensor([[2], [5], [3], [4]]),
-    )
-    sentences = [{"tokens": t, "mask": mask} for t in tokens]
-    labels = torch.eye(2).repeat(2, 1)
-    learner, support = Sentences(9), Examples(sentences[0], labels)
-    answers = learner(support, sentences[1])
-    padded = sentences[1] | {"tokens": torch.where(mask, sentences[1]["tokens"], 0)}
-    assert answers.shape == (4, 2) and torch.equal(learner(support, padded), answers)
-    batch = Episode(
-        *(Examples({k: t[None] for k, t in x.items()}, labels[None]) for x in sentences)
-    )
-    assert losses(learner, batch, "vmap").allclose(losses(learner, batch, "loop"))
-    try:
-        learner(support._replace(x={"tokens": tokens[0], "mask": mask[1:]}), sentences[1])
-    except ValueError as error:
-        message = str(error)
-    assert "support.x['mask'] (3, 5)" in message
-    message
-
-
-def test_a_price_falls_as_the_training_goes_on():
-    # cell 4401ba57
-    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
-    learner = ProtoNet(net)
-    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-
-    def averages_after(prepare, *layers):
-        "Whether training leaves the running averages of layers alone."
-        learner.train()
-        prepare()
-        modes = {name: module.training for name, module in learner.named_modules()}
-        evaluate(learner, tasks, 4)
-        assert modes == {name: module.training for name, module in learner.named_modules()}
-        before = [layer.running_mean.clone() for layer in layers]
-        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
-
-    def set_parts():
-        frozen.eval(), resting.eval()
-
-    assert averages_after(set_parts, frozen, resting) == [True, True]
-    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
-
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell b25f01cd
-    learner = RidgeWave(omega=1.0, ridge=1.0)
-    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
-    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
-
-    phi = learner.adapt(support)
-    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
-    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
-    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
-    phi, learner(support, x)
-    # cell 4a44eb4e
-    learner = RidgeWave()
-    learner.log_ridge.requires_grad_(False)
-    assert [group["params"] for group in learner.param_groups()] == [[learner.omega]]
-    # cell 3eddb1b5
-    learner, x = RidgeWave(), torch.randn(4, 1)
-    wrong = {
-        "make one-hot rows": (Examples(x, torch.tensor([0, 1, 1, 0])), x),
-        "its own row in y": (Examples(x, torch.randn(3, 1)), x),
-        "support set is empty": (Examples(x[:0], torch.randn(0, 1)), x),
-        "both need the same": (Examples(x, torch.randn(4, 1)), torch.randn(4, 2)),
-        "are bytes": (Examples(x.byte(), torch.randn(4, 1)), x.byte()),
-    }
-    messages = []
-    for part, (support, query) in wrong.items():
-        try:
-            learner(support, query)
-        except ValueError as error:
-            messages.append(str(error))
-        assert part in messages[-1]
-    elsewhere = RidgeWave().to("meta")  # a device that holds nothing
-    for part, refusing, support in (
-        ("support set is empty", learner, Examples(torch.randn(0, 1), torch.randn(0, 1))),
-        ("move one of them", elsewhere, Examples(x, torch.randn(4, 1))),
-    ):
-        try:
-            refusing.check(support, support.x)
-        except ValueError as error:
-            messages.append(str(error))
-        assert part in messages[-1]
-    assert len(messages) == len(wrong) + 2
-    messages
-    # cell d1498452
-    refusals = []
-    for impossible in (
-        ("lr", 0.0),
-        ("lr", math.inf),
-        ("lr", math.nan),
-        ("steps", -1),
-        ("test_steps", -1),
-    ):
-        try:
-            FastWeights(torch.nn.Linear(1, 1), **dict([impossible]))
-        except ValueError as error:
-            refusals.append(str(error))
-        assert refusals[-1].startswith("{}={}, expected".format(*impossible))
-    assert len(refusals) == 5
-    FastWeights(torch.nn.Linear(1, 1), steps=0)  # no step at all is possible
-    refusals
-
-    # cell 1d9b4c21
-    @register("sentences")
-    class Sentences(Learner):
-        "Prototypes of sentences."
-
-        def __init__(self, words: int, d: int = 4):
-            super().__init__()
-            self.embed = torch.nn.Embedding(words, d)
-
-        def read(self, x):
-            there = x["mask"].to(self.embed.weight)[..., None]
-            return (self.embed(x["tokens"]) * there).sum(1) / there.sum(1)
-
-        def adapt(self, support):
-            return support.y.T @ self.read(support.x) / support.y.sum(0)[:, None]
-
-        def predict(self, state, x):
-            return -(self.read(x)[:, None] - state).square().sum(-1)
-
-    tokens, mask = (
-        torch.randint(0, 9, (2, 4, 5)),
-        torch.arange(5) < torch.tensor([[2], [5], [3], [4]]),
-    )
-    sentences = [{"tokens": t, "mask": mask} for t in tokens]
-    labels = torch.eye(2).repeat(2, 1)
-    learner, support = Sentences(9), Examples(sentences[0], labels)
-    answers = learner(support, sentences[1])
-    padded = sentences[1] | {"tokens": torch.where(mask, sentences[1]["tokens"], 0)}
-    assert answers.shape == (4, 2) and torch.equal(learner(support, padded), answers)
-    batch = Episode(
-        *(Examples({k: t[None] for k, t in x.items()}, labels[None]) for x in sentences)
-    )
-    assert losses(learner, batch, "vmap").allclose(losses(learner, batch, "loop"))
-    try:
-        learner(support._replace(x={"tokens": tokens[0], "mask": mask[1:]}), sentences[1])
-    except ValueError as error:
-        message = str(error)
-    assert "support.x['mask'] (3, 5)" in message
-    message
-
-    # cell 1d9b4c23
-    class Cooling(RidgeWave):
-        "Pays for a frequency far from 1, less and less."
-
-        def loss(self, episode):
-            return super().loss(episode) + (1 - self.progress) * 100 * (self.omega - 1) ** 2
-
-    learner = Cooling(0.5)
-    run = fit(
-        learner, Sinusoids(5, 10), steps=4, meta_batch=64, lr=1e-9, log_every=1, progress=False
-    )
-    prices = [value - min(run.curve("loss")[1]) for value in run.curve("loss")[1]]
-    assert prices[0] > prices[1] > prices[2] and learner.progress == 1
-    [round(loss, 1) for loss in run.curve("loss")[1]]  # 25, 18.75, 12.5 and 6.25 more than without
-
-
 @pytest.mark.proves("eq-cross-entropy")
 def test_cross_entropy_by_hand():
     # cell a02f42d4
@@ -742,6 +433,177 @@ def test_a_learner_owns_criterion_and_score():
     assert unsure.metric.name == "mse" and unsure.metric.better(1.0, 2.0)
     assert ProtoNet(torch.nn.Linear(1, 2)).metric.better(0.6, 0.5)
     score
+
+
+def test_tokens_and_their_mask():
+    # cell a02f42d4
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
+    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
+    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
+    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
+    by_hand
+    # cell 5ccc136f
+    predictions, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [4.0]])
+    assert task_loss("regression", predictions, y) == (1 + 4) / 2
+    assert task_score("regression", predictions, y) == (1 + 4) / 2
+    try:
+        task_loss("regression", predictions, torch.zeros(2, 3))
+    except ValueError as error:
+        message = str(error)
+    assert "3 outputs" in message
+    message
+    # cell cbd16f9f
+    answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 6.0, 9.0]])
+    classes = torch.eye(3)[[1, 0, 1, 2]]  # the third answer is wrong
+    assert task_score("classification", answers, classes) == 3 / 4
+    answers[1, 2] = math.nan  # no answer is no wrong answer, and no right one
+    assert math.isnan(task_score("classification", answers, classes))
+
+    # cell 1d9b4c21
+    @register("sentences")
+    class Sentences(Learner):
+        "Prototypes of sentences."
+
+        def __init__(self, words: int, d: int = 4):
+            super().__init__()
+            self.embed = torch.nn.Embedding(words, d)
+
+        def read(self, x):
+            there = x["mask"].to(self.embed.weight)[..., None]
+            return (self.embed(x["tokens"]) * there).sum(1) / there.sum(1)
+
+        def adapt(self, support):
+            return support.y.T @ self.read(support.x) / support.y.sum(0)[:, None]
+
+        def predict(self, state, x):
+            return -(self.read(x)[:, None] - state).square().sum(-1)
+
+    tokens, mask = (
+        torch.randint(0, 9, (2, 4, 5)),
+        torch.arange(5) < torch.tensor([[2], [5], [3], [4]]),
+    )
+    sentences = [{"tokens": t, "mask": mask} for t in tokens]
+    labels = torch.eye(2).repeat(2, 1)
+    learner, support = Sentences(9), Examples(sentences[0], labels)
+    answers = learner(support, sentences[1])
+    padded = sentences[1] | {"tokens": torch.where(mask, sentences[1]["tokens"], 0)}
+    assert answers.shape == (4, 2) and torch.equal(learner(support, padded), answers)
+    batch = Episode(
+        *(Examples({k: t[None] for k, t in x.items()}, labels[None]) for x in sentences)
+    )
+    assert losses(learner, batch, "vmap").allclose(losses(learner, batch, "loop"))
+    try:
+        learner(support._replace(x={"tokens": tokens[0], "mask": mask[1:]}), sentences[1])
+    except ValueError as error:
+        message = str(error)
+    assert "support.x['mask'] (3, 5)" in message
+    message
+
+
+def test_a_price_falls_as_the_training_goes_on():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    # cell a02f42d4
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
+    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
+    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
+    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
+    by_hand
+    # cell 5ccc136f
+    predictions, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [4.0]])
+    assert task_loss("regression", predictions, y) == (1 + 4) / 2
+    assert task_score("regression", predictions, y) == (1 + 4) / 2
+    try:
+        task_loss("regression", predictions, torch.zeros(2, 3))
+    except ValueError as error:
+        message = str(error)
+    assert "3 outputs" in message
+    message
+    # cell cbd16f9f
+    answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 6.0, 9.0]])
+    classes = torch.eye(3)[[1, 0, 1, 2]]  # the third answer is wrong
+    assert task_score("classification", answers, classes) == 3 / 4
+    answers[1, 2] = math.nan  # no answer is no wrong answer, and no right one
+    assert math.isnan(task_score("classification", answers, classes))
+
+    # cell 1d9b4c21
+    @register("sentences")
+    class Sentences(Learner):
+        "Prototypes of sentences."
+
+        def __init__(self, words: int, d: int = 4):
+            super().__init__()
+            self.embed = torch.nn.Embedding(words, d)
+
+        def read(self, x):
+            there = x["mask"].to(self.embed.weight)[..., None]
+            return (self.embed(x["tokens"]) * there).sum(1) / there.sum(1)
+
+        def adapt(self, support):
+            return support.y.T @ self.read(support.x) / support.y.sum(0)[:, None]
+
+        def predict(self, state, x):
+            return -(self.read(x)[:, None] - state).square().sum(-1)
+
+    tokens, mask = (
+        torch.randint(0, 9, (2, 4, 5)),
+        torch.arange(5) < torch.tensor([[2], [5], [3], [4]]),
+    )
+    sentences = [{"tokens": t, "mask": mask} for t in tokens]
+    labels = torch.eye(2).repeat(2, 1)
+    learner, support = Sentences(9), Examples(sentences[0], labels)
+    answers = learner(support, sentences[1])
+    padded = sentences[1] | {"tokens": torch.where(mask, sentences[1]["tokens"], 0)}
+    assert answers.shape == (4, 2) and torch.equal(learner(support, padded), answers)
+    batch = Episode(
+        *(Examples({k: t[None] for k, t in x.items()}, labels[None]) for x in sentences)
+    )
+    assert losses(learner, batch, "vmap").allclose(losses(learner, batch, "loop"))
+    try:
+        learner(support._replace(x={"tokens": tokens[0], "mask": mask[1:]}), sentences[1])
+    except ValueError as error:
+        message = str(error)
+    assert "support.x['mask'] (3, 5)" in message
+    message
+
+    # cell 1d9b4c23
+    class Cooling(RidgeWave):
+        "Pays for a frequency far from 1, less and less."
+
+        def loss(self, episode):
+            return super().loss(episode) + (1 - self.progress) * 100 * (self.omega - 1) ** 2
+
+    learner = Cooling(0.5)
+    run = fit(
+        learner, Sinusoids(5, 10), steps=4, meta_batch=64, lr=1e-9, log_every=1, progress=False
+    )
+    prices = [value - min(run.curve("loss")[1]) for value in run.curve("loss")[1]]
+    assert prices[0] > prices[1] > prices[2] and learner.progress == 1
+    [round(loss, 1) for loss in run.curve("loss")[1]]  # 25, 18.75, 12.5 and 6.25 more than without
 
 
 @pytest.mark.proves("eq-outer-objective")
