@@ -472,11 +472,20 @@ class Outer:
         episodes: Episode,  # a meta-batch
     ) -> Float[Tensor, "tasks"]:  # the losses, as they were before the update
         "Draw the gradient from these tasks, and take a step.  Raises `FloatingPointError`."
-        self.count(self.turn_or_skip(episodes))
-        self.look()
+        return self.took(self.turn_or_skip(episodes))
+
+    def took(
+        self,
+        report: Report,  # of a step
+        look: bool = True,  # was it finite?  Elsewhere than on a CPU the host waits for the answer
+    ) -> Float[Tensor, "tasks"]:  # the losses, as they were before the update
+        "A step has been taken: count it, look at it, tell who wants to know.  Raises `FloatingPointError`."
+        self.count(report)
+        if look:
+            self.look()
         if self.tell:
-            self.tell(self.latest)
-        return self.latest.losses
+            self.tell(report)
+        return report.losses
 
     def turn(self, episodes: Episode) -> Report:
         "What of a step happens on the device: nothing in it waits for the host."
@@ -1071,14 +1080,10 @@ def fit(
         with run.kept():
             for step in run.steps(progress):
                 set_progress(learner, outer.taken / steps)
-                outer.count(advance())
                 due = step % log_every == 0 or step == steps
-                if due or device.type == "cpu":
-                    outer.look()
-                if outer.tell:
-                    outer.tell(outer.latest)
+                values = outer.took(advance(), look=due or device.type == "cpu")
                 if due:
-                    run.report(outer.latest.losses)
+                    run.report(values)
                 if step % every == 0 or step == steps:
                     run.validate()
                     run.checkpoint()
