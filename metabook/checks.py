@@ -220,8 +220,19 @@ def check_support(
                 f"{name} is on {t.device}, expected {told[first].device}, where {first} is: move both, for example "
                 "episode.to(device)"
             )
-    for (name, t), q in zip(x.items(), queries.values(), strict=False):
-        if len(x) != len(queries) or q.shape[1:] != t.shape[1:]:
+    rows = {name: tuple(t.shape[:1]) for name, t in queries.items()}
+    if len(set(rows.values())) > 1:
+        raise ValueError(
+            f"the queries have {rows} rows, expected as many of each: give every query its row"
+        )
+    alike = {name.replace("support.x", "query", 1): t for name, t in x.items()}
+    if alike.keys() != queries.keys():
+        raise ValueError(
+            f"the queries have {sorted(queries)}, expected {sorted(alike)}, as the support examples: give both the "
+            "same parts, under the same names"
+        )
+    for name, t in alike.items():
+        if (q := queries[name]).shape[1:] != t.shape[1:]:
             raise ValueError(
                 f"support examples have features {tuple(t.shape[1:])}, queries {tuple(q.shape[1:])} ({name}): both "
                 "need the same, so resize or reshape one of them"
@@ -357,6 +368,15 @@ def check_is_learner(learner: Any) -> None:
         raise TypeError(
             f"learner is {what}, expected an instance of a Learner: put a network into a method, such as "
             "ProtoNet(network) or MAML(network)"
+        )
+
+
+def check_metric(learner: nn.Module) -> None:
+    "Raise `TypeError` unless it says what its score measures."
+    if not hasattr(learner.metric, "better"):
+        raise TypeError(
+            f"metric={learner.metric!r}, expected a metabook.learners.Metric: give "
+            f'{type(learner).__name__} metric = Metric("name", higher_is_better=...)'
         )
 
 

@@ -377,14 +377,16 @@ def _as_a_whole(learner: Learner, episodes: Episode, how: Way) -> Graded:
     stands_in = stands_in_for_criterion(learner)
 
     def one(episode: Episode) -> tuple[Tensor, Statistics, list[Any], list[Tensor]]:
-        with recording(learner, "running") as seen, overhearing(learner) as answers:
+        x = episode.query.x
+        with recording(learner, "running") as seen, overhearing(learner, x) as answers:
             loss = learner.loss(episode)
             if not answers and (stands_in or how.answers):
                 with (
                     torch.no_grad(),
                     recording(learner, "running"),
                 ):  # `seen` stays that of the loss
-                    learner(episode.support, episode.query.x)
+                    heard = learner(episode.support, x)
+                answers.append(tree_map(Tensor.detach, heard))
         criterion = [learner.criterion(answers[-1], episode.query.y).detach()] if stands_in else []
         return loss, seen, answers[-1:], criterion
 
@@ -397,20 +399,31 @@ def _as_a_whole(learner: Learner, episodes: Episode, how: Way) -> Graded:
 
 
 def stands_in_for_criterion(learner: Learner) -> bool:
-    "Does it differentiate something in place of the criterion, on purpose?"
-    own = type(learner).loss is not Learner.loss or "loss" in vars(learner)
-    return learner.approximate and own
+    """Does its loss stand in for the criterion, on purpose?
+
+    The class that says `approximate = True` speaks of the loss that it has, not of one that is written later.
+    """
+    if "approximate" in vars(learner):
+        own = type(learner).loss is not Learner.loss or "loss" in vars(learner)
+        return learner.approximate and own
+    said = next(c for c in type(learner).__mro__ if "approximate" in vars(c))
+    return vars(said)["approximate"] is True and said.loss is not Learner.loss
 
 
 @contextmanager
-def overhearing(learner: Learner) -> Iterator[list[Any]]:
-    "Within it, what the learner's `forward` answers is noted, detached."
+def overhearing(
+    learner: Learner,
+    queries: Any,  # of one task
+) -> Iterator[list[Any]]:
+    "Within it, what the learner's `forward` answers to these very queries is noted, detached."
     answers: list[Any] = []
 
-    def note(*call: Any) -> None:
-        answers.append(tree_map(Tensor.detach, call[-1]))
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], answer: Any) -> None:
+        asked = args[1] if len(args) > 1 else kwargs.get("query")
+        if asked is queries:
+            answers.append(tree_map(Tensor.detach, answer))
 
-    handle = learner.register_forward_hook(note)
+    handle = learner.register_forward_hook(note, with_kwargs=True)
     try:
         yield answers
     finally:
@@ -529,12 +542,15 @@ def combined(
     info: dict[str, Tensor],  # what the tasks say of themselves, [tasks, ...] each
 ) -> Float[Tensor, ""]:
     "The learner's objective, of losses and of what the tasks say, where it reads that."
-    return learner.combine(values, info) if _listens(learner) else learner.combine(values)
+    return learner.combine(values, info=info) if _listens(learner) else learner.combine(values)
 
 # %% ../nbs/A2_engine.ipynb #be6107a0
 def _listens(learner: Learner) -> bool:
-    "Does its objective take what the tasks say?  Those of 0.1.0 take losses alone."
-    return len(inspect.signature(learner.combine).parameters) > 1
+    "Does its objective take what the tasks say, as `info`?  Those of 0.1.0 take losses alone."
+    try:
+        return "info" in inspect.signature(learner.combine).parameters
+    except ValueError:  # a function that is not written in Python
+        return False
 
 
 def _weights(
@@ -676,6 +692,19 @@ def _luck() -> tuple[Any, ...]:
     return state, *(g.get_offset() for g in torch.cuda.default_generators)
 
 # %% ../nbs/A2_engine.ipynb #97289469
+def _apart(structure: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    "The tensors of a structure, and what puts others in their places; what is no tensor stays."
+    leaves, shape = tree_flatten(structure)
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    others = [... if isinstance(t, Tensor) else t for t in leaves]
+
+    def refill(new: Sequence[Tensor]) -> Any:
+        each = iter(new)
+        return tree_unflatten([next(each) if t is ... else t for t in others], shape)
+
+    return tensors, refill
+
+
 @contextmanager
 def recomputing(learner: Learner) -> Iterator[None]:
     "Within it, each inner step of a learner, and of learners inside, is forgotten and computed again."
@@ -687,26 +716,30 @@ def recomputing(learner: Learner) -> Iterator[None]:
         )
     with ExitStack() as stack:
         for loop in loops:
-            stack.enter_context(_forgetting(loop))
+            stack.enter_context(_forgetting(loop, learner))
         yield
 
 # %% ../nbs/A2_engine.ipynb #9a64eee5
 @contextmanager
-def _forgetting(learner: InnerLoop) -> Iterator[None]:
+def _forgetting(
+    learner: InnerLoop,  # whose steps are forgotten
+    whole: Learner,  # whose parameters they may use: itself, or a learner around it
+) -> Iterator[None]:
     "Within it, the inner steps of a learner are computed again on the way back."
     step = learner.step
 
-    def forgotten(*args: Any) -> Any:
-        tensors, structure = tree_flatten(args)
-        made: list[Any] = []  # the structure of a step's result, once it is known
+    def forgotten(*args: Any, **kwargs: Any) -> Any:
+        tensors, refill = _apart((args, kwargs))
+        made: list[Any] = []  # what puts a step's result together, once it is known
         precision, place = precision_of_now(), here()
 
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
             luck = _luck()
+            args, kwargs = refill(tensors)
             with precision(), place():
-                leaves, result = tree_flatten(step(*tree_unflatten(tensors, structure)))
+                found, result = _apart(step(*args, **kwargs))
             same = {id(t) for t in tensors}  # what a step hands on as it is
-            leaves = [t.view_as(t) if id(t) in same else t for t in leaves]
+            found = [t.view_as(t) if id(t) in same else t for t in found]
             if luck != _luck():
                 raise ValueError(
                     f"recompute=True, but an inner step of this {type(learner).__name__} draws random numbers "
@@ -714,10 +747,11 @@ def _forgetting(learner: InnerLoop) -> Iterator[None]:
                     "out, or draw them outside and pass them in"
                 )
             made[:] = [result]
-            return tuple(leaves)
+            return tuple(found)
 
-        parameters = [p for p in learner.parameters() if p.requires_grad]
-        return tree_unflatten(Recomputed.apply(flat, len(tensors), *tensors, *parameters), made[0])
+        parameters = [p for p in whole.parameters() if p.requires_grad]
+        results = Recomputed.apply(flat, len(tensors), *tensors, *parameters)
+        return made[0](results)
 
     before = dict(vars(learner))
     learner.step = forgotten

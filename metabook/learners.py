@@ -125,6 +125,15 @@ class Timed(NoScript, nn.Module):
         """
         return None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        "Raise `TypeError` for a module under the name of a method: PyTorch would go on to call the method."
+        if isinstance(value, nn.Module) and callable(getattr(type(self), name, None)):
+            raise TypeError(
+                f"{name}={type(value).__name__}(...) is a module, and {name} a method of {type(self).__name__}, which "
+                f"would be called in its place: keep the module under another name, and write {name} so that it asks it"
+            )
+        super().__setattr__(name, value)
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         "As every module has it, also while other threads ask."
         with turn():
@@ -171,6 +180,7 @@ class Judged(Timed):
         right answers.
         """
         kind = self.known_kind("score")
+        check_match(predictions, y)
         if kind == "classification":
             check_answers(y)
         return task_score(kind, predictions, y)
@@ -178,7 +188,13 @@ class Judged(Timed):
     @property
     def metric(self) -> Metric:
         "What `score` measures."
+        if "_metric" in vars(self):
+            return vars(self)["_metric"]
         return ACCURACY if self.known_kind("metric") == "classification" else MSE
+
+    @metric.setter
+    def metric(self, value: Metric) -> None:
+        vars(self)["_metric"] = value
 
     def known_kind(self, wanted: str) -> Kind:
         "Its kind, where that has a criterion and a score.  Raises `NotImplementedError`."
@@ -215,7 +231,12 @@ class Learner(Judged):
         Its networks are asked, with made-up inputs: see `metabook.networks.mixes_examples`.  A class whose
         own `predict` mixes the queries has to say so: `transductive = True`.
         """
-        return any(map(_mixes, self.children()))
+        said = vars(self).get("_transductive")
+        return any(map(_mixes, self.children())) if said is None else said
+
+    @transductive.setter
+    def transductive(self, value: bool) -> None:
+        vars(self)["_transductive"] = value
 
     def adapt(
         self,
@@ -249,8 +270,8 @@ class Learner(Judged):
     ) -> Float[Tensor, ""]:
         """What the outer loop differentiates: here the criterion on the query set.
 
-        One that stands in for the criterion says so: `approximate = True`.  Then the criterion on the
-        queries is what is logged, and what `combine` weighs.
+        A class whose `loss` stands in for the criterion says so: `approximate = True`.  Then the criterion
+        on the queries is what is logged, and what `combine` weighs.
         """
         return self.criterion(self(episode.support, episode.query.x), episode.query.y)
 
@@ -289,7 +310,9 @@ class Learner(Judged):
 
         Here the first argument, which reads the examples.  The command line builds networks by it.
         """
-        first = next(iter(inspect.signature(cls).parameters))
+        first = next(iter(inspect.signature(cls).parameters), None)
+        if first is None:
+            return {}
         return {first: (support, support.y.shape[-1] if cls.head else None)}
 
 # %% ../nbs/05_learners.ipynb #5e0d7c19
@@ -454,7 +477,9 @@ class FastWeights(InnerLoop):
         check_network(net=net)
         check_rate(lr)
         lookup(kind, dict.fromkeys(get_args(Kind)), "kind")
-        self.net, self.lr, self.kind = net, lr, kind
+        self.net, self.lr = net, lr
+        if kind != Learner.kind:  # else what the class says, which may be a word of its own
+            self.kind = kind
 
     def support_loss(
         self,

@@ -341,6 +341,8 @@ def classes_are_names(case: Case) -> str | None:
     support, query = case.episode()
     if reason := no_rows(support):
         return reason
+    if not keeps(case.learner, "criterion"):
+        return "it predicts something else than a number for each class"
     if len(support.y) == 0:
         return "the tasks have an empty support set: their classes are the same in all of them"
     order = torch.arange(support.y.shape[-1]).roll(1)
@@ -443,8 +445,10 @@ def another_shot(case: Case) -> str | None:
 def misfits(case: Case) -> dict[str, tuple[Examples, Any]]:
     "Support sets and queries that no learner should accept."
     support, query = case.episode().support, case.episode().query.x
-    wider = tree_map(lambda t: torch.cat([t, t], -1), query)
-    found = {"queries with other features": (support, wider)}
+    found = {}
+    if any(t.ndim > 1 for t in tree_leaves(query)):
+        wider = tree_map(lambda t: torch.cat([t, t], -1) if t.ndim > 1 else t, query)
+        found["queries with other features"] = support, wider
     if any(t.is_floating_point() for t in tree_leaves(query)):
         small = support._replace(x=tree_map(_bytes, support.x))
         found["bytes in place of floats"] = small, tree_map(_bytes, query)

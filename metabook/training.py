@@ -16,6 +16,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ from metabook.checks import (
     check_episodes,
     check_is_learner,
     check_learning,
+    check_match,
+    check_metric,
     check_optimizer,
     check_positive,
     leaves_of,
@@ -53,7 +56,6 @@ from metabook.engine import (
     answer,
     capturable,
     gradients,
-    losses,
     over_tasks,
     portions,
     recomputing,
@@ -229,7 +231,8 @@ def evaluate(
     alone = processes.world() == 1
     mine = frozen if alone else replace(frozen, groups=processes.dealt(parts))
     given = answers(learner, mine, queries, batch=batch, engine=engine, progress=progress)
-    found, gone = zip(*(judged(learner, *pair) for pair in given), strict=True)
+    with scoring(learner), torch.no_grad():
+        found, gone = zip(*(judged(learner, *pair) for pair in given), strict=True)
     sizes = [count(p) for p in parts]
     per_task, gone = (processes.collected(list(column), sizes) for column in (found, gone))
     undefined = gone.bool() if gone.any() else None
@@ -245,13 +248,23 @@ def judged(
     leaves, structure = tree_flatten((predictions, y))
     each = zip(*(t.unbind() for t in leaves), strict=True)
     found = [learner.score(*tree_unflatten(one, structure)) for one in each]
-    values = [torch.as_tensor(math.nan if s is None else s) for s in found]
-    if odd := [s for s, value in zip(found, values, strict=True) if value.ndim]:
+    if odd := [s for s in found if s is not None and not _is_number(s)]:
         raise TypeError(
             f"{type(learner).__name__}.score gives {reprlib.repr(odd[0])}, expected one number for a task, or "
             "None where it has none: take a mean"
         )
-    return torch.stack(values), torch.tensor([float(s is None) for s in found])
+    wide = torch.get_default_dtype()  # the same in all processes, whatever a score is given as
+    for p in learner.parameters():
+        wide = torch.promote_types(wide, p.dtype) if p.is_floating_point() else wide
+    values = [math.nan if s is None else float(s) for s in found]
+    return torch.tensor(values, dtype=wide), torch.tensor([float(s is None) for s in found])
+
+
+def _is_number(value: Any) -> bool:
+    "A real one, of Python, numpy or torch?"
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not value.is_complex()
+    return isinstance(value, Real) or (getattr(value, "ndim", None) == 0 and np.isrealobj(value))
 
 # %% ../nbs/06_training.ipynb #dfeceeca
 def frozen_of(tasks: Tasks | Frozen, n: int | None, seed: int | None) -> Frozen:
@@ -608,11 +621,9 @@ class Outer:
         "Are the loss of this task and its gradient finite?"
         self.learner.zero_grad()
         with precise(self.engine.precision):
-            loss = losses(self.learner, one, self.lift, check=self.engine.check).sum()
-        if loss.requires_grad:
-            loss.backward()
+            loss = gradients(self.learner, one, lift=self.lift, check=self.engine.check).losses
         grads = (p.grad for p in self.learner.parameters() if p.grad is not None)
-        return bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in grads)
+        return bool(loss.isfinite().all()) and all(bool(g.isfinite().all()) for g in grads)
 
     def sampled_rates(self, steps: int) -> list[tuple[int, float]]:
         "The schedule at a few steps: nothing else of a function can be written down."
@@ -1108,6 +1119,7 @@ def prepare(
         )
     if validate is not None:
         check_tasks(run.learner, validate, "validate")
+        check_metric(run.learner)
     run.validation, run.outer.tell = validate, getattr(run.tasks, "feedback", None)
     run.settings |= {"optimizer": type(run.outer.optimizer).__name__}
     run.folder = run_folder(folder, run, resume)
@@ -1232,7 +1244,7 @@ def check_same_answers(learner: Learner, twin: Learner, one: Episode | None) -> 
         found, again, of_twin = (
             _asked(m, support, query.x) for m in (learner, learner, twin.to(device))
         )
-        gap, noise, size = ((found - other).abs().max().item() for other in (of_twin, again, 0))
+        gap, noise, size = (_apart_by(found, other) for other in (of_twin, again, None))
     if gap > 1e-3 * size + 1e-6 and not noise:
         raise ValueError(
             f"this {type(learner).__name__} would be another one after it was saved and loaded, its answers to a task "
@@ -1241,7 +1253,16 @@ def check_same_answers(learner: Learner, twin: Learner, one: Episode | None) -> 
         )
 
 
-def _asked(learner: Learner, support: Examples, x: Tensor) -> Tensor:
+def _apart_by(a: Tensors, b: Tensors | None) -> float:
+    "How far two structures of answers are apart at most; from nothing, how large they are."
+    pairs = zip(tree_leaves(a), tree_leaves(a) if b is None else tree_leaves(b), strict=True)
+    gaps = [
+        (x.double() - (0 if b is None else y.double())).abs().max() for x, y in pairs if x.numel()
+    ]
+    return torch.stack(gaps).max().item() if gaps else 0.0
+
+
+def _asked(learner: Learner, support: Examples, x: Tensors) -> Tensors:
     "What it answers in evaluation mode, whatever random numbers it draws."
     with scoring(learner), torch.no_grad(), undisturbed():
         return learner(support, x)
@@ -1368,7 +1389,8 @@ def calibration(
     frozen = frozen_of(tasks, n, seed)
     place(learner, device)
     given = answers(learner, frozen, queries, engine=engine)
-    for _, y in given:
+    for logits, y in given:
+        check_match(logits, y)
         check_answers(y)
     if lost := sum(int((~t.amax(-1).isfinite()).any(1).sum()) for t, _ in given):
         raise ValueError(

@@ -603,7 +603,10 @@ def objection(
         return ""
     settings = tuple(v for v in vars(learner).values() if type(v) in (bool, int, float, str))
     learns = tuple(p.requires_grad for p in learner.parameters())
-    parts = tuple((type(m), m.training, getattr(m, "phase", None)) for m in learner.modules())
+    parts = tuple(
+        (type(m), m.training, m.phase if hasattr(m, "phase_at") else None)
+        for m in learner.modules()
+    )
     build = parts, settings, learns
     leaves = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
     known = _known.setdefault(learner, {}).setdefault((work, leaves[0].device, build), {})

@@ -874,3 +874,187 @@ def test_probes_are_saved_by_hand_too(tmp_path: Path):
     for name, probe in PROBES.items():
         folder = save(tmp_path / name, fresh(probe))
         assert isinstance(load(folder), type(fresh(probe)))
+
+
+# --- found by trying
+
+
+def test_a_module_under_the_name_of_a_method_is_refused():
+    learner = ProtoNet(MLP([3, 4]))
+    with pytest.raises(
+        TypeError, match=r"criterion=L1Loss\(\.\.\.\) is a module, and criterion a method"
+    ):
+        learner.criterion = nn.L1Loss()
+    learner.likelihood = nn.L1Loss()
+
+
+OBJECTIVES = {
+    "with a setting": lambda losses, temperature=2.0: (losses / temperature).mean(),
+    "with any words": lambda losses, **words: losses.mean() + 0 * len(words),
+    "of PyTorch": torch.mean,
+    "a module": nn.Identity(),
+}
+
+
+@pytest.mark.parametrize("name", ["with a setting", "with any words", "of PyTorch"])
+def test_objectives_that_ask_for_losses_alone_get_them(name: str):
+    learner = fresh(Probe(wave(MAML), WAVES))
+    learner.combine = OBJECTIVES[name]
+    assert gradients(learner, WAVES.sample(3)).losses.isfinite().all()
+
+
+class Weighted(Learner):
+    "Another learner, whose inner loop uses a number of this one."
+
+    kind = "regression"
+    head = True
+
+    def __init__(self, inner: MAML):
+        super().__init__()
+        self.inner, self.weight = inner, nn.Parameter(torch.tensor(2.0))
+        plain = inner.criterion
+        inner.support_loss = lambda phi, support: (
+            self.weight * plain(torch.func.functional_call(inner.net, phi, (support.x,)), support.y)
+        )
+
+    def adapt(self, support):
+        return self.inner.adapt(support)
+
+    def predict(self, state, x):
+        return self.inner.predict(state, x)
+
+
+@pytest.mark.parametrize("lift", ["loop", "vmap"])
+def test_steps_that_are_computed_again_reach_all_parameters(lift: str):
+    episodes, found = WAVES.sample(3, torch.Generator().manual_seed(0)), []
+    for recompute in (False, True):
+        learner = Weighted(fresh(Probe(wave(MAML, steps=2), WAVES)))
+        gradients(learner, episodes, recompute=recompute, lift=lift)
+        found.append([p.grad for p in learner.parameters()])
+    torch.testing.assert_close(*found)
+    assert found[0][0] is not None
+
+
+class Counted(MAML):
+    "Counts its steps in its state."
+
+    def start(self, support):
+        return super().start(support), 0
+
+    def step(self, state, support):
+        phi, k = state
+        return super().step(phi, support=support), k + 1
+
+    def result(self, state, support):
+        return super().result(state[0], support)
+
+
+def test_a_state_may_hold_what_is_no_tensor_while_steps_are_computed_again():
+    episodes, found = WAVES.sample(3), []
+    for recompute in (False, True):
+        learner = fresh(Probe(wave(Counted, steps=2), WAVES))
+        gradients(learner, episodes, recompute=recompute)
+        found.append([p.grad for p in learner.parameters()])
+    torch.testing.assert_close(*found)
+
+
+class Spoiled(Sinusoids):
+    "Waves; of each batch the first has a query that is no number."
+
+    def gather(self, indices):
+        episodes = super().gather(indices)
+        if len(episodes.query.y) > 1:
+            episodes.query.y[0] = math.nan
+        return episodes
+
+
+def test_a_surrogates_bad_task_is_skipped():
+    run = fit(
+        fresh(PROBES["Reptile"]), Spoiled(5, 6), steps=2, engine=Engine(nonfinite="skip"), **QUIET
+    )
+    assert run.outer.skipped == 2
+
+
+class Twice(ProtoNet):
+    "Asks itself twice, last about something else."
+
+    def loss(self, episode):
+        support, query = episode
+        first = self.criterion(self(support, query.x), query.y)
+        return first + 0.1 * self.criterion(self(support, query.x.flip(0)), query.y.flip(0))
+
+
+def test_what_was_answered_is_what_the_queries_got():
+    learner = Twice(MLP([3, 4]))
+    episodes = points().sample(2)
+    heard = gradients(learner, episodes, answers=True).answers
+    for i in range(2):
+        support, query = tree_map(lambda t, i=i: t[i], episodes)
+        torch.testing.assert_close(heard[i], learner(support, query.x).detach())
+
+
+class Dearer(MAML):
+    "A loss of its own, which first order does not turn into a surrogate."
+
+    def loss(self, episode):
+        return super().loss(episode) + 100
+
+
+def test_first_order_is_no_surrogate():
+    found = [fresh(Probe(wave(Dearer, first_order=f), WAVES)) for f in (False, True)]
+    episodes = WAVES.sample(3)
+    values = [gradients(m, episodes).losses for m in found]
+    torch.testing.assert_close(*values)
+    assert (values[0] > 100).all()
+
+
+@pytest.mark.parametrize(
+    "reported", [1, True, torch.tensor(1), torch.tensor(True), torch.tensor(1.0).double()]
+)
+def test_scores_may_be_numbers_of_any_kind(reported: Any):
+    learner = fresh(PROBES["average precision"])
+    learner.score = lambda predictions, y: reported
+    score = evaluate(learner, Mixed().freeze(3))
+    assert score.mean == 1 and score.per_task.dtype == torch.float32
+
+
+def test_a_class_may_say_a_kind_and_an_instance_a_metric():
+    class Driven(MAML):
+        kind = "control"
+
+    assert (
+        Driven(MLP([1, 1])).kind == "control"
+        and MAML(MLP([1, 1]), kind="regression").kind == "regression"
+    )
+    learner = ProtoNet(MLP([3, 4]))
+    learner.metric = Metric("hits")
+    assert learner.metric.name == "hits"
+
+    class Named(ProtoNet):
+        metric = "f1"
+
+    with pytest.raises(TypeError, match=r"metric='f1', expected a metabook\.learners\.Metric"):
+        fit(Named(MLP([3, 4])), points(), steps=1, validate=points(), **QUIET)
+
+
+def test_a_score_is_taken_as_of_a_learner_that_is_trained():
+    class Asked(ProtoNet):
+        seen: list[Any] = []
+
+        def score(self, predictions, y):
+            self.seen.append((float(self.progress), self.training, torch.is_grad_enabled()))
+            return super().score(predictions, y)
+
+    fit(Asked(MLP([3, 4])), points(), steps=2, every=1, validate=points().freeze(2), **QUIET)
+    assert set(Asked.seen) == {(1.0, False, False)}
+
+
+def test_queries_of_other_parts_are_refused_by_name():
+    support, query = tree_map(lambda t: t[0], Sentences().sample(1))
+    learner = fresh(PROBES["text with a mask"])
+    turned = dict(reversed(list(query.x.items())))
+    torch.testing.assert_close(learner(support, turned), learner(support, query.x))
+    with pytest.raises(ValueError, match=r"expected \[\"query\['mask'\]\""):
+        learner(support, {"tokens": query.x["tokens"]})
+    with pytest.raises(ValueError, match="give every query its row"):
+        learner(support, query.x | {"mask": query.x["mask"][:1]})
