@@ -134,9 +134,11 @@ def code_cell(name: str, cell: NotebookNode, skipped: str | None) -> list[Notebo
         tags = {"hide-cell"}  # what it gives would give it away
     if imports_only(source) and not tags:
         tags, folded = {"hide-input"}, "Imports"
+    if "exporti" in directives:
+        tags |= {"export"}
+        if not name.startswith("A"):  # the workshop shows how it is made
+            tags, folded = tags | {"hide-input"}, "Helpers of the library"
     tags |= {key for key in ("export", "test") if key in directives}
-    if "exporti" in directives and not tags:
-        tags, folded = {"hide-input", "export"}, "Helpers of the library"
     cell.metadata = NotebookNode(tags=sorted(tags), mystnb=NotebookNode(settings(cell, directives)))
     if folded:
         cell.metadata.mystnb |= {"code_prompt_show": folded, "code_prompt_hide": folded}
