@@ -12,7 +12,7 @@ from time import perf_counter
 
 import torch
 
-from metabook.engine import Replayed
+from metabook.graphs import Replayed
 
 # Calls after the first, until a step has been recorded and replayed.
 RECORDED = Replayed.warm_up + 1

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 
 from bench.cases import Job
-from metabook.engine import Replayed, gradients
+from metabook.engine import gradients
+from metabook.graphs import Replayed
 from metabook.kernels import keep_memory, precise
 
 WAYS = ("auto", "loop", "vmap", "graph", "compile")  # words for `lift` and for `run`

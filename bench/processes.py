@@ -59,12 +59,12 @@ class Ways:
 
     def alone(self) -> None:
         """Process 0 takes all tasks."""
-        self.outer.together = None
+        self.outer.gradient.together = None
         self.outer.turn(self.whole)
 
     def shared(self) -> None:
         """Every process takes its share."""
-        self.outer.together = self.tasks
+        self.outer.gradient.together = self.tasks
         self.outer.turn(self.part)
 
     def exchange(self) -> None:

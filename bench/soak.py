@@ -23,7 +23,8 @@ from bench.cases import QUERIES, Case, Job, data_here, noise
 from bench.measure import resident
 from metabook.datasets import SOURCES
 from metabook.episodes import Classes, FewShot
-from metabook.training import evaluate, fit
+from metabook.scores import evaluate
+from metabook.training import fit
 
 MIB = 2**20
 STEPS, EVERY = 20, 10  # outer steps of a run of `fit`, and between its validations

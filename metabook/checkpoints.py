@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import registry
 from metabook.registry import (
     OtherLayout,
     at_home,
@@ -23,6 +21,7 @@ from metabook.registry import (
     differences,
     heading,
     log,
+    moved,
     on_its_own,
     plain,
     read_weights,
@@ -33,7 +32,7 @@ from metabook.registry import (
 __all__ = ['pack', 'unpack', 'write_checkpoint', 'newest_checkpoint', 'occupied', 'random_state', 'restore_random']
 
 # %% ../nbs/A3_checkpoints.ipynb #c8d1cad4
-MOVED = [
+OLDER = [
     "METHODS",
     "NETWORKS",
     "build",
@@ -44,15 +43,7 @@ MOVED = [
     "register",
     "save",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    "What 0.1.0 had here, and `metabook.registry` has now; for one minor version."
-    if name in MOVED:
-        text = f"metabook.checkpoints.{name} is metabook.registry.{name} now: import it from there"
-        warnings.warn(text, DeprecationWarning, stacklevel=2)
-        return getattr(registry, name)
-    raise AttributeError(f"module 'metabook.checkpoints' has no attribute {name!r}")
+__getattr__ = moved("metabook.checkpoints", dict.fromkeys(OLDER, "metabook.registry"))
 
 # %% ../nbs/A3_checkpoints.ipynb #45b68181
 CHECKPOINT_VERSION = (

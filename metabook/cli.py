@@ -37,7 +37,7 @@ from metabook.recipes import (
     unseen_tasks,
 )
 from .registry import NETWORKS, at_home, load, methods, read_config
-from .training import evaluate
+from .scores import evaluate
 
 # %% auto #0
 __all__ = ['app', 'Way', 'Query', 'Seed', 'Networks', 'Steps', 'Batch', 'Every', 'Start', 'settings', 'networks_said', 'options',
@@ -437,7 +437,7 @@ def evaluate_folder(
     if "task" not in config:
         raise ValueError(
             f"{folder} does not say on which data it was trained, so `metabook train` did not write it: "
-            "score it in Python, with metabook.training.evaluate"
+            "score it in Python, with metabook.scores.evaluate"
         )
     task = config["task"] | config["preprocessing"] | said
     check_way(learner, config, task["way"], "--way")

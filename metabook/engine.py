@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from .checks import check_positive, leaves_of
 from .episodes import Episode, count
-from .kernels import PRECISIONS, lifting, precision_of_now
+from .kernels import PRECISIONS, lifting, precise, precision_of_now
 from .learners import InnerLoop, Learner
 from .networks import Statistics, recording, store_running
-from .processes import Shared, summed_
-from .registry import log
+from .processes import Shared, recordable, summed_
+from .registry import log, moved
 from metabook.trust import (
     LIFTED,
     TWICE,
@@ -40,8 +40,7 @@ from metabook.trust import (
 
 # %% auto #0
 __all__ = ['Lift', 'FITS', 'Engine', 'repeatable', 'over_tasks', 'choose_lift', 'in_flight', 'evenly', 'losses', 'Way', 'grade',
-           'in_parts', 'gradients', 'portions', 'averages', 'combined', 'recomputing', 'answer', 'Replayed', 'Wrong',
-           'Verdict', 'update_where']
+           'in_parts', 'gradients', 'portions', 'averages', 'combined', 'recomputing', 'MetaGradient', 'answer']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap"]
@@ -762,6 +761,68 @@ def _forgetting(
         if "step" in before:
             learner.step = before["step"]
 
+# %% ../nbs/A2_engine.ipynb #2bd7a39c
+class MetaGradient:
+    """The gradient of a learner's objective on a batch of tasks, left in `p.grad`: of as many at once as memory holds.
+
+    Raises `ValueError` for a learner without inner steps where these are to be recomputed, and as `gradients` does.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,  # whose parameters get their gradients
+        engine: Engine,  # how it is computed; the chunk is halved where memory does not suffice
+        device: torch.device,  # where the learner is
+    ):
+        with recomputing(learner) if engine.recompute else nullcontext():
+            pass  # a learner without a step is refused here, not at the first one
+        self.learner, self.engine, self.device, self.run = learner, engine, device, engine.run
+        if engine.run == "auto":
+            self.run = "graph" if device.type == "cuda" else "eager"
+        told = engine.lift == "auto" and engine.run == "graph"  # a graph is of the vectorised call
+        self.lift = "vmap" if told else engine.lift
+        self.chunk = engine.chunk
+        self.answers = False  # does somebody want to see the answers to the queries?
+        self.together: int | None = None  # tasks of a step in all processes, where these share them
+
+    @property
+    def records(self) -> bool:
+        "Shall steps be recorded as a graph?"
+        asked = self.run == "graph" or (self.run == "compile" and self.device.type != "cpu")
+        return asked and self.engine.nonfinite == "stop" and recordable()
+
+    @property
+    def first(self) -> int:
+        "The place of this process's first task among those of all processes."
+        return Shared(self.together).mine.start if self.together else 0
+
+    def __call__(self, episodes: Episode) -> Graded:
+        "Losses and gradient of a batch of tasks, or of this process's share of it."
+        shared = Shared(self.together) if self.together else None
+        how = dict(lift=self.lift, compiled=self.run == "compile", check=self.engine.check)
+        how |= dict(shared=shared, recompute=self.engine.recompute, answers=self.answers)
+        while True:
+            try:
+                with precise(self.engine.precision):
+                    return gradients(self.learner, episodes, chunk=self.chunk, **how)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise  # a recording gives up; the step that follows it will find its chunk
+                self.halve(count(episodes), error)
+
+    def alone(self, one: Episode) -> Graded:
+        "Loss and gradient of one task, as it stands."
+        with precise(self.engine.precision):
+            return gradients(self.learner, one, lift=self.lift, check=self.engine.check)
+
+    def halve(self, tasks: int, error: Exception) -> None:
+        "From now on hold fewer tasks in memory at once.  Raises the error where it is one already."
+        if self.chunk == 1:
+            raise error
+        self.chunk = max(1, (self.chunk or tasks) // 2)
+        self.learner.zero_grad()
+        log.warning("out of memory: going on with chunk=%d tasks at once", self.chunk)
+
 # %% ../nbs/A2_engine.ipynb #93d7ed63
 def answer(
     learner: Learner,  # whose code runs
@@ -819,188 +880,6 @@ def _singly(learner: Learner, lift: Lift, state: Any, x: Any) -> Any:
 
     return over_tasks(ask, x, lift="loop" if lift == "loop" else "vmap")
 
-# %% ../nbs/A2_engine.ipynb #e9e5742d
-class Replayed:
-    """A function of tensors, recorded as a CUDA graph for each set of shapes, and each phase, and then replayed.
-
-    The first calls run as they stand, on a stream of their own, as CUDA wants it before a recording.
-    What it gives is overwritten by the next call.  Where recording is impossible, or more than `most`
-    sets of shapes ask for it, it goes on without and says so once.
-    """
-
-    warm_up, most = 3, 8  # calls before a recording; graphs that are kept
-
-    def __init__(
-        self,
-        f: Callable[..., Any],  # tensors in, a structure of tensors out
-        device: torch.device,  # where it works
-        *generators: torch.Generator,  # whose numbers it uses
-        phase: Callable[[], Hashable] = tuple,  # what else decides which operations they are
-    ):
-        self.f, self.device, self.generators, self.phase = f, device, generators, phase
-        self.calls: dict[Any, int] = {}
-        # shapes -> graph, what goes in, what comes out
-        self.graphs: dict[Any, tuple[Any, Any, Any]] = {}
-        self.why_not = ""
-        if device.type != "cuda":
-            self.give_up(f"graphs are recorded on CUDA devices, and this is {device}")
-
-    def __call__(self, *args: Any) -> Any:
-        if self.why_not and not self.graphs:
-            return self.f(*args)
-        key = self.phase(), *((t.shape, t.dtype) for t in tree_leaves(args))
-        self.calls[key] = self.calls.get(key, 0) + 1
-        with torch.cuda.device(self.device):
-            if not self.why_not and key not in self.graphs and self.calls[key] > self.warm_up:
-                self.record(key, args)
-            if key in self.graphs:
-                return self.replay(key, args)
-            return self.f(*args) if self.why_not else self.beside(args)
-
-    def record(self, key: Any, args: Any) -> None:
-        "Take notes of one call; nothing is computed yet."
-        if len(self.graphs) == self.most:
-            return self.give_up(f"there are more than {self.most} sets of shapes")
-        graph, given = torch.cuda.CUDAGraph(), tree_map(torch.clone, args)
-        stream = torch.cuda.current_stream()
-        generators = *self.generators, torch.cuda.default_generators[stream.device.index]
-        states = [g.get_state() for g in generators]
-        try:
-            for generator in self.generators:
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                results = self.f(*given)
-        except Exception as error:  # whatever it was: the same call without a graph tells
-            why = str(error.__context__ or error).strip() or type(error).__name__
-        else:
-            self.graphs[key] = graph, given, results
-            return
-        del graph  # and with it the memory of what it has recorded
-        self.graphs.clear()
-        torch.cuda.set_stream(stream)  # a recording that fails may leave both as they were in it
-        for generator, state in zip(generators, states, strict=True):
-            fresh = torch.Generator(stream.device)
-            fresh.set_state(state)
-            generator.graphsafe_set_state(fresh.graphsafe_get_state())
-        self.give_up(why.splitlines()[0])
-
-    def replay(self, key: Any, args: Any) -> Any:
-        graph, given, results = self.graphs[key]
-        for place, value in zip(tree_leaves(given), tree_leaves(args), strict=True):
-            place.copy_(value)
-        graph.replay()
-        return results
-
-    def beside(self, args: Any) -> Any:
-        "One call on a stream of its own."
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            results = self.f(*args)
-        torch.cuda.current_stream().wait_stream(stream)
-        return results
-
-    def give_up(self, why: str) -> None:
-        "From now on nothing more is recorded."
-        self.why_not = why
-        more = "more graphs" if self.graphs else "a graph"
-        log.warning('run="graph" goes on without %s: %s', more, why)
-
-# %% ../nbs/A2_engine.ipynb #da0301cc
-class Wrong(NamedTuple):
-    "The first step of a run that was not finite."
-
-    step: int  # from 1
-    task: int | None  # whose loss it was; `None`: the norm of the gradient
-    value: float  # what it was instead
-
-
-class Verdict:
-    "Were the steps finite?  Kept on the device: the first step that was not, and where in it."
-
-    def __init__(self, device: torch.device):
-        self.fine = torch.ones((), dtype=torch.bool, device=device)  # the latest step
-        self.steps, self.first, self.place = torch.zeros(
-            3, dtype=torch.long, device=device
-        ).unbind()
-        self.value = torch.zeros((), dtype=torch.float64, device=device)
-        self.tasks = 0
-
-    def judge(
-        self,
-        losses: Float[Tensor, "tasks"],  # of a step
-        norm: Float[Tensor, ""],  # of its gradient
-    ) -> None:
-        "Look at a step, without waiting for anything."
-        self.tasks = len(losses)
-        values = torch.cat([losses.detach(), norm.detach()[None].to(losses)]).to(self.value.dtype)
-        wrong = ~values.isfinite()
-        place = wrong.int().argmax()
-        self.steps += 1
-        self.fine.copy_(~wrong.any())
-        news = wrong.any() & (self.first == 0)
-        found = self.steps, place, values.gather(0, place[None])[0]
-        for kept, new in zip((self.first, self.place, self.value), found, strict=True):
-            kept.copy_(torch.where(news, new, kept))
-
-    def wrong(self) -> Wrong | None:
-        "On the host: the first step that was not fine."
-        if not self.first:
-            return None
-        task = None if self.place == self.tasks else int(self.place)
-        return Wrong(int(self.first), task, self.value.item())
-
-    def forget(self) -> None:
-        "Take the latest step out of the count, and what was wrong in it."
-        self.steps -= 1
-        for kept in (self.first, self.place, self.value):
-            kept.zero_()
-
-
-def update_where(
-    fine: Tensor,  # a bool on the device
-    optimizer: torch.optim.Optimizer,  # whose parameters have their gradients
-) -> None:
-    "A step of the optimiser where `fine`, and none where not; nobody is asked which."
-    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-    for p in parameters:
-        p.grad = torch.where(fine, p.grad, 0)
-    kept = parameters + [t for t in tree_leaves(dict(optimizer.state)) if isinstance(t, Tensor)]
-    before = [t.detach().clone() for t in kept]
-    optimizer.step()
-    restore_where(~fine, kept, before)
-
-# %% ../nbs/A2_engine.ipynb #3871d3f7
-@torch.no_grad()
-def restore_where(
-    wrong: Tensor,  # a bool on the device
-    tensors: Iterable[Tensor],  # as they are now
-    before: Iterable[Tensor],  # as they were
-) -> None:
-    "Give tensors their earlier values where something went wrong."
-    for t, old in zip(tensors, before, strict=True):
-        t.copy_(torch.where(wrong, old, t))
-
-
-def capturable(
-    optimizer: torch.optim.Optimizer,  # whose parameters are on the device
-    device: torch.device,  # a GPU
-) -> None:
-    """Let an optimiser work on its device alone, as a graph wants it: nothing is asked of the host.
-
-    Its rates become tensors.  So do its counts of steps, which a checkpoint may have brought to the CPU.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = torch.as_tensor(float(group["lr"]), device=device)
-        if "capturable" in group:
-            group["capturable"] = True
-            for state in (optimizer.state.get(p, {}) for p in group["params"]):
-                if "step" in state:
-                    state["step"] = torch.as_tensor(state["step"], device=device)
-        elif isinstance(optimizer, torch.optim.SGD):
-            group["fused"] = True  # the other ways bring the rate to the host
-    optimizer._warned_capturable_if_run_uncaptured = True  # the warm-up is meant to be
-
 # %% ../nbs/A2_engine.ipynb #71c63d5c
 def _lifted(learner: Learner, episodes: Episode, answers: bool) -> Graded:
     return _graded(learner, episodes, Way("vmap", answers=answers))
@@ -1010,3 +889,6 @@ def _lifted(learner: Learner, episodes: Episode, answers: bool) -> Graded:
 def _compiled() -> Callable[[Learner, Episode, bool], Graded]:
     "The lifted losses, compiled for each learner and set of shapes when first called."
     return torch.compile(_lifted)
+
+# %% ../nbs/A2_engine.ipynb #71c63d5d
+__getattr__ = moved("metabook.engine", {"Replayed": "metabook.graphs"})

@@ -16,9 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from metabook.checks import (
     check_answers,
+    check_class_rows,
+    check_device,
+    check_distribution,
+    check_episodes,
     check_match,
     check_network,
     check_place,
@@ -29,7 +34,7 @@ from metabook.checks import (
     leaves_of,
     shot_of,
 )
-from .episodes import Episode, Examples
+from .episodes import Episode, Examples, Frozen, Tasks, one_of
 from metabook.networks import (
     NoScript,
     Parameters,
@@ -43,7 +48,7 @@ from .registry import lookup
 from .trust import asking, check_alone, claiming, in_our_words, sparing, turn
 
 # %% auto #0
-__all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'InnerLoop', 'FastWeights', 'task_loss', 'task_score']
+__all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'place', 'InnerLoop', 'FastWeights', 'task_loss', 'task_score']
 
 # %% ../nbs/05_learners.ipynb #1f0a5c3d
 @dataclass(frozen=True)
@@ -363,6 +368,11 @@ def timed(learner: nn.Module) -> list[nn.Module]:
     return [m for m in learner.modules() if hasattr(m, "phase_at")]
 
 
+def phases(learner: Learner) -> tuple[Hashable, ...]:
+    "In which phase of its training a learner is, and learners inside."
+    return tuple(m.phase for m in timed(learner))
+
+
 def start_training(learner: Learner) -> None:
     "Switch a learner to training mode; one that is in it already keeps the modes of its parts."
     if learner.training:
@@ -394,6 +404,57 @@ def check_task(
         parameter = next(learner.parameters(), None)
     for name, x in (leaves_of("support.x", support.x) | leaves_of("query", query)).items():
         check_place(name, x, parameter)
+
+# %% ../nbs/05_learners.ipynb #7c6b51b3
+def place(learner: Learner, device: torch.device | str | None = None) -> torch.device:
+    "Move the learner where it is wanted; say where it is.  Raises `ValueError` for a device that cannot be used."
+    if device is not None:
+        learner.to(check_device(device))
+    found = next((p.device for p in learner.parameters()), torch.device("cpu"))
+    return found if found.type in ("cpu", "cuda") else check_device(found)
+
+# %% ../nbs/05_learners.ipynb #68bc8c52
+def waits(module: nn.Module) -> bool:
+    "Has it parameters that get their sizes from the first data?"
+    return any(nn.parameter.is_lazy(p) for p in module.parameters())
+
+# %% ../nbs/05_learners.ipynb #ee203c27
+def give_sizes(learner: Learner, one: Episode) -> None:
+    """Show a learner its first task, for parameters that wait for their sizes.
+
+    Its network sees the examples themselves: an inner loop takes parameters in hand before it runs them.
+    """
+    part = next(iter(learner.children()))
+    if waits(part) and not isinstance(part, nn.ModuleList | nn.ModuleDict):
+        give_sizes(part, one) if hasattr(part, "adapt") else part(one.query.x)
+    if waits(learner):
+        learner(one.support, one.query.x)
+
+# %% ../nbs/05_learners.ipynb #54c359aa
+def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") -> None:
+    """Raise unless these can be tasks for this learner: looks at one of them.
+
+    `TypeError` for what are no tasks, `ValueError` for tasks of another kind, and for one that has not the
+    shape of a task.
+    """
+    frozen = isinstance(tasks, Frozen)
+    of = tasks.tasks if frozen else tasks
+    check_distribution(of, name)
+    if learner.kind != of.kind:
+        raise ValueError(
+            f"a {learner.kind} learner cannot be used on {of.kind} tasks ({of}): "
+            f"build {type(learner).__name__} for {of.kind}"
+        )
+    first = next(tasks.episodes(1), None) if frozen else one_of(of)
+    if first is None:  # this process has no share of them, or nobody can look
+        return
+    check_episodes(first, of)
+    check_class_rows(learner, first)
+    one = tree_map(lambda t: t[0].to(place(learner)), first)
+    learner.check(one.support, one.query.x)
+    if waits(learner):
+        with scoring(learner), torch.no_grad():
+            give_sizes(learner, one)
 
 # %% ../nbs/05_learners.ipynb #3b5d7c1a
 class InnerLoop(Learner):

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .registry import log
 
@@ -257,6 +258,43 @@ def collected(
         place.copy_(found)
     summed_([whole])
     return whole
+
+# %% ../nbs/A9_processes.ipynb #18be39c2
+class Sharing:
+    "A step on this process's share of the tasks: all draw the same, and each gathers its own."
+
+    def __init__(
+        self,
+        turn: Callable[[Any], Any],  # a step on tasks, which gives a report
+        gradient: Any,  # what draws the gradient, and is told of how many tasks it is
+        tasks: Any,  # a distribution that gathers tasks from indices
+    ):
+        self.turn, self.gradient, self.tasks = turn, gradient, tasks
+        self.indices: Any = None  # of the latest step's tasks, in all processes
+
+    def __call__(self, indices: Any) -> Any:
+        "The report of a step on some tasks, as far as they are here."
+        self.indices, self.gradient.together = indices, len(tree_leaves(indices)[0])
+        mine = share(self.gradient.together)
+        return self.turn(self.gathered(tree_map(lambda t: t[mine], indices)))
+
+    def gathered(self, indices: Any) -> Any:
+        "The tasks, where the learner is."
+        return self.tasks.gather(indices).to(self.gradient.device)
+
+    def whole(self, report: Any) -> Any:
+        "The report on all tasks, from that on this process's share."
+        answers = tree_map(lambda t: gathered(t, self.gradient.together), report.answers)
+        return report._replace(episodes=self.gathered(self.indices), answers=answers)
+
+# %% ../nbs/A9_processes.ipynb #ce38fbae
+def bar(items: Any, total: int, show: bool, label: str, done: int = 0) -> Any:
+    "The items, with rate and time left where somebody wants to see them (on a page nobody waits)."
+    if not show or "METABOOK_FRAMES" in os.environ or not main():
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, total=total, initial=done, desc=label, leave=False, dynamic_ncols=True)
 
 # %% ../nbs/A9_processes.ipynb #f29b657c
 class Request:

@@ -24,7 +24,7 @@ from . import processes
 from .checks import check_device
 from .datasets import SOURCES, SPLITS, class_folders, source_of
 from .engine import Engine
-from .episodes import Classes, Examples, FewShot, Tasks, spelled
+from .episodes import Classes, Examples, FewShot, Tasks, one_of, spelled
 from .learners import Learner
 from .meta_transfer import HardTasks
 from .networks import parameter_count
@@ -40,7 +40,8 @@ from metabook.registry import (
     save,
     write_atomically,
 )
-from .training import evaluate, fit, one_of, paired
+from .scores import evaluate, paired
+from .training import fit
 from .transfer import Batches
 
 # %% auto #0

@@ -14,6 +14,7 @@ import os
 import pkgutil
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -623,6 +624,22 @@ def rehearse(
         return learner  # nothing is known of it yet
     state = {k: v.detach() for k, v in learner.state_dict().items()}
     return remade({"method": method} | particulars(learner), state)
+
+# %% ../nbs/A02_registry.ipynb #5e6f0001
+def moved(
+    module: str,  # that had them
+    homes: dict[str, str],  # of names, the modules that have them now
+) -> Callable[[str], Any]:
+    "A module's `__getattr__` for what 0.1.0 had in it: that works, and warns, for one minor version."
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        text = f"{module}.{name} is {homes[name]}.{name} now: import it from there"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(homes[name]), name)
+
+    return find
 
 # %% ../nbs/A02_registry.ipynb #fa91419e
 def check_writable(what: str, value: Any) -> None:

@@ -17,7 +17,8 @@ assert not authoring, f"the wheel brought {authoring}"
 from metabook.episodes import Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP
-from metabook.training import evaluate, fit
+from metabook.scores import evaluate
+from metabook.training import fit
 learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression")
 fit(learner, Sinusoids(), steps=3, folder="run", progress=False)
 print(metabook.__version__, evaluate(metabook.load("run"), Sinusoids(), n=10))

@@ -28,7 +28,7 @@ from metabook.networks import (
     support_statistics,
 )
 from metabook.prototypes import ProtoNet
-from metabook.training import evaluate
+from metabook.scores import evaluate
 
 
 @pytest.mark.proves("eq-batch-mean", "eq-batch-variance", "eq-batch-norm")

@@ -14,8 +14,9 @@ from metabook.episodes import Classes, Episode, Examples, FewShot, one_hot
 from metabook.networks import Conv4
 from metabook.prototypes import ProtoNet, prototypes, squared_euclidean
 from metabook.registry import METHODS
+from metabook.scores import evaluate, paired
 from metabook.testing import check_learner
-from metabook.training import evaluate, fit, paired
+from metabook.training import fit
 from metabook.transfer import HEADS, SCALE, Batches, FineTune, Pretrained, cosine, linear, spread
 
 

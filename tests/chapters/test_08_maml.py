@@ -16,8 +16,9 @@ from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.learners import Learner, task_loss
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, call
+from metabook.scores import evaluate
 from metabook.testing import check_learner
-from metabook.training import evaluate, fit
+from metabook.training import fit
 
 
 def test_maml_in_use():

@@ -23,8 +23,9 @@ from metabook.meta_lstm import (
     log_and_sign,
 )
 from metabook.networks import MLP, Conv4, call, parameter_count
+from metabook.scores import evaluate, paired
 from metabook.testing import check_learner
-from metabook.training import evaluate, fit, paired
+from metabook.training import fit
 
 
 @pytest.mark.proves("eq-lstm-cell")

@@ -18,7 +18,8 @@ from metabook.episodes import Classes, Examples, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, call
 from metabook.prototypes import ProtoNet
-from metabook.training import evaluate, fit
+from metabook.scores import evaluate
+from metabook.training import fit
 
 
 def test_a_plain_lift_is_wrong():

@@ -19,7 +19,8 @@ from metabook.maml import MAML
 from metabook.meta_transfer import HardTasks
 from metabook.networks import MLP, BatchNorm, parameters_of
 from metabook.prototypes import ProtoNet
-from metabook.training import evaluate, fit
+from metabook.scores import evaluate
+from metabook.training import fit
 
 STEPS, META_BATCH = 5, 5  # two processes take two tasks and three
 

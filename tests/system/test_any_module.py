@@ -29,7 +29,9 @@ from metabook.networks import MLP, Conv4
 from metabook.pgn import PGN
 from metabook.processes import Shared
 from metabook.prototypes import ProtoNet
-from metabook.training import Outer, Run, evaluate, fit
+from metabook.runs import Run
+from metabook.scores import evaluate
+from metabook.training import Outer, fit
 
 QUIET = {"meta_batch": 2, "progress": False}
 VECTORS = FewShot(
@@ -196,7 +198,7 @@ def test_the_first_step_after_a_rejected_one_is_a_first_step(name: str, how: str
         outer = Outer(learner, OPTIMIZERS[name](learner.param_groups()), engine=Engine(run=how))
         for _ in range(rejected):
             outer.turn(bad)
-            outer.verdict.forget()
+            outer.guard.verdict.forget()
         outer.turn(tree_map(lambda t: t[:2], bad))
         ends.append([p.detach().clone() for p in learner.parameters()])
     assert all(map(torch.equal, *ends))

@@ -39,8 +39,9 @@ from metabook.networks import MLP, BatchNorm, Conv4, ResNet12
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet
 from metabook.registry import NETWORKS, methods, save
+from metabook.scores import calibration, evaluate, paired
 from metabook.testing import check_learner
-from metabook.training import calibration, evaluate, fit, paired
+from metabook.training import fit
 from metabook.transfer import Batches, FineTune, Pretrained
 
 

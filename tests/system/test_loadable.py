@@ -37,7 +37,8 @@ from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet
 from metabook.recipes import Recipe, make_learner, network_of
 from metabook.registry import NETWORKS, load, read_config, register, rehearse, save
-from metabook.training import evaluate, fit
+from metabook.scores import evaluate
+from metabook.training import fit
 from metabook.transfer import Batches, Pretrained
 
 QUIET: dict[str, Any] = {"meta_batch": 2, "progress": False}
@@ -1081,7 +1082,8 @@ def test_the_script_of_a_user_runs_as_written(tmp_path: Path):
         from metabook.episodes import Classes, FewShot
         from metabook.networks import MLP
         from metabook.prototypes import ProtoNet
-        from metabook.training import evaluate, fit
+        from metabook.scores import evaluate
+        from metabook.training import fit
         data = Classes.of({str(i): torch.randn(8, 3) for i in range(6)})
         learner = ProtoNet(MLP([3, 4]))
         for shot in np.arange(1, 3):

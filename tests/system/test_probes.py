@@ -28,8 +28,10 @@ from metabook.networks import MLP, parameters_of
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet, prototypes
 from metabook.registry import METHODS, NETWORKS, load, register, save
+from metabook.runs import Run
+from metabook.scores import Score, evaluate, paired
 from metabook.testing import check_learner
-from metabook.training import Outer, Run, Score, evaluate, fit, paired
+from metabook.training import Outer, fit
 
 # --- data that people have
 
@@ -851,14 +853,13 @@ def test_hard_tasks_hear_what_was_answered(cls: type[ProtoNet]):
     learner, tasks = cls(MLP([3, 4])), HardTasks(points(), every=2)
     run = fit(learner, tasks, steps=4, **QUIET)
     assert tasks.heard == 4 and len(run.curve("loss")[1]) == 4
-    report = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.0))
-    heard = []
-    report.tell = heard.append
+    outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.0))
+    outer.gradient.answers = True
     episodes = points().sample(3)
-    report.step(episodes)
+    outer.step(episodes)
     for i in range(3):
         support, query = tree_map(lambda t, i=i: t[i], episodes)
-        torch.testing.assert_close(heard[0].answers[i], learner(support, query.x))
+        torch.testing.assert_close(outer.latest.answers[i], learner(support, query.x))
 
 
 def test_a_generator_that_is_judged_all_along_hears_hard_tasks():
@@ -987,7 +988,7 @@ def test_a_surrogates_bad_task_is_skipped():
     run = fit(
         fresh(PROBES["Reptile"]), Spoiled(5, 6), steps=2, engine=Engine(nonfinite="skip"), **QUIET
     )
-    assert run.outer.skipped == 2
+    assert run.outer.guard.skipped == 2
 
 
 class Twice(ProtoNet):

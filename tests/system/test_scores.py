@@ -24,7 +24,8 @@ from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, mixes
 from metabook.prototypes import ProtoNet
 from metabook.recipes import data_named
-from metabook.training import Score, calibration, evaluate, fit, paired
+from metabook.scores import Score, calibration, evaluate, paired
+from metabook.training import fit
 
 SIZES = torch.full((6,), 8)
 QUIET: dict[str, Any] = {"meta_batch": 2, "progress": False}

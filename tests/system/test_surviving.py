@@ -28,7 +28,8 @@ from metabook.episodes import FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP
 from metabook.prototypes import ProtoNet
-from metabook.training import Run, fit
+from metabook.runs import Run, checkpoint
+from metabook.training import fit
 
 CLOCKS = ("seconds", "tasks_per_second")
 
@@ -178,10 +179,10 @@ def test_another_method_and_another_network_are_named(tmp_path):
 def test_the_memory_that_was_short_stays_short(tmp_path):
     """The chunk that a run found is part of its checkpoint."""
     run = waves(tmp_path / "run", steps=3)
-    run.outer.chunk, run.saved = 2, None
+    run.outer.gradient.chunk, run.records.saved = 2, None
     run.learner.train()
-    run.checkpoint()
-    assert waves(run.folder, resume=True).outer.chunk == 2
+    checkpoint(run)
+    assert waves(run.folder, resume=True).outer.gradient.chunk == 2
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):

@@ -17,7 +17,8 @@ from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
 from metabook.registry import load, read_config, save
-from metabook.training import evaluate, fit
+from metabook.scores import evaluate
+from metabook.training import fit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -44,7 +45,8 @@ TRAIN = (
     + """
 from metabook.networks import Conv4
 from metabook.prototypes import ProtoNet
-from metabook.training import evaluate, fit
+from metabook.scores import evaluate
+from metabook.training import fit
 
 torch.manual_seed(0)
 learner = ProtoNet(Conv4(1, size=16, width=4, stats="support"))
@@ -59,7 +61,7 @@ USE = (
     SHARED
     + """
 from metabook.registry import read_config
-from metabook.training import evaluate
+from metabook.scores import evaluate
 
 learner, config = metabook.load(sys.argv[1]), read_config(sys.argv[1])
 tasks = FewShot(letters(), way=3, shot=1, query=3)
