@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from bench.cases import QUERIES, Case, data_here, job_of
 from bench.measure import quartiles, round_of, timed
 from bench.worker import LIMIT, ROOT, one_line
 from metabook import engine, processes
+from metabook.structures import tree_map
 from metabook.training import Outer
 
 ROUND = 1.0  # seconds that a round lasts at least

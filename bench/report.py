@@ -6,25 +6,21 @@ import importlib.metadata
 import json
 import platform
 import re
-import subprocess
 from datetime import date
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import metabook
-from bench.worker import ROOT
-from metabook.registry import write_atomically
+from metabook.registry import commit, software, write_atomically
 
-LIBRARIES = ("torch", "higher", "torchopt", "learn2learn")
+PEERS = ("higher", "torchopt", "learn2learn")
 
 
 def versions() -> dict[str, str | None]:
     """Of the library and its peers; `None` for what is not installed."""
-    found: dict[str, str | None] = {"metabook": metabook.__version__}
-    for name in LIBRARIES:
+    found: dict[str, str | None] = dict(software())
+    for name in PEERS:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -42,19 +38,6 @@ def device_in_words(device: str, threads: int) -> str:
     return f"{names[0] if names else platform.machine()}, {threads} threads"
 
 
-def git(*words: str) -> str:
-    """What git says of this clone; nothing where there is none."""
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-@cache  # of the beginning: a long measurement may outlive it
-def commit() -> str | None:
-    """The commit that was measured; a plus says that files of the library or the benchmark differ from it."""
-    changed = git("status", "--porcelain", "--", "metabook", "bench")
-    return (git("rev-parse", "--short=12", "HEAD") + "+" * bool(changed)) or None
-
-
 def report(
     part: str,  # "speed", "sampling", "growth", "processes" or "soak"
     device: str,
@@ -67,7 +50,7 @@ def report(
         "benchmark": part,
         "command": command,
         "date": date.today().isoformat(),
-        "commit": commit(),
+        "commit": commit("bench"),
         "device": device,
         "device_name": device_in_words(device, threads),
         "threads": threads,

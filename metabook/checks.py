@@ -5,26 +5,22 @@ from __future__ import annotations
 
 import math
 import reprlib
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
+
+from .structures import leaves_of, tree_leaves
 
 # %% auto #0
 __all__ = ['check_every_class', 'check_rate', 'check_steps']
 
 # %% ../nbs/A01_checks.ipynb #cb944a38
-def leaves_of(
-    name: str,  # of an argument
-    structure: Any,  # a tensor, or a structure of tensors
-) -> dict[str, Any]:
-    "The leaves by their names: of a tensor its own, of a dictionary such as `x['mask']`."
-    return {name + keystr(path): leaf for path, leaf in tree_leaves_with_path(structure)}
-
-
 def shot_of(examples: Any) -> int | None:
     "How many examples there are; `None` where neither inputs nor targets say so."
     leaf = next(iter(tree_leaves((examples.x, examples.y))), None)
@@ -163,6 +159,11 @@ def check_class_data(classes: Any) -> None:
 
 def check_alike(examples: dict[str, Tensor]) -> None:
     "Raise `ValueError` unless all classes have the same features, type and device."
+    if not examples:
+        raise ValueError(
+            "examples is empty, expected at least one class: give a dictionary of name: tensor"
+        )
+    check_tensors(**{f"examples[{name!r}]": x for name, x in examples.items()})
     said = {k: f"{x.dtype} {tuple(x.shape[1:])} on {x.device}" for k, x in examples.items()}
     first = next(iter(said))
     for name, features in said.items():
@@ -192,6 +193,58 @@ def check_enough(classes: Any, way: int, shot: int, query: int) -> None:
         raise ValueError(
             f"class {classes.name(i)!r} has {int(classes.sizes[i])} examples, but shot={shot} and "
             f"query={query} need {need}: lower them, or leave the class out, and others that are as small, with {rest}"
+        )
+
+# %% ../nbs/A01_checks.ipynb #d0e71673
+def spelled(name: Any) -> str:
+    "One spelling for names that look the same: Unicode has two for many a letter with an accent."
+    return unicodedata.normalize("NFC", str(name))
+
+
+def check_class_sizes(data: Any) -> None:
+    "Raise `ValueError` unless sizes, names and cut are those of the data's classes."
+    if int(data.sizes.sum()) != len(data.x):
+        raise ValueError(
+            f"sizes add up to {int(data.sizes.sum())}, but x holds {len(data.x)} examples: count the "
+            "examples of each class"
+        )
+    for name in ("names", "cut"):
+        given = getattr(data, name)
+        if given is not None and len(given) not in (0, len(data)):
+            raise ValueError(
+                f"{len(given)} {name} for {len(data)} classes: give one for each class, or leave "
+                f"{name} out"
+            )
+    if empty := (data.sizes < 1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"class {data.name(empty[0])!r} has no examples, expected one at least: leave it out"
+        )
+    spellings = Counter(map(spelled, data.names))
+    if twice := [name for name, n in spellings.items() if n > 1]:
+        raise ValueError(
+            f"names has {twice[0]!r} {spellings[twice[0]]} times, expected each class once: a task with "
+            "both would call one class by two labels; join their examples, or rename one"
+        )
+
+
+def check_class_images(data: Any) -> None:
+    "Raise `ValueError` unless the bytes are images that `prepare` can prepare."
+    if data.x.ndim != 4:
+        raise ValueError(
+            f"bytes of shape {tuple(data.x.shape)}: images are [n, channels, height, width]; "
+            "other data comes as floats"
+        )
+    for name in ("mean", "std"):
+        value = getattr(data, name)
+        if not isinstance(value, Sequence) or len(value) not in (1, data.x.shape[1]):
+            raise ValueError(
+                f"{name}={value} for images of {data.x.shape[1]} channels: give a tuple of one "
+                "number, or of one for each channel"
+            )
+    if not min(data.std) > 0:
+        raise ValueError(
+            f"std={data.std}, expected positive numbers, for `prepare` divides by them: give 1.0 "
+            "for a channel that never changes"
         )
 
 # %% ../nbs/A01_checks.ipynb #ca0bc354

@@ -23,20 +23,16 @@ from .episodes import Classes, Examples
 from .learners import Learner
 from metabook.recipes import (
     EVERY,
-    REPRODUCTIONS,
-    TEST_TASKS,
     Recipe,
     data_named,
-    listed,
+    origin_of,
     owned,
-    provenance,
     recipe_for,
-    reproduce,
     run_recipe,
-    told,
     unseen_tasks,
 )
 from .registry import NETWORKS, at_home, load, methods, read_config
+from .reproduction import REPRODUCTIONS, TEST_TASKS, listed, reproduce, told
 from .scores import evaluate
 
 # %% auto #0
@@ -447,7 +443,7 @@ def evaluate_folder(
     scores = [evaluate(learner, frozen, queries=q, progress=not as_json) for q in kinds]
     text = "\n".join([f"{frozen.tasks}, episodes {frozen.hash}", *map(str, scores)])
     about = {"tasks": str(frozen.tasks), "tested_on": task["data"], "seed": seed}
-    about |= provenance(config, frozen.tasks.device)
+    about |= origin_of(config, frozen.tasks.device)
     tell(text, [score.row() | about for score in scores], as_json)
 
 

@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -17,15 +17,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from .checks import check_positive, leaves_of
-from .episodes import Episode, count
+from .checks import check_positive
+from .episodes import Episode
 from .kernels import PRECISIONS, lifting, precise, precision_of_now
 from .learners import InnerLoop, Learner
 from .networks import Statistics, recording, store_running
 from .processes import Shared, recordable, summed_
 from .registry import log, moved
+from metabook.structures import (
+    apart,
+    count,
+    joined,
+    leaves_of,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from metabook.trust import (
     LIFTED,
     TWICE,
@@ -636,13 +645,8 @@ def _joined(parts: list[Graded]) -> Graded:
     if len(parts) == 1:
         return parts[0]
     losses, answers, statistics, _ = zip(*parts, strict=True)
-    answered = None if answers[0] is None else _one_behind_the_other(answers)
-    return Graded(torch.cat(losses), answered, _one_behind_the_other(statistics))
-
-
-def _one_behind_the_other(parts: Sequence[Any]) -> Any:
-    "Structures of tensors [tasks, ...], joined along the tasks."
-    return tree_map(lambda *t: torch.cat(t), *parts)
+    answered = None if answers[0] is None else joined(answers)
+    return Graded(torch.cat(losses), answered, joined(statistics))
 
 # %% ../nbs/A2_engine.ipynb #5239f1ea
 class Recomputed(Function):
@@ -691,19 +695,6 @@ def _luck() -> tuple[Any, ...]:
     return state, *(g.get_offset() for g in torch.cuda.default_generators)
 
 # %% ../nbs/A2_engine.ipynb #97289469
-def _apart(structure: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    "The tensors of a structure, and what puts others in their places; what is no tensor stays."
-    leaves, shape = tree_flatten(structure)
-    tensors = [t for t in leaves if isinstance(t, Tensor)]
-    others = [... if isinstance(t, Tensor) else t for t in leaves]
-
-    def refill(new: Sequence[Tensor]) -> Any:
-        each = iter(new)
-        return tree_unflatten([next(each) if t is ... else t for t in others], shape)
-
-    return tensors, refill
-
-
 @contextmanager
 def recomputing(learner: Learner) -> Iterator[None]:
     "Within it, each inner step of a learner, and of learners inside, is forgotten and computed again."
@@ -728,7 +719,7 @@ def _forgetting(
     step = learner.step
 
     def forgotten(*args: Any, **kwargs: Any) -> Any:
-        tensors, refill = _apart((args, kwargs))
+        tensors, refill = apart((args, kwargs))
         made: list[Any] = []  # what puts a step's result together, once it is known
         precision, place = precision_of_now(), here()
 
@@ -736,7 +727,7 @@ def _forgetting(
             luck = _luck()
             args, kwargs = refill(tensors)
             with precision(), place():
-                found, result = _apart(step(*args, **kwargs))
+                found, result = apart(step(*args, **kwargs))
             same = {id(t) for t in tensors}  # what a step hands on as it is
             found = [t.view_as(t) if id(t) in same else t for t in found]
             if luck != _luck():
@@ -848,7 +839,7 @@ def _answered(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> 
     size = evenly(count(episodes), fits if lift == "auto" and fits >= FEW else count(episodes))
     whole = queries == "joint" and not in_parts(learner)
     ask = _ask_as_a_whole if whole else partial(_ask_in_parts, queries=queries)
-    return _one_behind_the_other([ask(learner, part, lift) for part in portions(episodes, size)])
+    return joined([ask(learner, part, lift) for part in portions(episodes, size)])
 
 
 def _trial_answers(learner: Learner, episodes: Episode, lift: Lift, queries: str) -> list[Tensor]:

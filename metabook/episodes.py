@@ -10,8 +10,6 @@ import math
 import operator
 import random
 import reprlib
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,10 +20,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Generator, Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from metabook.checks import (
     check_alike,
+    check_class_images,
+    check_class_sizes,
     check_device,
     check_enough,
     check_finite,
@@ -34,10 +33,11 @@ from metabook.checks import (
     check_tensors,
 )
 from .registry import number, undisturbed
+from .structures import count, tree_leaves, tree_map
 
 # %% auto #0
-__all__ = ['Examples', 'Episode', 'one_hot', 'like', 'Tasks', 'Frozen', 'digest', 'count', 'Sinusoids', 'Classes', 'spelled',
-           'choose', 'sides', 'FewShot', 'summary', 'VariedWayShot', 'uneven']
+__all__ = ['Examples', 'Episode', 'one_hot', 'like', 'Tasks', 'Frozen', 'digest', 'Sinusoids', 'Stored', 'Classes', 'choose',
+           'sides', 'FewShot', 'summary', 'VariedWayShot', 'uneven']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -138,18 +138,11 @@ class Tasks:
 
     def draw(self, n: int, generator: Generator | None = None) -> Any:
         "What `n` episodes consist of, drawn on the generator's device."
-        raise NotImplementedError(self.unwritten("draw(n, generator)"))
+        raise NotImplementedError(unwritten(self, "draw(n, generator)"))
 
     def gather(self, indices: Any) -> Episode:
         "The tensors of drawn episodes, on the data's device."
-        raise NotImplementedError(self.unwritten("gather(indices)"))
-
-    def unwritten(self, method: str) -> str:
-        "What is missing from a subclass, and what to write, in words."
-        return (
-            f"{type(self).__name__} does not say {method}: expected draw, for the indices of n episodes, and "
-            "gather, which makes an Episode of them; `sample` and `freeze` are made of these two"
-        )
+        raise NotImplementedError(unwritten(self, "gather(indices)"))
 
     def sample(
         self,
@@ -169,13 +162,7 @@ class Tasks:
 
     def digest(self) -> str:
         "Twelve hexadecimal digits that name the data behind the tasks: here, what a few episodes hold."
-        generator, twin = torch.Generator().manual_seed(LOOK), twin_of(self)
-        look = twin.draw if self.determined else twin.sample
-        with undisturbed():
-            try:
-                return digest(t for _ in range(PROBE) for t in tree_leaves(look(1, generator)))
-            except Exception:  # tasks that come in other numbers only: the first step will tell
-                return "unknown"
+        return digest_of_a_few(self)
 
     def content(self, drawn: Any) -> Iterator[Tensor]:
         "All numbers that decide, together with `describe`, what drawn episodes hold."
@@ -249,6 +236,14 @@ class Frozen:
                 yield tree_map(lambda t, i=i: t[i : i + batch], group)
 
 # %% ../nbs/02_episodes.ipynb #b32f2322
+def unwritten(tasks: Tasks, method: str) -> str:
+    "What is missing from a subclass, and what to write, in words."
+    return (
+        f"{type(tasks).__name__} does not say {method}: expected draw, for the indices of n episodes, and "
+        "gather, which makes an Episode of them; `sample` and `freeze` are made of these two"
+    )
+
+
 def twin_of(tasks: Tasks) -> Tasks:
     "A copy to look at: drawing from it leaves no trace in the tasks.  It shares their tensors and data."
     shared = {id(v): v for v in _held(tasks)}
@@ -268,6 +263,17 @@ def _held(tasks: Tasks) -> Iterator[Any]:
 
 
 PROBE = 8  # episodes by which tasks without stored data are known
+
+
+def digest_of_a_few(tasks: Tasks) -> str:
+    "The digest of what a few episodes hold, drawn from a copy."
+    generator, twin = torch.Generator().manual_seed(LOOK), twin_of(tasks)
+    look = twin.draw if tasks.determined else twin.sample
+    with undisturbed():
+        try:
+            return digest(t for _ in range(PROBE) for t in tree_leaves(look(1, generator)))
+        except Exception:  # tasks that come in other numbers only: the first step will tell
+            return "unknown"
 
 
 LOOK = 3 << 30  # the seed of these: nobody is trained, validated or tested on them
@@ -298,11 +304,6 @@ def digest(
             row = row if row.stride(0) == 1 else row.clone(memory_format=torch.contiguous_format)
             found.update(row.view(torch.uint8).numpy())
     return found.hexdigest()[:12]
-
-
-def count(indices: Any) -> int:
-    "How many episodes a structure of drawn indices, or a batch of episodes, holds."
-    return len(tree_leaves(indices)[0])
 
 # %% ../nbs/02_episodes.ipynb #972c3e19
 class Waves(NamedTuple):
@@ -355,16 +356,12 @@ class Sinusoids(Tasks):
         ]
         return Episode(*sides)
 
-# %% ../nbs/02_episodes.ipynb #3c40d714
+# %% ../nbs/02_episodes.ipynb #3c40d713
 @dataclass(frozen=True, repr=False)
-class Classes:
-    """Class-organised data in one tensor: the examples of a class stand together.
+class Stored:
+    """Examples in one tensor, class after class, and what a network sees of them.
 
     What a draw needs to know of them stands on the data's device, so that it need not copy or wait.
-
-    Raises `TypeError` for what is no tensor, and `ValueError` where the sizes do not add up to the
-    data, a class is empty, a number is NaN or infinite, or bytes are no images with a `mean` and a
-    positive `std` for each channel (or one for all).
     """
 
     x: Shaped[Tensor, "n *features"]  # uint8 images [n, channels, height, width], or floats
@@ -373,89 +370,6 @@ class Classes:
     cut: Int[Tensor, "classes"] | None = None  # see `sides`: examples before and after the cut
     mean: tuple[float, ...] = (0.0,)  # of each channel, after division by 255
     std: tuple[float, ...] = (1.0,)
-    origin: str = field(default="", init=False)  # digest of the data behind, see `with_features`
-
-    def __post_init__(self) -> None:
-        check_tensors(x=self.x, sizes=self.sizes)
-        self.check_sizes()
-        check_finite(self.x)
-        if self.x.dtype == torch.uint8:
-            self.check_images()
-        self.settle()
-
-    def check_sizes(self) -> None:
-        "Raise `ValueError` unless sizes, names and cut are those of the data's classes."
-        if int(self.sizes.sum()) != len(self.x):
-            raise ValueError(
-                f"sizes add up to {int(self.sizes.sum())}, but x holds {len(self.x)} examples: count the "
-                "examples of each class"
-            )
-        for name in ("names", "cut"):
-            given = getattr(self, name)
-            if given is not None and len(given) not in (0, len(self)):
-                raise ValueError(
-                    f"{len(given)} {name} for {len(self)} classes: give one for each class, or leave "
-                    f"{name} out"
-                )
-        if empty := (self.sizes < 1).nonzero().flatten().tolist():
-            raise ValueError(
-                f"class {self.name(empty[0])!r} has no examples, expected one at least: leave it out"
-            )
-        spellings = Counter(map(spelled, self.names))
-        if twice := [name for name, n in spellings.items() if n > 1]:
-            raise ValueError(
-                f"names has {twice[0]!r} {spellings[twice[0]]} times, expected each class once: a task with "
-                "both would call one class by two labels; join their examples, or rename one"
-            )
-
-    def check_images(self) -> None:
-        "Raise `ValueError` unless the bytes are images that `prepare` can prepare."
-        if self.x.ndim != 4:
-            raise ValueError(
-                f"bytes of shape {tuple(self.x.shape)}: images are [n, channels, height, width]; "
-                "other data comes as floats"
-            )
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if not isinstance(value, Sequence) or len(value) not in (1, self.x.shape[1]):
-                raise ValueError(
-                    f"{name}={value} for images of {self.x.shape[1]} channels: give a tuple of one "
-                    "number, or of one for each channel"
-                )
-        if not min(self.std) > 0:
-            raise ValueError(
-                f"std={self.std}, expected positive numbers, for `prepare` divides by them: give 1.0 "
-                "for a channel that never changes"
-            )
-
-    def settle(self) -> None:
-        "Bring the numbers that draws need to the data's device, and compute the others from them."
-        for name in ("sizes", "cut"):
-            numbers = getattr(self, name)
-            if numbers is not None and not self.x.is_meta:  # a device that holds no numbers
-                object.__setattr__(self, name, numbers.to(self.x.device))
-        for name in ("starts", "largest", "scaling"):
-            getattr(self, name)
-
-    def __repr__(self) -> str:
-        shape = "x".join(map(str, self.x.shape[1:]))
-        return f"Classes({len(self)} classes, {len(self.x)} examples of {shape}, {self.x.dtype})"
-
-    @classmethod
-    def of(
-        cls,
-        examples: dict[str, Tensor],  # for each class its name and its examples [n, *features]
-        **more: Any,  # `mean`, `std`
-    ) -> Classes:
-        "Classes from a dictionary of tensors, for data that you already hold."
-        if not examples:
-            raise ValueError(
-                "examples is empty, expected at least one class: give a dictionary of name: tensor"
-            )
-        check_tensors(**{f"examples[{name!r}]": x for name, x in examples.items()})
-        check_alike(examples)
-        sizes = torch.tensor([len(x) for x in examples.values()])
-        return cls(torch.cat(list(examples.values())), sizes, list(examples), **more)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -474,110 +388,24 @@ class Classes:
         "How many examples the largest class has."
         return max(self.sizes.tolist(), default=0)
 
-    @property
-    def digest(self) -> str:
-        """Twelve hexadecimal digits that name what the data hold.
+    def of_class(self, i: int) -> Shaped[Tensor, "n *features"]:
+        "The examples of class `i`, as they are stored."
+        return self.x[self.starts[i] : self.starts[i] + self.sizes[i]]
 
-        Of data of more than `LARGE` bytes, which may lie in a file, they know only every so many-th example.
-        """
-        version = None if self.x.is_inference() else self.x._version  # counts what was written
-        known = vars(self).get("_known", ())
-        if known[:1] != (version,):
-            step = -(-self.x.nbytes // LARGE) or 1
-            cut = [] if self.cut is None else [self.cut]
-            seen = [[float(v) for v in pair] for pair in (self.mean, self.std)]
-            seen = seen if self.x.dtype == torch.uint8 else ""
-            name = digest([self.sizes, *cut, self.x[::step]], f"{type(self).__qualname__} {seen}")
-            known = vars(self)["_known"] = version, name
-        return known[1]
+    def settle(self) -> None:
+        "Bring the numbers that draws need to the data's device, and compute the others from them."
+        for name in ("sizes", "cut"):
+            numbers = getattr(self, name)
+            if numbers is not None and not self.x.is_meta:  # a device that holds no numbers
+                object.__setattr__(self, name, numbers.to(self.x.device))
+        for name in ("starts", "largest", "scaling"):
+            getattr(self, name)
 
     @cached_property
     def scaling(self) -> list[Tensor]:
         "`mean` and `std` as `prepare` needs them, each [channels, 1, 1] or [1, 1, 1]."
         exact = {"dtype": torch.float64, "device": self.x.device}
         return [torch.tensor(v, **exact)[:, None, None] for v in (self.mean, self.std)]
-
-    def of_class(self, i: int) -> Shaped[Tensor, "n *features"]:
-        "The examples of class `i`, as they are stored."
-        return self.x[self.starts[i] : self.starts[i] + self.sizes[i]]
-
-    def select(
-        self,
-        classes: Sequence[int] | Sequence[bool] | Tensor,  # numbers in the order wanted, or a mask
-    ) -> Classes:
-        """Only these classes: their numbers, or `True` and `False` for every class, as in `data.sizes >= 20`.
-
-        Raises `ValueError` where there is none, where a number is out of range or given twice, and where
-        a mask is of another length.
-        """
-        listed = classes if hasattr(classes, "__array__") else list(classes)
-        if any(isinstance(name, str) for name in listed):
-            raise ValueError(
-                f"classes={reprlib.repr(listed)}, expected numbers or a mask: for names, "
-                "[i for i, name in enumerate(data.names) if name in wanted]"
-            )
-        keep = self.numbers(torch.as_tensor(listed).cpu())
-        return self.known_as(
-            self.origin and digest([keep], self.origin),
-            x=torch.cat([self.of_class(i) for i in keep.tolist()]),
-            sizes=self.sizes[keep],
-            names=[self.names[i] for i in keep.tolist()] if self.names else (),
-            cut=None if self.cut is None else self.cut[keep],
-        )
-
-    def numbers(self, classes: Tensor) -> Int[Tensor, "chosen"]:
-        "Which classes numbers or a mask mean.  Raises `ValueError`."
-        keep = classes
-        if classes.dtype == torch.bool:
-            if classes.shape != (len(self),):
-                raise ValueError(
-                    f"classes is a mask of shape {tuple(classes.shape)}, expected ({len(self)},): True or False "
-                    "for every class of the data"
-                )
-            keep = classes.nonzero().flatten()
-        whole = keep.numel() == 0 or not (keep.is_floating_point() or keep.is_complex())
-        if not whole or keep.ndim != 1:
-            raise ValueError(
-                f"classes={reprlib.repr(classes.tolist())}, expected a list of whole numbers, or a mask of True and "
-                "False: give one of them"
-            )
-        keep = keep.long()
-        if len(keep) == 0 or not 0 <= int(keep.min()) <= int(keep.max()) < len(self):
-            raise ValueError(
-                f"classes={classes.tolist()}, but the data has {len(self)} classes: select at least one, "
-                f"by numbers from 0 to {len(self) - 1}"
-            )
-        if len(keep.unique()) < len(keep):
-            raise ValueError(
-                f"classes={classes.tolist()}, expected each class once, for two labels of one class cannot be told apart: "
-                "take it out where it stands again; a mask is of True and False, as mask.bool() makes it"
-            )
-        return keep
-
-    def to(self, device: torch.device | str) -> Classes:
-        "The data on another device; images stay bytes.  Raises `ValueError` for one that cannot be used."
-        return self.known_as(self.origin, x=self.x.to(check_device(device)))
-
-    def with_features(
-        self,
-        z: Shaped[Tensor, "n *features"],  # numbers that somebody computed from `x`, row by row
-    ) -> Classes:
-        """The same examples, told in other numbers: once, say, by a network that is frozen.
-
-        Their episodes keep their names, so that scores on features can be paired with scores on images.
-        Raises `ValueError` unless there is a row for each example.
-        """
-        if len(z) != len(self.x):
-            raise ValueError(
-                f"z has {len(z)} rows, but the data {len(self.x)} examples: give a row for each, in their order"
-            )
-        return self.known_as(self.origin or self.digest, x=z)
-
-    def known_as(self, origin: str, **changes: Any) -> Classes:
-        "These data with changes, computed from the data of that digest."
-        changed = replace(self, **changes)
-        object.__setattr__(changed, "origin", origin)
-        return changed
 
     def prepare(
         self,
@@ -590,13 +418,144 @@ class Classes:
         mean, std = (t.to(x.device, dtype) for t in self.scaling)
         return (x.to(dtype) / 255 - mean) / std
 
+# %% ../nbs/02_episodes.ipynb #3c40d714
+@dataclass(frozen=True, repr=False)
+class Classes(Stored):
+    """Class-organised data in one tensor: the examples of a class stand together.
+
+    Raises `TypeError` for what is no tensor, and `ValueError` where the sizes do not add up to the
+    data, a class is empty, a number is NaN or infinite, or bytes are no images with a `mean` and a
+    positive `std` for each channel (or one for all).
+    """
+
+    origin: str = field(default="", init=False)  # digest of the data behind, see `with_features`
+
+    def __post_init__(self) -> None:
+        check_tensors(x=self.x, sizes=self.sizes)
+        check_class_sizes(self)
+        check_finite(self.x)
+        if self.x.dtype == torch.uint8:
+            check_class_images(self)
+        self.settle()
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.x.shape[1:]))
+        return f"Classes({len(self)} classes, {len(self.x)} examples of {shape}, {self.x.dtype})"
+
+    @classmethod
+    def of(
+        cls,
+        examples: dict[str, Tensor],  # for each class its name and its examples [n, *features]
+        **more: Any,  # `mean`, `std`
+    ) -> Classes:
+        "Classes from a dictionary of tensors, for data that you already hold."
+        check_alike(examples)
+        sizes = torch.tensor([len(x) for x in examples.values()])
+        return cls(torch.cat(list(examples.values())), sizes, list(examples), **more)
+
+    @property
+    def digest(self) -> str:
+        "Twelve hexadecimal digits that name what the data hold, see `digest_of`."
+        return digest_of(self)
+
+    def select(
+        self,
+        classes: Sequence[int] | Sequence[bool] | Tensor,  # numbers in the order wanted, or a mask
+    ) -> Classes:
+        """Only these classes: their numbers, or `True` and `False` for every class, as in `data.sizes >= 20`.
+
+        Raises `ValueError` where there is none, where a number is out of range or given twice, and where
+        a mask is of another length.
+        """
+        keep = which(classes, len(self))
+        return self.known_as(
+            self.origin and digest([keep], self.origin),
+            x=torch.cat([self.of_class(i) for i in keep.tolist()]),
+            sizes=self.sizes[keep],
+            names=[self.names[i] for i in keep.tolist()] if self.names else (),
+            cut=None if self.cut is None else self.cut[keep],
+        )
+
+    def to(self, device: torch.device | str) -> Classes:
+        "The data on another device; images stay bytes.  Raises `ValueError` for one that cannot be used."
+        return self.known_as(self.origin, x=self.x.to(check_device(device)))
+
+    def with_features(
+        self,
+        z: Shaped[Tensor, "n *features"],  # numbers that somebody computed from `x`, row by row
+    ) -> Classes:
+        """The same examples in other numbers: say, by a frozen network.  Their episodes keep their names,
+        so that scores on features and on images can be paired.  Raises `ValueError` unless each has a row.
+        """
+        if len(z) != len(self.x):
+            told = f"z has {len(z)} rows, but the data {len(self.x)} examples"
+            raise ValueError(f"{told}: give a row for each, in their order")
+        return self.known_as(self.origin or self.digest, x=z)
+
+    def known_as(self, origin: str, **changes: Any) -> Classes:
+        "These data with changes, computed from the data of that digest."
+        changed = replace(self, **changes)
+        object.__setattr__(changed, "origin", origin)
+        return changed
+
+# %% ../nbs/02_episodes.ipynb #3c40d715
+def digest_of(data: Classes) -> str:
+    """Twelve hexadecimal digits that name what the data hold.
+
+    Of data of more than `LARGE` bytes, which may lie in a file, they know only every so many-th example.
+    """
+    version = None if data.x.is_inference() else data.x._version  # counts what was written
+    known = vars(data).get("_known", ())
+    if known[:1] != (version,):
+        step = -(-data.x.nbytes // LARGE) or 1
+        cut = [] if data.cut is None else [data.cut]
+        seen = [[float(v) for v in pair] for pair in (data.mean, data.std)]
+        seen = seen if data.x.dtype == torch.uint8 else ""
+        name = digest([data.sizes, *cut, data.x[::step]], f"{type(data).__qualname__} {seen}")
+        known = vars(data)["_known"] = version, name
+    return known[1]
+
+
+def which(
+    classes: Sequence[int] | Sequence[bool] | Tensor,  # numbers, or a mask
+    n: int,  # of the data
+) -> Int[Tensor, "chosen"]:
+    "Which classes numbers or a mask mean.  Raises `ValueError`."
+    listed = classes if hasattr(classes, "__array__") else list(classes)
+    if any(isinstance(name, str) for name in listed):
+        raise ValueError(
+            f"classes={reprlib.repr(listed)}, expected numbers or a mask: for names, "
+            "[i for i, name in enumerate(data.names) if name in wanted]"
+        )
+    keep = classes = torch.as_tensor(listed).cpu()
+    if classes.dtype == torch.bool:
+        if classes.shape != (n,):
+            raise ValueError(
+                f"classes is a mask of shape {tuple(classes.shape)}, expected ({n},): True or False "
+                "for every class of the data"
+            )
+        keep = classes.nonzero().flatten()
+    whole = keep.numel() == 0 or not (keep.is_floating_point() or keep.is_complex())
+    if not whole or keep.ndim != 1:
+        raise ValueError(
+            f"classes={reprlib.repr(classes.tolist())}, expected a list of whole numbers, or a mask of True and "
+            "False: give one of them"
+        )
+    keep = keep.long()
+    if len(keep) == 0 or not 0 <= int(keep.min()) <= int(keep.max()) < n:
+        raise ValueError(
+            f"classes={classes.tolist()}, but the data has {n} classes: select at least one, "
+            f"by numbers from 0 to {n - 1}"
+        )
+    if len(keep.unique()) < len(keep):
+        raise ValueError(
+            f"classes={classes.tolist()}, expected each class once, for two labels of one class cannot be told apart: "
+            "take it out where it stands again; a mask is of True and False, as mask.bool() makes it"
+        )
+    return keep
+
 # %% ../nbs/02_episodes.ipynb #e20bce28
 LARGE = 2**30  # bytes
-
-# %% ../nbs/02_episodes.ipynb #e4e3a646
-def spelled(name: Any) -> str:
-    "One spelling for names that look the same: Unicode has two for many a letter with an accent."
-    return unicodedata.normalize("NFC", str(name))
 
 # %% ../nbs/02_episodes.ipynb #3da5c99b
 class Picks(NamedTuple):

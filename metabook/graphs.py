@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .registry import log
+from .structures import tree_leaves, tree_map
 
 # %% auto #0
 __all__ = ['Replayed']

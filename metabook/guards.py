@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from . import processes
-from .checks import leaves_of
 from .engine import MetaGradient, over_tasks, portions
-from .episodes import Episode, count
+from .episodes import Episode
 from .learners import Learner
 from .registry import log
+from .structures import count, leaves_of, tree_leaves, tree_map
 
 # %% auto #0
 __all__ = ['Wrong', 'Verdict', 'Guard']

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from metabook.checks import (
     check_answers,
@@ -31,7 +30,6 @@ from metabook.checks import (
     check_steps,
     check_support,
     check_targets,
-    leaves_of,
     shot_of,
 )
 from .episodes import Episode, Examples, Frozen, Tasks, one_of
@@ -45,10 +43,12 @@ from metabook.networks import (
     support_statistics,
 )
 from .registry import lookup
+from .structures import leaves_of, tree_map
 from .trust import asking, check_alone, claiming, in_our_words, sparing, turn
 
 # %% auto #0
-__all__ = ['ACCURACY', 'MSE', 'Metric', 'Learner', 'scoring', 'place', 'InnerLoop', 'FastWeights', 'task_loss', 'task_score']
+__all__ = ['ACCURACY', 'MSE', 'Metric', 'Promising', 'Learner', 'scoring', 'place', 'InnerLoop', 'FastWeights', 'task_loss',
+           'task_score']
 
 # %% ../nbs/05_learners.ipynb #1f0a5c3d
 @dataclass(frozen=True)
@@ -210,16 +210,9 @@ class Judged(Timed):
             'own: write it, or set kind = "classification" or "regression"'
         )
 
-# %% ../nbs/05_learners.ipynb #b4878f95
-class Learner(Judged):
-    """A map from a task's support set to a predictor; the base class of every method.
-
-    A subclass writes `adapt` and `predict` for ONE task; the engine lifts them over a batch of tasks.
-    What is differentiated (`criterion`) and what is reported (`score`, `metric`) are its own; the defaults
-    are those of its `kind`.  The attributes say what holds for the method, and
-    `metabook.testing.check_learner` tests it.  Register a subclass with `metabook.registry.register`,
-    so that it can be saved.
-    """
+# %% ../nbs/05_learners.ipynb #b4878f94
+class Promising(Judged):
+    "What holds for a method: it says so here, and `metabook.testing.check_learner` tests it."
 
     head: bool = True  # must the network end in one output for each class (or target)?
     label_equivariant: bool = True  # does renaming the classes only rename the answers?
@@ -242,6 +235,30 @@ class Learner(Judged):
     @transductive.setter
     def transductive(self, value: bool) -> None:
         vars(self)["_transductive"] = value
+
+    @classmethod
+    def takes(
+        cls,
+        support: Examples,  # of one task that it shall be able to learn
+    ) -> dict[str, tuple[Examples, int | None]]:
+        """The networks that its constructor takes: for each what it reads, and its outputs; `None`: an embedding.
+
+        Here the first argument, which reads the examples.  The command line builds networks by it.
+        """
+        first = next(iter(inspect.signature(cls).parameters), None)
+        if first is None:
+            return {}
+        return {first: (support, support.y.shape[-1] if cls.head else None)}
+
+# %% ../nbs/05_learners.ipynb #b4878f95
+class Learner(Promising):
+    """A map from a task's support set to a predictor; the base class of every method.
+
+    A subclass writes `adapt` and `predict` for ONE task; the engine lifts them over a batch of tasks.
+    What is differentiated (`criterion`) and what is reported (`score`, `metric`) are its own; the defaults
+    are those of its `kind`.  Register a subclass with `metabook.registry.register`,
+    so that it can be saved.
+    """
 
     def adapt(
         self,
@@ -305,20 +322,6 @@ class Learner(Judged):
         """
         check_support(support, query)
         check_task(self, support, query)
-
-    @classmethod
-    def takes(
-        cls,
-        support: Examples,  # of one task that it shall be able to learn
-    ) -> dict[str, tuple[Examples, int | None]]:
-        """The networks that its constructor takes: for each what it reads, and its outputs; `None`: an embedding.
-
-        Here the first argument, which reads the examples.  The command line builds networks by it.
-        """
-        first = next(iter(inspect.signature(cls).parameters), None)
-        if first is None:
-            return {}
-        return {first: (support, support.y.shape[-1] if cls.head else None)}
 
 # %% ../nbs/05_learners.ipynb #5e0d7c19
 def _mixes(part: nn.Module) -> bool:
@@ -472,6 +475,11 @@ class InnerLoop(Learner):
         check_steps(steps=steps, test_steps=test_steps)
         self.steps, self.test_steps = steps, steps if test_steps is None else test_steps
 
+    @property
+    def approximate(self) -> bool:
+        "Is the meta-gradient not that of the criterion?  Not where inner gradients are taken as constants."
+        return getattr(self, "first_order", False)
+
     def start(
         self,
         support: Examples,  # of one task
@@ -512,6 +520,13 @@ class InnerLoop(Learner):
         for state in self.path(support):  # noqa: B007
             pass
         return self.result(state, support)
+
+    def path_losses(self, episode: Episode) -> Float[Tensor, "steps"]:
+        "The criterion on the queries at the start, and after each step."
+        support, query = episode
+        self.check(support, query.x)
+        states = [self.result(state, support) for state in self.path(support)]
+        return torch.stack([self.criterion(self.predict(s, query.x), query.y) for s in states])
 
 # %% ../nbs/05_learners.ipynb #6a1f3d9b
 class FastWeights(InnerLoop):

@@ -46,11 +46,6 @@ class MAML(FastWeights):
         super().__init__(net, lr, steps, test_steps, kind)
         self.first_order = first_order
 
-    @property
-    def approximate(self) -> bool:
-        "Is the meta-gradient not that of the criterion?"
-        return self.first_order
-
     def start(self, support: Examples) -> Parameters:
         "The learned initialisation, the same for every task: phi_0 = theta."
         return parameters_of(self.net)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Generator, Tensor, nn
 from torch.func import grad
 
@@ -84,15 +84,13 @@ class Descent(NamedTuple):
 class MetaTransfer(InnerLoop):
     """Learn to scale and shift frozen, pre-trained weights so that a head trained on few examples does well.
 
-    `net` is copied, and the copy never changes: its weights are frozen, and its normalisation keeps
-    the running averages that it has.  Each kernel of a convolution has one scale, each row of a linear
-    layer has one, each output channel has one shift.  Layers of other kinds, `Conv1d` for one, stay as
-    they are.  The inner loop is gradient descent on the head.  It starts at zero, for any way; with
-    `way` it starts at learned rows, one for each label, as in the paper.
+    `net` is copied, and the copy never changes, nor do its running averages.  Each kernel of a convolution
+    and each row of a linear layer has one scale, each output channel one shift; layers of other kinds stay.
+    The inner loop is gradient descent on the head, from zero, or with `way` from learned rows, one for each
+    label, as in the paper.
 
-    Raises `ValueError` for a network without layers to scale, a rate that is not positive, a negative
-    number of steps, a `way` with a network that does not say its `features`, tasks of another way than
-    `way`, and embeddings of another length than `features`.
+    Raises `ValueError` for a network without layers to scale, bad rates and steps, a `way` with a network
+    that does not say its `features`, tasks of another way, and embeddings of another length.
 
     Source: Sun et al. 2019, section 4.2; `first_order` as in the authors' PyTorch code.
     """
@@ -118,11 +116,6 @@ class MetaTransfer(InnerLoop):
         if way is not None:
             self.rows = first_rows(self.net, way, like=self.shift[0])
 
-    @property
-    def approximate(self) -> bool:
-        "Is the meta-gradient not that of the criterion?"
-        return self.first_order
-
     def train(self, mode: bool = True) -> MetaTransfer:
         "Switch the mode; the pre-trained network stays in evaluation mode."
         super().train(mode)
@@ -133,7 +126,7 @@ class MetaTransfer(InnerLoop):
         "The features of the support set, which stay, and the first head."
         with recording(self.net) as statistics:
             z = embedded(self.net, self.weights(), support.x)
-        return Descent(*self.first_head(z, support.y), z, statistics)
+        return Descent(*first_head(self, z, support.y), z, statistics)
 
     def step(
         self,
@@ -156,40 +149,38 @@ class MetaTransfer(InnerLoop):
         with turn():
             return scale_and_shift(self.net, self.scale, self.shift)
 
-    def first_head(
-        self,
-        z: Float[Tensor, "n d"],  # features of the support set
-        y: Float[Tensor, "n way"],  # their classes
-    ) -> tuple[Float[Tensor, "way d"], Float[Tensor, "way"]]:
-        "Weight and bias before the first step."
-        way, d = y.shape[-1], z.shape[-1]
-        if isinstance(said := getattr(self.net, "features", d), int) and said != d:
-            raise ValueError(
-                f"net gives {d} numbers where its attribute features says {said}: build it without a "
-                "head (out=None), or correct the attribute"
-            )
-        if self.way is None:
-            return z.new_zeros(way, d), z.new_zeros(way)
-        if self.way != way:
-            raise ValueError(
-                f"the head was built for way={self.way}, but this task's way is {way}: build it with "
-                f"way={way}, or with way=None for any"
-            )
-        return self.rows.weight, self.rows.bias
-
     def support_loss(
-        self,
-        head: tuple[Tensor, Tensor],  # weight and bias
-        z: Float[Tensor, "n d"],  # features of the support set
-        y: Float[Tensor, "n way"],  # their classes
+        self, head: tuple[Tensor, Tensor], z: Float[Tensor, "n d"], y: Float[Tensor, "n way"]
     ) -> Float[Tensor, ""]:
-        "L_S(h), a mean over the support set."
+        "L_S(h) of a head (weight and bias), a mean over features and classes of the support set."
         return self.criterion(linear(z, *head), y)
 
     def predict(self, state: Head, x: Shaped[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
         "Logits of the adapted head."
         z = embedded(self.net, self.weights(), x, state.statistics)
         return linear(z, state.weight, state.bias)
+
+# %% ../nbs/20_meta_transfer.ipynb #c3b7a95e
+def first_head(
+    learner: MetaTransfer,  # that has rows of its own, or none
+    z: Float[Tensor, "n d"],  # features of the support set
+    y: Float[Tensor, "n way"],  # their classes
+) -> tuple[Float[Tensor, "way d"], Float[Tensor, "way"]]:
+    "Weight and bias before the first step."
+    way, d = y.shape[-1], z.shape[-1]
+    if isinstance(said := getattr(learner.net, "features", d), int) and said != d:
+        raise ValueError(
+            f"net gives {d} numbers where its attribute features says {said}: build it without a "
+            "head (out=None), or correct the attribute"
+        )
+    if learner.way is None:
+        return z.new_zeros(way, d), z.new_zeros(way)
+    if learner.way != way:
+        raise ValueError(
+            f"the head was built for way={learner.way}, but this task's way is {way}: build it with "
+            f"way={way}, or with way=None for any"
+        )
+    return learner.rows.weight, learner.rows.bias
 
 # %% ../nbs/20_meta_transfer.ipynb #a2d4e80f
 def class_accuracy(
@@ -200,17 +191,27 @@ def class_accuracy(
     right = (answers.argmax(-1) == y.argmax(-1)).to(y.dtype)
     return (right[..., None] * y).sum(-2) / y.sum(-2)
 
+# %% ../nbs/20_meta_transfer.ipynb #c4e6fb5f
+def first_of(
+    failed: Bool[Tensor, "n classes"],  # classes that go first
+    way: int,  # how many are drawn
+    generator: Generator | None,  # where the random numbers come from
+) -> Int[Tensor, "n way"]:
+    "Classes in random order: those that failed, and random others where they are too few."
+    how = {"generator": generator, "device": failed.device}
+    first = torch.rand(failed.shape, **how) + failed  # failed ones win
+    labels = torch.rand(len(failed), way, **how).argsort(-1)
+    return first.topk(way).indices.gather(-1, labels)
+
 # %% ../nbs/20_meta_transfer.ipynb #c4e6fb60
 class HardTasks(Tasks):
     """Training tasks; every `every`-th meta-batch is made of classes on which the learner just failed.
 
-    `fit` tells it how each step went, and keeps what it remembers in its checkpoints.  The class with the lowest accuracy of a task has failed, unless
-    all its answers are right.  What failed since the last hard meta-batch, that one included, is drawn
-    for the next one, with random classes where fewer than `way` failed; examples are drawn anew.  What
-    it heard stays with it when `fit` ends: make a new one for each run.
+    `fit` tells it how each step went.  The class with the lowest accuracy of a task has failed, unless all
+    its answers are right.  What failed since the last hard meta-batch, that one included, is drawn for
+    the next one; examples are drawn anew.  Make a new one for each run.
 
-    Raises `ValueError` for other tasks than a `FewShot` of fixed way and shot, for a learner whose
-    `loss` does not call `forward`, and when it is to be frozen: these tasks depend on a learner.
+    Raises `ValueError` for other tasks than a `FewShot` of fixed way and shot, and when it is to be frozen.
 
     In the manner of Sun et al. 2019, section 4.3.
     """
@@ -239,8 +240,7 @@ class HardTasks(Tasks):
         return self.tasks.device
 
     @property
-    def hard(self) -> bool:
-        "Will the next meta-batch be a hard one?"
+    def hard(self) -> bool:  # will the next meta-batch be a hard one?
         return self.heard > 0 and self.heard % self.every == 0
 
     def feedback(self, report: Report) -> None:
@@ -270,13 +270,8 @@ class HardTasks(Tasks):
         if not self.hard:
             return self.tasks.draw(n, generator)
         check_positive(n=n)
-        device = generator.device if generator else self.device
-        among, way = self.failed.to(device).expand(n, -1), self.tasks.way
-        luck = torch.rand(among.shape, generator=generator, device=device)
-        first = luck + among  # failed ones win
-        labels = torch.rand(n, way, generator=generator, device=device).argsort(-1)
-        chosen = first.topk(way).indices.gather(-1, labels)
-        return self.tasks.picks(chosen, generator)
+        failed = self.failed.to(generator.device if generator else self.device).expand(n, -1)
+        return self.tasks.picks(first_of(failed, self.tasks.way, generator), generator)
 
     def gather(self, indices: Picks) -> Episode:
         return self.tasks.gather(indices)

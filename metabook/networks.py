@@ -16,12 +16,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from . import kernels
 from .checks import check_positive
 from .episodes import Examples
 from .registry import NETWORKS, lookup, register
+from .structures import tree_leaves
 from .trust import TWICE, composing, copy_of, lending, turn
 
 # %% auto #0

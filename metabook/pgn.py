@@ -199,56 +199,32 @@ def image_features(
         blocks += [nn.Conv2d(c, width, 3, 2, padding=1), BatchNorm(width, "support"), nn.ReLU()]
     return nn.Sequential(*blocks)
 
-# %% ../nbs/19_pgn.ipynb #c4b2cd4d
-@register("pgn")
-class PGN(FastWeights):
-    """Write a network's parameters from a description of the task, then refine them if asked to.
-
-    The description is read from the support set, given as the vector `info["task"]` of the support
-    set, or both.  What is written is added to the parameters of `net`: they are the generator's output bias,
-    the learned start of MAML.  The last layer is written row by row from the description of its class
-    or target; a class without a support example gets an answer too, and no warning, see `SetEncoder`.
-
-    Raises `ValueError` for unknown names, a bad gain, a given description that is no tensor of
-    `task_size` numbers like the parameters, tasks of another way than the network has outputs; for bad
-    examples see `Learner.check`.
-
-    Sources: Ha et al. 2017 and Zhao et al. 2020; see chapter 19 for who describes and writes what.
-    """
-
-    def __init__(
-        self,
-        net: nn.Module,  # ends in one output for each class or target; that layer's parameters come last
-        description: str = "support",  # what is read: "support", "task" or "both"
-        task_size: int = 0,  # length of `info["task"]`, where that is read
-        form: str = "full",  # how weights are written: a name of `FORMS`; "lowrank" is rank 2
-        hidden: int = 64,  # width of encoder and generator
-        gain: float = 0.1,  # see `weight_std`: how far apart the networks of two tasks start
-        lr: float = 0.01,  # inner rate alpha of the refinement
-        steps: int = 0,  # inner steps in training
-        test_steps: int | None = None,  # inner steps in evaluation mode; `None`: as in training
-        loss_steps: str = "last",  # which of its parameters the outer loss judges: "last" or "all"
-        kind: Kind = "classification",  # of the tasks
-    ):
-        super().__init__(net, lr, steps, test_steps, kind)
-        lookup(description, dict.fromkeys(["support", "task", "both"]), "description")
-        lookup(loss_steps, dict.fromkeys(["last", "all"]), "loss_steps")
-        last_layer(net)  # a network without one is refused
-        check_positive(
-            hidden=hidden, **({} if description == "support" else {"task_size": task_size})
+# %% ../nbs/19_pgn.ipynb #c4b2cd4e
+def outputs_for(net: nn.Module, y: Float[Tensor, "n way"]) -> int:
+    "The number of classes or targets.  Raises `ValueError` unless the network has as many outputs."
+    with turn():
+        outputs, way = len(list(net.parameters())[-1]), y.shape[1]
+    if way != outputs:
+        raise ValueError(
+            f"the network gives {outputs} outputs, but the task's way (or number of targets) is "
+            f"{way}: build the network with {way} outputs"
         )
-        self.description, self.task_size, self.loss_steps = description, task_size, loss_steps
-        given = 0 if description == "support" else task_size
-        self.encoder = None if description == "task" else SetEncoder(net, hidden)
-        self.read = MLP([given + (2 * hidden if self.encoder else 0), hidden, hidden])
-        self.writers = make_writers(net, form, hidden, gain)
+    return way
+
+# %% ../nbs/19_pgn.ipynb #c4b2cd4c
+class Reading(FastWeights):
+    "Reads a description of a task: from its support set, from what it is told, or both."
+
+    description: str  # what is read: "support", "task" or "both"
+    task_size: int  # length of `info["task"]`, where that is read
+    encoder: SetEncoder | None  # of the support set, where that is read
 
     def describe(
         self,
         support: Examples,  # of one task
     ) -> Float[Tensor, "rows d"]:
         "A row for the task, then one for each class or target that begins with the row of the task."
-        parts, rows = [], 1 + self.check_way(support.y)
+        parts, rows = [], 1 + outputs_for(self.net, support.y)
         if self.encoder:
             z = self.encoder(support.x, support.y)
             parts += [z[:1].expand_as(z), z]
@@ -277,21 +253,49 @@ class PGN(FastWeights):
             )
         return task
 
-    def check_way(self, y: Float[Tensor, "n way"]) -> int:
-        "The number of classes or targets.  Raises `ValueError` unless the network has as many outputs."
-        with turn():
-            outputs, way = len(list(self.net.parameters())[-1]), y.shape[1]
-        if way != outputs:
-            raise ValueError(
-                f"the network gives {outputs} outputs, but the task's way (or number of targets) is "
-                f"{way}: build the network with {way} outputs"
-            )
-        return way
+# %% ../nbs/19_pgn.ipynb #c4b2cd4d
+@register("pgn")
+class PGN(Reading):
+    """Write a network's parameters from a description of the task, then refine them if asked to.
 
-    def generate(
+    The description is read from the support set, given as the vector `info["task"]` of the support
+    set, or both.  What is written is added to the parameters of `net`: they are the generator's output bias,
+    the learned start of MAML.  The last layer is written row by row from the description of its class
+    or target; a class without a support example gets an answer too, and no warning, see `SetEncoder`.
+
+    Raises `ValueError` for unknown names, a bad gain, a description of another shape than `task_size`,
+    tasks of another way than the network has outputs; for bad examples see `Learner.check`.
+
+    Sources: Ha et al. 2017 and Zhao et al. 2020; see chapter 19 for who describes and writes what.
+    """
+
+    def __init__(
         self,
-        support: Examples,  # of one task
-    ) -> Parameters:
+        net: nn.Module,  # ends in one output for each class or target, its parameters come last
+        description: str = "support",  # what is read: "support", "task" or "both"
+        task_size: int = 0,  # length of `info["task"]`, where that is read
+        form: str = "full",  # how weights are written: a name of `FORMS`; "lowrank" is rank 2
+        hidden: int = 64,  # width of encoder and generator
+        gain: float = 0.1,  # see `weight_std`: how far apart the networks of two tasks start
+        lr: float = 0.01,  # inner rate alpha of the refinement
+        steps: int = 0,  # inner steps in training
+        test_steps: int | None = None,  # inner steps in evaluation mode; `None`: as in training
+        loss_steps: str = "last",  # which of its parameters the outer loss judges: "last" or "all"
+        kind: Kind = "classification",  # of the tasks
+    ):
+        super().__init__(net, lr, steps, test_steps, kind)
+        lookup(description, dict.fromkeys(["support", "task", "both"]), "description")
+        lookup(loss_steps, dict.fromkeys(["last", "all"]), "loss_steps")
+        last_layer(net)  # a network without one is refused
+        sizes = {} if description == "support" else {"task_size": task_size}
+        check_positive(hidden=hidden, **sizes)
+        self.description, self.task_size, self.loss_steps = description, task_size, loss_steps
+        given = sizes.get("task_size", 0)
+        self.encoder = None if description == "task" else SetEncoder(net, hidden)
+        self.read = MLP([given + (2 * hidden if self.encoder else 0), hidden, hidden])
+        self.writers = make_writers(net, form, hidden, gain)
+
+    def generate(self, support: Examples) -> Parameters:
         "phi_0: what the generator writes for this task, in one forward pass."
         h = unit_scale(F.relu(self.read(self.describe(support))))  # [1 + way, m]
         adaptable(self.net)  # a network that is frozen as a whole is refused
@@ -312,18 +316,11 @@ class PGN(FastWeights):
         g = self.gradient(phi, support)
         return phi | {k: p - self.lr * g[k] for k, p in phi.items() if k in g}
 
-    def loss(
-        self,
-        episode: Episode,  # one task
-    ) -> Float[Tensor, ""]:
+    def loss(self, episode: Episode) -> Float[Tensor, ""]:
         'The query loss at the end of the path, or with `loss_steps="all"` its mean over the path.'
         if self.loss_steps == "last":
             return super().loss(episode)
-        support, query = episode
-        self.check(support, query.x)
-        states = [self.result(phi, support) for phi in self.path(support)]
-        each = [self.criterion(self.predict(state, query.x), query.y) for state in states]
-        return torch.stack(each).mean()
+        return self.path_losses(episode).mean()
 
     @property
     def needs_support(self) -> bool:

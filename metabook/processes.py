@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .registry import log
+from .structures import tree_leaves, tree_map
 
 Item = TypeVar("Item")
 

@@ -5,50 +5,44 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 import math
 import os
-import subprocess
-import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-import metabook
 from . import processes
-from .checks import check_device
+from .checks import spelled
 from .datasets import SOURCES, SPLITS, class_folders, source_of
 from .engine import Engine
-from .episodes import Classes, Examples, FewShot, Tasks, one_of, spelled
+from .episodes import Classes, Examples, FewShot, Tasks, one_of
 from .learners import Learner
 from .meta_transfer import HardTasks
-from .networks import parameter_count
 from metabook.registry import (
     NETWORKS,
     at_home,
     build,
+    commit,
+    hardware,
     load,
     lookup,
     methods,
     plain,
+    provenance,
     read_config,
     save,
-    write_atomically,
 )
-from .scores import evaluate, paired
+from .scores import evaluate
+from .structures import tree_map
 from .training import fit
 from .transfer import Batches
 
 # %% auto #0
-__all__ = ['EVERY', 'STRIDED', 'RECIPES', 'OTHERWISE', 'PUBLISHED', 'PAPER', 'ROWS', 'BUDGETS', 'REPRODUCTIONS', 'RESULTS',
-           'Recipe', 'recipe_for', 'data_named', 'unseen_tasks', 'make_learner', 'network_of', 'run_recipe', 'train',
-           'taken_over', 'evidence', 'circumstances', 'commit', 'Published', 'reproduce', 'Attempt', 'told', 'percent',
-           'reports', 'table', 'listed']
+__all__ = ['EVERY', 'STRIDED', 'RECIPES', 'OTHERWISE', 'Recipe', 'recipe_for', 'data_named', 'unseen_tasks', 'make_learner',
+           'network_of', 'run_recipe', 'train', 'taken_over', 'evidence']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 EVERY = "*"  # in a recipe: all networks of the method that it does not name
@@ -447,7 +441,11 @@ def run_recipe(
     net = network_of(start) if start else None
     learner = make_learner(method, recipe, validate, net, base).to(device)
     check_ways(learner, tasks, validate)
-    notes = {"task": task, "recipe": asdict(recipe), "made": circumstances(device)}
+    notes = {
+        "task": task,
+        "recipe": asdict(recipe),
+        "made": hardware(device) | {"commit": commit()},
+    }
     notes |= {"preprocessing": source_of(task).preprocessing(validate)}
     notes |= {"start": start and evidence(start)}
     if recipe.steps:
@@ -526,425 +524,9 @@ def evidence(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     return {key: config[key] for key in ("recipe", "training", "weights")}
 
-
-def circumstances(device: torch.device) -> dict[str, Any]:
-    "Where and with what source something runs."
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return {"device": name, "threads": torch.get_num_threads(), "commit": commit()}
-
-
-def commit() -> str | None:
-    "The commit of the book's source, where it runs from a clone; a `+` says that files were changed."
-    source = Path(metabook.__file__)
-    git = ["git", "-C", str(source.parent)]
-    try:
-        for command in (
-            ["ls-files", "--error-unmatch", source.name],
-            ["describe", "--always", "--abbrev=12", "--dirty=+"],
-        ):
-            told = subprocess.run([*git, *command], capture_output=True, text=True, timeout=10)
-            if told.returncode:
-                return None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return told.stdout.strip()
-
 # %% ../nbs/A4_recipes.ipynb #1be7c6cc
-def provenance(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def origin_of(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     "Where a score comes from: what a row of `results/` needs beside the score itself."
     made = {key: config[key] for key in ("method", "task", "recipe", "training", "validation")}
-    versions = {key: config[key] for key in ("metabook", "torch")}
-    return made | versions | circumstances(device) | (config.get("made") or {})
-
-# %% ../nbs/A4_recipes.ipynb #2c226922
-@dataclass(frozen=True)
-class Published:
-    "A printed number."
-
-    score: float  # accuracy in percent
-    ci95: float | None  # as printed beside it
-    source: str  # paper and table
-    protocol: str  # what differs from "Conv4, queries alone, 600 tasks"
-
-# %% ../nbs/A4_recipes.ipynb #e88b79e1
-FINN = "Finn et al. 2017, table 1"
-
-
-SNELL = "Snell et al. 2017, tables 1 and 2"
-
-
-RAVI = "Ravi & Larochelle 2017, table 1"
-
-
-CHEN = "Chen et al. 2019, table 1"
-
-
-SUN = "Sun et al. 2019, tables 1 and 2"
-
-
-BERTINETTO = "Bertinetto et al. 2019, as listed by Lee et al. 2019"
-
-
-TOGETHER = "queries normalised together"
-
-# %% ../nbs/A4_recipes.ipynb #e2ec5da3
-PUBLISHED: dict[tuple[str, str, int], Published] = {
-    ("maml", "omniglot", 1): Published(98.7, 0.4, FINN, f"strided, 64 filters, {TOGETHER}"),
-    ("maml", "miniimagenet", 1): Published(48.70, 1.84, FINN, f"32 filters, {TOGETHER}"),
-    ("maml", "miniimagenet", 5): Published(63.11, 0.92, FINN, f"32 filters, {TOGETHER}"),
-    ("maml", "cifarfs", 1): Published(58.9, 1.9, BERTINETTO, "32 filters"),
-    ("maml", "cifarfs", 5): Published(71.5, 1.0, BERTINETTO, "32 filters"),
-    ("protonet", "omniglot", 1): Published(98.8, None, SNELL, "trained on 60-way tasks"),
-    ("protonet", "miniimagenet", 1): Published(49.42, 0.78, SNELL, "trained on 30-way tasks"),
-    ("protonet", "miniimagenet", 5): Published(68.20, 0.66, SNELL, "trained on 20-way tasks"),
-    ("protonet", "cifarfs", 1): Published(55.5, 0.7, BERTINETTO, "64 filters"),
-    ("protonet", "cifarfs", 5): Published(72.0, 0.6, BERTINETTO, "64 filters"),
-    ("meta-lstm", "miniimagenet", 1): Published(43.44, 0.77, RAVI, "32 filters"),
-    ("meta-lstm", "miniimagenet", 5): Published(60.60, 0.71, RAVI, "32 filters"),
-    ("finetune", "miniimagenet", 1): Published(42.11, 0.71, CHEN, "linear head, augmented images"),
-    ("finetune", "miniimagenet", 5): Published(62.53, 0.69, CHEN, "linear head, augmented images"),
-    ("meta-transfer", "miniimagenet", 1): Published(61.2, 1.8, SUN, "ResNet-12, hard tasks"),
-    ("meta-transfer", "miniimagenet", 5): Published(75.5, 0.8, SUN, "ResNet-12, hard tasks"),
-    ("meta-transfer", "fc100", 1): Published(45.1, 1.8, SUN, "ResNet-12, hard tasks"),
-    ("meta-transfer", "fc100", 5): Published(57.6, 0.9, SUN, "ResNet-12, hard tasks"),
-}
-
-# %% ../nbs/A4_recipes.ipynb #07c323bf
-MAX = {"pool": "max", "stats": "running"}
-
-
-LEARNED_UPDATE = Recipe(
-    net={"width": 32, "stats": "support"},
-    method={"steps": 12, "hidden": 20},
-    query=15,
-    steps=75_000,
-    batch=1,
-    clip=0.25,
-)
-
-# %% ../nbs/A4_recipes.ipynb #14cd237b
-PAPER: dict[tuple[Any, ...], Recipe] = {
-    ("maml", "omniglot"): Recipe(
-        net={"pool": "stride", "stats": "batch"},
-        method={"lr": 2.0, "test_steps": 3},
-        query=1,
-        steps=60_000,
-        batch=32,
-    ),
-    ("maml", "images"): Recipe(
-        net={"width": 32, "stats": "batch"},
-        method={"lr": 0.05, "steps": 5, "test_steps": 10},
-        query=15,
-        steps=60_000,
-        clip=10.0,
-    ),
-    ("protonet", "omniglot"): Recipe(net=MAX, way=60, query=5, steps=20_000, batch=1),
-    ("protonet", "images"): Recipe(net=MAX, way=20, query=15, steps=20_000, batch=1),
-    ("protonet", "images", 1): Recipe(net=MAX, way=30, query=15, steps=20_000, batch=1),
-    ("pretrained", "images"): replace(PRETRAIN, net=MAX, steps=60_000, lr=1e-3),
-    ("finetune", "images"): Recipe(net=MAX, start="pretrained", steps=0),
-    ("meta-transfer", "images"): Recipe(
-        "resnet12",
-        net={"stats": "running"},
-        method={"way": 5, "steps": 100, "lr": 0.01},
-        tasks="hard",
-        start="pretrained",
-        query=15,
-        steps=10_000,
-        batch=2,
-    ),
-    ("meta-lstm", "images"): LEARNED_UPDATE,
-    ("meta-lstm", "images", 5): replace(
-        LEARNED_UPDATE, method={"steps": 8, "hidden": 20}, steps=50_000
-    ),
-    ("lstm-optimizer", "images"): LEARNED_UPDATE,
-    ("pgn", "images"): replace(RECIPES["pgn", "images"], net=ALONE, query=15, steps=60_000),
-}
-
-# %% ../nbs/A4_recipes.ipynb #1314feb2
-ROWS = (
-    "pretrained",
-    "finetune",
-    "maml",
-    "meta-lstm",
-    "lstm-optimizer",
-    "protonet",
-    "pgn",
-    "meta-transfer",
-)
-
-# %% ../nbs/A4_recipes.ipynb #96323a9b
-COLOUR_IMAGES = ("cifarfs", "fc100", "miniimagenet")
-
-# %% ../nbs/A4_recipes.ipynb #847e8389
-BUDGETS = {"cpu": RECIPES, "gpu": PAPER}
-
-# %% ../nbs/A4_recipes.ipynb #9a7ae8c3
-@dataclass(frozen=True)
-class Reproduction:
-    "A row of a table: a method on a data set, 5-way, and the seeds it is run with."
-
-    method: str
-    data: str
-    shot: int = 1
-    seeds: tuple[int, ...] = (0,)
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-{self.data}-5way-{self.shot}shot"
-
-    def recipe(self, budget: str) -> Recipe:
-        "The recipe of a budget: for this data, for its family and this shot, or for its family."
-        known = lookup(budget, BUDGETS, "budget")
-        family = SOURCES[self.data].family
-        keys = [(self.method, self.data), (self.method, family, self.shot), (self.method, family)]
-        if found := [known[key] for key in keys if key in known]:
-            return found[0]
-        raise ValueError(f"{self.name} has no {budget} recipe: write one for {keys[-1]}")
-
-    @property
-    def published(self) -> Published | None:
-        return PUBLISHED.get((self.method, self.data, self.shot))
-
-# %% ../nbs/A4_recipes.ipynb #b1938fe5
-REPRODUCTIONS = {
-    row.name: row
-    for row in [
-        *(Reproduction(method, "omniglot") for method in ROWS),
-        *itertools.starmap(Reproduction, itertools.product(ROWS, COLOUR_IMAGES, (1, 5))),
-        *(Reproduction(method, "glyphs", seeds=(0, 1, 2)) for method in ROWS),
-    ]
-}
-
-# %% ../nbs/A4_recipes.ipynb #c206b6c1
-TEST_TASKS = 600  # of a row; fewer or more make a trial
-
-# %% ../nbs/A4_recipes.ipynb #f9dab645
-def reproduce(
-    name: str,  # of `REPRODUCTIONS`
-    budget: str = "cpu",  # or "gpu"
-    *,
-    seeds: Iterable[int] | None = None,  # `None`: the row's own
-    device: torch.device | str = "cpu",
-    runs: Path = Path("runs"),  # where trained folders go
-    results: Path = Path("results"),  # where NAME.json goes
-    steps: int | None = None,  # fewer outer steps than the recipe says, to try it out
-    tasks: int = TEST_TASKS,  # how many to test on
-    progress: bool = True,  # show a bar while testing
-) -> dict[str, Any]:  # what NAME.json says
-    """Run a row of a table by its recipe, and write what came out into `results/NAME.json`.
-
-    Rows of other seeds and budgets in that file stay.  Raises `ValueError` for an unknown name or
-    budget, and where a trained folder under `runs` is of another recipe.
-    """
-    row = lookup(name, REPRODUCTIONS, "row")
-    row.recipe(budget)
-    published = None if row.published is None else asdict(row.published)
-    for seed in row.seeds if seeds is None else seeds:
-        attempt = Attempt(row, budget, seed, check_device(device), at_home(runs), steps, tasks)
-        path = at_home(results) / ("trials" if attempt.trial else "") / f"{name}.json"
-        new = attempt.measured(progress)
-        others = [r for r in rows_in(path) if (r["budget"], r["seed"]) != (budget, seed)]
-        rows = sorted([*others, new], key=lambda r: (r["budget"], r["seed"]))
-        report = {"name": name, "published": published, "rows": rows}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
-    return report
-
-# %% ../nbs/A4_recipes.ipynb #21b964b3
-def rows_in(path: Path) -> list[dict[str, Any]]:
-    "The rows that a file of results holds by now.  Raises `ValueError` where it holds something else."
-    if not path.exists():
-        return []
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return [row | {k: row[k] for k in ("budget", "seed")} for row in rows]  # each has these
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} holds no rows of results ({error!r}): put it elsewhere, and it is begun anew"
-        ) from error
-
-# %% ../nbs/A4_recipes.ipynb #81855062
-@dataclass(frozen=True)
-class Attempt:
-    "One seed of a row: train, test, and say what came out."
-
-    row: Reproduction
-    budget: str
-    seed: int
-    device: torch.device
-    runs: Path  # where trained folders go
-    steps: int | None = None  # fewer outer steps than the recipe says
-    tasks: int = TEST_TASKS  # how many to test on
-    like: Recipe | None = None  # another recipe whose network it shall have
-
-    @property
-    def recipe(self) -> Recipe:
-        recipe, like = self.row.recipe(self.budget), self.like
-        recipe = replace(recipe, steps=min(self.steps or recipe.steps, recipe.steps))
-        return recipe.on_network_of(like) if like else recipe
-
-    @property
-    def trial(self) -> bool:
-        "Is it less than the row asks for?"
-        return self.steps is not None or self.tasks != TEST_TASKS
-
-    @property
-    def shot(self) -> int:
-        "Of the validation tasks; pre-training knows no shot, so there one run serves all."
-        return 1 if self.recipe.tasks == "batches" or not self.recipe.steps else self.row.shot
-
-    @property
-    def folder(self) -> Path:
-        "Where it is trained."
-        name = replace(self.row, shot=self.shot).name
-        kind = "trials" if self.trial else self.budget
-        network = "+".join(self.recipe.networks.values())
-        return self.runs / kind / network / name / f"seed{self.seed}"
-
-    def start(self) -> Path | None:
-        "The trained folder that it starts from: made where it is missing."
-        if self.recipe.start is None:
-            return None
-        row = replace(self.row, method=self.recipe.start)
-        first = replace(self, row=row, like=self.recipe)
-        first.train()
-        return first.folder
-
-    def train(self) -> dict[str, Any]:
-        "Configuration of the trained folder: made, gone on with, or found where it was finished."
-        start = self.start()
-        if not self.finished():
-            task = {"data": self.row.data, "way": 5, "shot": self.shot}
-            what = self.row.method, self.recipe, task, self.device, self.seed
-            run_recipe(*what, self.folder, start=start, resume=True)
-        return same_run(self.folder, self.recipe, start)
-
-    def finished(self) -> bool:
-        "Did a training run to its end here?"
-        if not (self.folder / "config.json").exists():
-            return False
-        training = read_config(self.folder)["training"]
-        return training["steps_taken"] >= training["steps"]
-
-    def untrained(self, tasks: Tasks) -> Learner:
-        "The learner before its training across tasks, with the network it starts from."
-        start = self.start() if self.recipe.steps else None  # else the start is all its training
-        torch.manual_seed(self.seed)
-        net = network_of(start) if start else None
-        return make_learner(self.row.method, self.recipe, tasks, net).to(self.device)
-
-    def measured(self, progress: bool = True) -> dict[str, Any]:
-        "A row of evidence: the scores on frozen test tasks, and all that went into them."
-        config = self.train()
-        learner = load(self.folder).to(self.device)
-        task = {"data": self.row.data, "way": 5, "shot": self.row.shot}
-        frozen = unseen_tasks(task, "test", self.device).freeze(self.tasks)
-        how = {"batch": 8, "progress": progress}  # eight tasks at once fit the caches
-        began = time.perf_counter()
-        scores = {q: evaluate(learner, frozen, queries=q, **how) for q in ("joint", "single")}
-        about = {q: score.row() for q, score in scores.items()}
-        about |= {"tasks": repr(frozen.tasks), "testing_seconds": time.perf_counter() - began}
-        if self.row.published is None:
-            before = evaluate(self.untrained(frozen.tasks), frozen, queries="single", **how)
-            gain = paired(scores["single"], before)
-            about |= {"before": before.row(), "gain": gain.row()}
-        about |= {"budget": self.budget, "seed": self.seed, "command": self.command()}
-        start = self.start()
-        about |= {"parameters": parameter_count(learner), "start": start and evidence(start)}
-        return provenance(config, self.device) | about | {"task": task}
-
-    def command(self) -> str:
-        "What to type to get this row again."
-        words = f"metabook reproduce {self.row.name} --budget {self.budget} --seed {self.seed}"
-        words += f" --steps {self.steps}" if self.steps else ""
-        return words + (f" --tasks {self.tasks}" if self.tasks != TEST_TASKS else "")
-
-# %% ../nbs/A4_recipes.ipynb #ffd95370
-def same_run(folder: Path, recipe: Recipe, start: Path | None) -> dict[str, Any]:
-    "The configuration of a trained folder.  Raises `ValueError` unless it ran this recipe to its end."
-    config = read_config(folder)
-    training, began = config["training"], config["start"]
-    found = config["recipe"], began and began["weights"]
-    wanted = json.loads(json.dumps(asdict(recipe))), start and read_config(start)["weights"]
-    if found != wanted or training["steps_taken"] < training["steps"]:
-        raise ValueError(
-            f"{folder} holds a run of another recipe, from another start, or one that was "
-            "interrupted: give the same command again to go on; else name another folder with --runs"
-        )
-    return config
-
-# %% ../nbs/A4_recipes.ipynb #cf7e60a1
-def told(report: dict[str, Any]) -> list[str]:  # lines
-    "A report in words: the published number, and ours below it."
-    lines = ["published  none: compared with itself before its training"]
-    if paper := report["published"]:
-        lines = [f"published  {as_printed(paper)}  {paper['source']}; {paper['protocol']}"]
-    for row in report["rows"]:
-        scores = [f"{q} {percent(row[q])}" for q in ("joint", "single")]
-        scores += [f"gain {percent(row['gain'], '+')}"] if "gain" in row else []
-        seconds = f"{seconds_of(row):.0f} s of training on {row['device']}"
-        lines.append(f"{row['budget']} seed {row['seed']}  {', '.join(scores)}  ({seconds})")
-    return lines
-
-# %% ../nbs/A4_recipes.ipynb #2e9813d7
-def as_printed(published: dict[str, Any]) -> str:
-    "A published score, with its interval where one is printed."
-    spread = "" if published["ci95"] is None else f" ± {published['ci95']}"
-    return f"{published['score']}{spread}"
-
-
-def seconds_of(row: dict[str, Any]) -> float:
-    "How long a row trained, with what it started from."
-    start = row.get("start") if row["recipe"]["steps"] else None  # else it is counted already
-    return row["training"]["seconds"] + (start["training"]["seconds"] if start else 0.0)
-
-# %% ../nbs/A4_recipes.ipynb #ccd1d4d5
-def percent(score: dict[str, Any], sign: str = "") -> str:
-    "A score and its interval in percent; of one with answers that are NaN, that."
-    if score["mean"] is None:
-        return "nan"
-    return f"{100 * score['mean']:{sign}.2f} ± {100 * score['ci95']:.2f}"
-
-
-RESULTS = Path(metabook.__file__).parents[1] / "results"  # in a clone of the book
-
-
-def reports(
-    methods: Iterable[str] = ROWS,  # whose rows
-    folder: Path = RESULTS,  # where `reproduce` wrote them
-) -> list[dict[str, Any]]:
-    "What was run so far, in the order of `REPRODUCTIONS`."
-    names = [row.name for row in REPRODUCTIONS.values() if row.method in set(methods)]
-    paths = [at_home(folder) / f"{name}.json" for name in names]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
-
-
-def table(
-    methods: Iterable[str] = ROWS,  # whose rows
-    folder: Path = RESULTS,  # where `reproduce` wrote them
-) -> str:
-    """Published and ours in percent, with 95% intervals over tasks: a line for each run.
-
-    Queries stand alone.  A gain is over the same learner before its training across tasks.  Seconds
-    are of training, with validation and what it started from; numbers are those in the network.
-    """
-    head = f"{'row':34} {'budget':>6} seed {'published':>13} {'ours':>13} {'gain':>14}"
-    lines = [f"{head} seconds   numbers"]
-    for report in reports(methods, folder):
-        paper = as_printed(report["published"]) if report["published"] else "-"
-        for row in report["rows"]:
-            gain = percent(row["gain"], "+") if "gain" in row else ""
-            where = f"{report['name']:34} {row['budget']:>6} {row['seed']:>4}"
-            cost = f"{seconds_of(row):7.0f} {row['parameters']:9,}"
-            lines.append(f"{where} {paper:>13} {percent(row['single']):>13} {gain:>14} {cost}")
-    return "\n".join(lines)
-
-
-def listed(rows: Iterable[Reproduction]) -> list[str]:  # lines
-    "What can be reproduced, with the published number where there is one."
-    return [
-        f"{row.name:34} {row.published.score if row.published else '-':>6}"
-        f"  {row.published.source if row.published else ''}".rstrip()
-        for row in rows
-    ]
+    trained = {key: config[key] for key in ("metabook", "torch")} | (config.get("made") or {})
+    return made | provenance(device) | trained

@@ -14,6 +14,7 @@ import os
 import pkgutil
 import random
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+
+from .structures import tree_map
 
 # %% auto #0
 __all__ = ['log', 'NETWORKS', 'METHODS', 'register', 'arguments', 'changed', 'number', 'undisturbed', 'plain', 'registered',
@@ -324,6 +326,48 @@ def save(
     check_loadable(learner, plain("learner", learner))
     return write_folder(folder, learner, **more)
 
+# %% ../nbs/A02_registry.ipynb #5e6f0002
+def software() -> dict[str, str]:
+    "The versions that compute."
+    import metabook
+
+    return {"metabook": metabook.__version__, "torch": torch.__version__}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    "What computes: the device, and the threads that may."
+    name = f"cpu with {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"device": name, "threads": torch.get_num_threads()}
+
+
+@functools.cache  # of the beginning: what it names may change while it runs
+def commit(*beside: str) -> str | None:
+    "The commit of the source, where it is a clone; a `+` says that the library, or what stands beside it, differs."
+    source = Path(__file__).parent
+    tracked = _git(source, "ls-files", "--error-unmatch", "__init__.py")
+    if tracked is None:
+        return None
+    changed = _git(source, "status", "--porcelain", "--", ".", *(f"../{name}" for name in beside))
+    return f"{_git(source, 'rev-parse', '--short=12', 'HEAD')}{'+' * bool(changed)}"
+
+
+def _git(where: Path, *words: str) -> str | None:
+    "What git says there; `None` where it is not to be had, or says no."
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(where), *words], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if done.returncode else done.stdout.strip()
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    "Where something comes from: versions, source and device.  A row of results and a run tell it."
+    return software() | hardware(device) | {"commit": commit()}
+
 # %% ../nbs/A02_registry.ipynb #425c3ba7
 def write_folder(
     folder: str | Path,  # made where it is missing
@@ -366,10 +410,7 @@ def at_home(path: str | Path) -> Path:
 
 def heading(weights: bytes, layout: int = VERSION) -> dict[str, Any]:
     "What every config.json begins with: layout, versions, and which parameters it belongs to."
-    import metabook
-
-    versions = {"layout": layout, "metabook": metabook.__version__, "torch": torch.__version__}
-    return versions | {"weights": checksum(weights)}
+    return {"layout": layout} | software() | {"weights": checksum(weights)}
 
 # %% ../nbs/A02_registry.ipynb #56bd01fe
 def checksum(data: bytes) -> str:

@@ -14,9 +14,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-import metabook
 from . import processes
 from metabook.checkpoints import (
     newest_checkpoint,
@@ -43,16 +41,19 @@ from metabook.registry import (
     at_home,
     check_writable,
     differences,
+    hardware,
     log,
     number,
     plain,
     read_config,
     rehearse,
+    software,
     undisturbed,
     write_atomically,
     write_folder,
 )
 from .scores import Score, evaluate
+from .structures import tree_leaves, tree_map
 from .trust import claiming
 
 # %% auto #0
@@ -453,17 +454,12 @@ def pace(run: Run) -> dict[str, Any]:
 
 def surroundings(run: Run) -> dict[str, Any]:
     "What may differ when a run goes on, and is told: where it runs, and how it is computed and watched."
-    gradient, device = run.outer.gradient, run.outer.device
-    name = f"cpu with {torch.backends.cpu.get_cpu_capability()}"
-    where = {
-        "metabook": metabook.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+    where = software() | hardware(run.outer.device)
+    where |= {
         "processes": processes.world(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "lift": gradient.lift,
-        "run": gradient.run,
+        "lift": run.outer.gradient.lift,
+        "run": run.outer.gradient.run,
         "listeners": [getattr(f, "__name__", type(f).__name__) for f in run.listeners],
     }
     told = ("chunk", "clip", "every", "log_every", "recompute", "precision", "nonfinite")
@@ -619,8 +615,7 @@ def begin(run: Run, resume: bool) -> None:
 
 def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> None:
     "Let all processes begin with the parameters of process 0; `ValueError` unless they are to do the same."
-    versions = {"metabook": metabook.__version__, "torch": torch.__version__}
-    processes.agree(**(settings | more | versions))
+    processes.agree(**(settings | more | software()))
     processes.alike_(list(learner.state_dict().values()))
 
 # %% ../nbs/A05_runs.ipynb #1fcc19dc

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import processes
 from metabook.checks import (
@@ -25,10 +24,11 @@ from metabook.checks import (
     check_positive,
 )
 from .engine import SCORING, Engine, answer, portions, repeatable
-from .episodes import Episode, Frozen, Tasks, count, one_hot
+from .episodes import Episode, Frozen, Tasks, one_hot
 from .kernels import precise
 from .learners import ACCURACY, MSE, Learner, Metric, Tensors, check_tasks, place, scoring
 from .registry import lookup
+from .structures import count, tree_flatten, tree_map, tree_unflatten
 
 # %% auto #0
 __all__ = ['Score', 'paired', 'evaluate', 'judged', 'answers', 'Calibration', 'binned', 'calibration']

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
-from .checks import leaves_of, shot_of
+from .checks import shot_of
 from .engine import combined, gradients, losses
 from .episodes import Episode, Examples, Tasks
 from .learners import FastWeights, InnerLoop, Learner
 from .registry import METHODS, load, methods, save
+from .structures import leaves_of, tree_leaves, tree_map
 
 # %% auto #0
 __all__ = ['CHECKS', 'Flaw', 'ContractError', 'Case', 'far_apart', 'require_close', 'kind_matches', 'predictions_fit', 'keeps',

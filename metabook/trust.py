@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from .kernels import as_built, precise
 from .processes import Shared, summed_
 from .registry import log
+from .structures import tree_leaves, tree_map
 
 # %% auto #0
 __all__ = ['LIFTED', 'MOST', 'TOLERANCE', 'VERIFIED', 'Work', 'layer_norm', 'batch_norm', 'instance_norm', 'embedding',

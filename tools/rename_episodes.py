@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from bench.cases import QUERIES, episodes_of, speed_cases
 from metabook.datasets import SOURCES, DataError, present
 from metabook.episodes import Frozen
 from metabook.recipes import unseen_tasks
 from metabook.registry import write_atomically
+from metabook.structures import tree_leaves
 from metabook.training import VALIDATION, VALIDATION_TASKS
 
 SETS = {

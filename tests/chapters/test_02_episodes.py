@@ -10,7 +10,6 @@ from itertools import permutations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from metabook.episodes import (
     Classes,
@@ -24,6 +23,7 @@ from metabook.episodes import (
     one_hot,
     uneven,
 )
+from metabook.structures import tree_leaves
 
 
 def test_examples_by_hand():

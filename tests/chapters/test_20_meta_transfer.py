@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from metabook.episodes import Classes, Episode, Examples, FewShot, VariedWayShot, one_hot
 from metabook.learners import Learner
-from metabook.meta_transfer import Descent, HardTasks, MetaTransfer, class_accuracy, scale_and_shift
+from metabook.meta_transfer import (
+    Descent,
+    HardTasks,
+    MetaTransfer,
+    class_accuracy,
+    first_head,
+    scale_and_shift,
+)
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12, call, parameter_count
 from metabook.testing import check_learner
 from metabook.training import Report, fit
@@ -182,7 +189,7 @@ def test_first_step_is_prototypes(device):
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
     learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    state = Descent(*learner.first_head(z, y), z, {})
+    state = Descent(*first_head(learner, z, y), z, {})
     weight, bias, *_ = learner.step(state, Examples(z, y))
     means = torch.stack([z[labels == k].mean(0) for k in range(4)])
     torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
@@ -246,7 +253,7 @@ def test_a_shared_row_does_nothing(device):
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
     learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    state = Descent(*learner.first_head(z, y), z, {})
+    state = Descent(*first_head(learner, z, y), z, {})
     weight, bias, *_ = learner.step(state, Examples(z, y))
     means = torch.stack([z[labels == k].mean(0) for k in range(4)])
     torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
@@ -325,7 +332,7 @@ def test_contract(device):
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
     learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    state = Descent(*learner.first_head(z, y), z, {})
+    state = Descent(*first_head(learner, z, y), z, {})
     weight, bias, *_ = learner.step(state, Examples(z, y))
     means = torch.stack([z[labels == k].mean(0) for k in range(4)])
     torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
@@ -423,7 +430,7 @@ def test_errors_say_what_to_do(device):
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
     learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    state = Descent(*learner.first_head(z, y), z, {})
+    state = Descent(*first_head(learner, z, y), z, {})
     weight, bias, *_ = learner.step(state, Examples(z, y))
     means = torch.stack([z[labels == k].mean(0) for k in range(4)])
     torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))

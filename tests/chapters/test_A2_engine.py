@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
 
 from metabook import engine
 from metabook.engine import (
@@ -26,6 +25,7 @@ from metabook.maml import MAML
 from metabook.networks import MLP, BatchNorm, Conv4
 from metabook.prototypes import ProtoNet
 from metabook.scores import evaluate
+from metabook.structures import tree_map
 
 
 @pytest.mark.proves("eq-lift")

@@ -7,13 +7,13 @@ from signal import SIGINT, SIGTERM, getsignal, raise_signal
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from metabook import processes
 from metabook.engine import gradients
 from metabook.episodes import Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP
+from metabook.structures import tree_map
 
 
 def test_one_process_is_a_world_of_its_own():

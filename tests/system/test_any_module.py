@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from metabook import trust
 from metabook.engine import Engine, gradients, losses
@@ -31,6 +30,7 @@ from metabook.processes import Shared
 from metabook.prototypes import ProtoNet
 from metabook.runs import Run
 from metabook.scores import evaluate
+from metabook.structures import tree_map
 from metabook.training import Outer, fit
 
 QUIET = {"meta_batch": 2, "progress": False}

@@ -24,7 +24,7 @@ import torch
 from test_bad_data import huge, png, read_all, tarred, zipped
 from torch import nn
 
-from metabook import datasets, processes, recipes, registry
+from metabook import datasets, processes, recipes, registry, reproduction
 from metabook.checks import check_every_class
 from metabook.cli import main
 from metabook.datasets import DataError
@@ -1058,7 +1058,7 @@ RUNS = {
         pictured, ValueError, "maml learner", "ends in a head", "start from one without", "such as"
     ),
     "an unknown row": Row(
-        lambda _: recipes.reproduce("maml-omniglot"),
+        lambda _: reproduction.reproduce("maml-omniglot"),
         *(
             ValueError,
             "row",
@@ -1068,7 +1068,7 @@ RUNS = {
         ),
     ),
     "an unknown budget": Row(
-        lambda _: recipes.reproduce("maml-glyphs-5way-1shot", "cpus"),
+        lambda _: reproduction.reproduce("maml-glyphs-5way-1shot", "cpus"),
         *(ValueError, "budget", "'cpus'", "known are cpu, gpu", "did you mean 'cpu'"),
     ),
 }

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from metabook.cli import main
-from metabook.recipes import REPRODUCTIONS
+from metabook.reproduction import REPRODUCTIONS
 
 TINY = ["--net", "width=4", "--steps", "2", "--batch", "1", "--train-way", "5", "--every", "2"]
 

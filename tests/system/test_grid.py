@@ -16,7 +16,7 @@ from notebooks import ROOT
 
 from bench.grid import LAYERS, METHODS
 from metabook import trust
-from metabook.recipes import RESULTS
+from metabook.reproduction import RESULTS
 
 COMMITTED = json.loads((RESULTS / "bench-lifting-cpu.json").read_text())
 PROVEN = {name for name, layer in LAYERS.items() if trust.proven(layer.build())}

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Generator, Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 from typer.testing import CliRunner
 
 from metabook import cli
@@ -30,6 +29,7 @@ from metabook.prototypes import ProtoNet, prototypes
 from metabook.registry import METHODS, NETWORKS, load, register, save
 from metabook.runs import Run
 from metabook.scores import Score, evaluate, paired
+from metabook.structures import tree_leaves, tree_map
 from metabook.testing import check_learner
 from metabook.training import Outer, fit
 

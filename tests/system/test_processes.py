@@ -13,10 +13,10 @@ import pytest
 import sharing
 import torch
 from notebooks import ROOT
-from torch.utils._pytree import tree_leaves
 
 import metabook
 from metabook.checkpoints import newest_checkpoint
+from metabook.structures import tree_leaves
 
 LIMIT = 90  # seconds for a launch; it takes less than ten
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -15,7 +15,6 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from metabook.engine import answer, gradients, losses, over_tasks
 from metabook.episodes import (
@@ -27,13 +26,13 @@ from metabook.episodes import (
     Sinusoids,
     Tasks,
     VariedWayShot,
-    count,
 )
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.meta_transfer import HardTasks
 from metabook.networks import MLP, Conv4
 from metabook.prototypes import DISTANCES, ProtoNet
+from metabook.structures import count, tree_leaves, tree_map
 from metabook.training import Report
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from metabook.engine import Engine
 from metabook.episodes import Classes, FewShot, Sinusoids
@@ -24,6 +23,7 @@ from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
 from metabook.prototypes import ProtoNet
 from metabook.registry import log
+from metabook.structures import tree_leaves
 from metabook.training import Outer
 
 CUDA = torch.device("cuda")  # only its name is looked at

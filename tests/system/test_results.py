@@ -13,7 +13,8 @@ import torch
 from notebooks import ROOT
 from rename_episodes import older_hash, renamed
 
-from metabook.recipes import REPRODUCTIONS, RESULTS, reports, unseen_tasks
+from metabook.recipes import unseen_tasks
+from metabook.reproduction import REPRODUCTIONS, RESULTS, reports
 
 FILES = sorted(f for f in RESULTS.glob("*.json") if not f.stem.startswith("bench-"))
 REPRODUCED = [file for file in FILES if file.stem in REPRODUCTIONS]
