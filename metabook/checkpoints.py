@@ -29,7 +29,7 @@ from metabook.registry import (
 )
 
 # %% auto #0
-__all__ = ['pack', 'unpack', 'write_checkpoint', 'newest_checkpoint', 'occupied', 'random_state', 'restore_random']
+__all__ = []
 
 # %% ../nbs/A3_checkpoints.ipynb #c8d1cad4
 OLDER = [

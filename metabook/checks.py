@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .structures import leaves_of, tree_leaves
 
 # %% auto #0
-__all__ = ['check_every_class', 'check_rate', 'check_steps']
+__all__ = ['check_every_class']
 
 # %% ../nbs/A01_checks.ipynb #cb944a38
 def shot_of(examples: Any) -> int | None:

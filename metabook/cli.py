@@ -36,8 +36,7 @@ from .reproduction import REPRODUCTIONS, TEST_TASKS, listed, reproduce, told
 from .scores import evaluate
 
 # %% auto #0
-__all__ = ['app', 'Way', 'Query', 'Seed', 'Networks', 'Steps', 'Batch', 'Every', 'Start', 'settings', 'networks_said', 'options',
-           'tell', 'engine_words', 'words_of', 'written', 'train', 'asked', 'chosen', 'classify', 'main']
+__all__ = ['app', 'main']
 
 # %% ../nbs/A5_command_line.ipynb #0a38eb58
 def settings(

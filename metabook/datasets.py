@@ -36,9 +36,8 @@ from .episodes import Classes, FewShot, Sinusoids, Tasks
 from .registry import at_home, log, lookup, write_atomically
 
 # %% auto #0
-__all__ = ['SPLITS', 'OMNIGLOT_FILES', 'OMNIGLOT', 'SOURCES', 'DataError', 'fingerprint', 'shuffled', 'data_root', 'glyph_list',
-           'Glyphs', 'turned', 'members', 'omniglot_split', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet',
-           'read_image', 'from_folder', 'Source', 'ClassSource', 'TaskSource', 'source_of', 'present', 'fetch', 'check']
+__all__ = ['SPLITS', 'SOURCES', 'DataError', 'data_root', 'Glyphs', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet', 'read_image',
+           'from_folder', 'Source', 'ClassSource', 'TaskSource', 'source_of', 'present', 'fetch', 'check']
 
 # %% ../nbs/03_datasets.ipynb #5288b7e4
 SPLITS = ("train", "val", "test")

@@ -48,8 +48,7 @@ from metabook.trust import (
 )
 
 # %% auto #0
-__all__ = ['Lift', 'FITS', 'Engine', 'repeatable', 'over_tasks', 'choose_lift', 'in_flight', 'evenly', 'losses', 'Way', 'grade',
-           'in_parts', 'gradients', 'portions', 'averages', 'combined', 'recomputing', 'MetaGradient', 'answer']
+__all__ = ['Lift', 'Engine', 'over_tasks', 'choose_lift', 'losses', 'gradients', 'MetaGradient', 'answer']
 
 # %% ../nbs/A2_engine.ipynb #fe8b3c4e
 Lift = Literal["auto", "loop", "vmap"]
@@ -133,7 +132,7 @@ class Engine:
         "As much of it as `evaluate` hears."
         return Engine(**{k: getattr(self, k) for k in SCORING})
 
-
+# %% ../nbs/A2_engine.ipynb #15da3d61
 @contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
     """Within it torch refuses operations that may give another result each time they are run.
@@ -153,7 +152,7 @@ def repeatable(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=only_warn)
 
-
+# %% ../nbs/A2_engine.ipynb #3fe4484e
 def over_tasks(
     f: Callable[..., Any],  # a function of one task: structures of tensors in, one out
     *args: Any,  # the same structures with a leading [tasks] axis on every tensor

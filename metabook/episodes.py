@@ -36,8 +36,8 @@ from .registry import number, undisturbed
 from .structures import count, tree_leaves, tree_map
 
 # %% auto #0
-__all__ = ['Examples', 'Episode', 'one_hot', 'like', 'Tasks', 'Frozen', 'digest', 'Sinusoids', 'Stored', 'Classes', 'choose',
-           'sides', 'FewShot', 'summary', 'VariedWayShot', 'uneven']
+__all__ = ['Examples', 'Episode', 'one_hot', 'Tasks', 'Frozen', 'Sinusoids', 'Stored', 'Classes', 'choose', 'sides', 'FewShot',
+           'VariedWayShot']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -96,7 +96,7 @@ def one_hot(
     hits = labels[..., None] == torch.arange(way, device=labels.device)
     return hits.to(torch.get_default_dtype())
 
-
+# %% ../nbs/02_episodes.ipynb #29db4f48
 def like(
     y: Float[Tensor, "*n way"],  # labels
     x: Shaped[Tensor, "..."],  # what they label
@@ -702,7 +702,7 @@ class FewShot(ClassTasks):
         labels = torch.arange(chosen.shape[-1], device=chosen.device)[:, None].expand_as(rows)
         return rows.flatten(1), labels.flatten(1)
 
-
+# %% ../nbs/02_episodes.ipynb #08b6a102
 def summary(classes: Classes) -> str:
     "A short name for data, of the names and sizes of the classes; what they hold, `Classes.digest` says."
     text = repr((list(classes.names), classes.sizes.tolist()))
@@ -762,7 +762,7 @@ class VariedWayShot(FewShot):
         starts = self.classes.starts.to(chosen.device)[chosen]
         return starts.gather(1, labels) + flat % longest, labels
 
-
+# %% ../nbs/02_episodes.ipynb #70b22721
 def uneven(
     spare: Bool[Tensor, "tasks way m"],  # which examples of each class may be taken
     total: int,  # how many to take in each task

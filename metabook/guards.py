@@ -19,7 +19,7 @@ from .registry import log
 from .structures import count, leaves_of, tree_leaves, tree_map
 
 # %% auto #0
-__all__ = ['Wrong', 'Verdict', 'Guard']
+__all__ = ['Verdict', 'Guard']
 
 # %% ../nbs/A06_guards.ipynb #da0301cc
 class Wrong(NamedTuple):
@@ -29,7 +29,7 @@ class Wrong(NamedTuple):
     task: int | None  # whose loss it was; `None`: the norm of the gradient
     value: float  # what it was instead
 
-
+# %% ../nbs/A06_guards.ipynb #289bc076
 class Verdict:
     "Were the steps finite?  Kept on the device: the first step that was not, and where in it."
 

@@ -21,8 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode, wrap_torch_function
 
 # %% auto #0
-__all__ = ['PORTION', 'channels_last', 'keep_memory', 'lifting', 'worthwhile', 'whole', 'batch_norm', 'merge', 'first_block',
-           'patches', 'moments', 'products', 'first_and_plain', 'precise']
+__all__ = ['channels_last', 'keep_memory', 'precise']
 
 # %% ../nbs/A8_kernels.ipynb #bc6e1c70
 def channels_last(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -15,14 +15,14 @@ from torch.func import grad
 from .checks import check_network, check_positive, check_rate
 from .episodes import Episode, Examples, FewShot, Frozen, Picks, Tasks
 from .learners import InnerLoop
-from .networks import Parameters, Statistics, call, embedded, recording
+from .networks import Parameters, call, embedded, recording
 from .registry import register
 from .training import Report
-from .transfer import Head, linear
+from .transfer import Descent, Head, linear
 from .trust import turn
 
 # %% auto #0
-__all__ = ['scale_and_shift', 'untouched', 'Descent', 'MetaTransfer', 'class_accuracy', 'HardTasks']
+__all__ = ['scale_and_shift', 'untouched', 'MetaTransfer', 'class_accuracy', 'HardTasks']
 
 # %% ../nbs/20_meta_transfer.ipynb #c679a8ee
 def layers_of(net: nn.Module) -> dict[str, nn.Module]:
@@ -69,15 +69,6 @@ def first_rows(net: nn.Module, way: int, like: Tensor) -> nn.Linear:
             "features to the number, or leave out way"
         )
     return nn.Linear(net.features, way, device=like.device, dtype=like.dtype)
-
-# %% ../nbs/20_meta_transfer.ipynb #9e64da29
-class Descent(NamedTuple):
-    "Where the head is on its way, and what it is trained on."
-
-    weight: Tensor  # [way, d]
-    bias: Tensor  # [way]
-    z: Tensor  # [n, d] features of the support set
-    statistics: Statistics  # by which they were normalised
 
 # %% ../nbs/20_meta_transfer.ipynb #c3b7a95d
 @register("meta-transfer")
@@ -212,7 +203,6 @@ class HardTasks(Tasks):
     the next one; examples are drawn anew.  Make a new one for each run.
 
     Raises `ValueError` for other tasks than a `FewShot` of fixed way and shot, and when it is to be frozen.
-
     In the manner of Sun et al. 2019, section 4.3.
     """
 

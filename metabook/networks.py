@@ -26,7 +26,7 @@ from .trust import TWICE, composing, copy_of, lending, turn
 
 # %% auto #0
 __all__ = ['Statistics', 'Parameters', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'embedded', 'parameters_of',
-           'support_statistics', 'mixes', 'store_running', 'MLP', 'parameter_count', 'Conv4', 'ResNet12']
+           'support_statistics', 'MLP', 'parameter_count', 'Conv4', 'ResNet12']
 
 # %% ../nbs/04_networks.ipynb #e08f9b5b
 Statistics = dict[str, Tensor]  # "norms.0.mean" -> [channels], "norms.0.var" -> [channels], ...
@@ -281,7 +281,7 @@ def support_statistics(
         call(network, parameters, x)
     return statistics
 
-
+# %% ../nbs/04_networks.ipynb #17a3d11a
 @torch.no_grad()
 def mixes(
     network: nn.Module,  # it is copied, and stays as it is

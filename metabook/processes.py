@@ -24,9 +24,7 @@ from .structures import tree_leaves, tree_map
 Item = TypeVar("Item")
 
 # %% auto #0
-__all__ = ['Item', 'TIMEOUT', 'join', 'launched', 'leave', 'world', 'rank', 'main', 'recordable', 'share', 'Lost', 'as_one',
-           'summed_', 'alike_', 'wait', 'placed', 'gathered', 'told', 'agree', 'Shared', 'dealt', 'collected',
-           'stoppable']
+__all__ = ['Item', 'join', 'leave', 'world', 'rank', 'main', 'share', 'Lost', 'wait']
 
 # %% ../nbs/A9_processes.ipynb #9ab90cb4
 TIMEOUT = timedelta(minutes=10)  # silence after which another process counts as lost
@@ -48,12 +46,12 @@ def join() -> None:
     dist.init_process_group(backend, timeout=TIMEOUT)
     atexit.register(leave)
 
-
+# %% ../nbs/A9_processes.ipynb #9de67add
 def launched() -> bool:
     "Did `torchrun` start this process?"
     return dist.is_available() and all(name in os.environ for name in LAUNCHED)
 
-
+# %% ../nbs/A9_processes.ipynb #021efd16
 def leave() -> None:
     "Leave the group.  Who waits for this process hears at once that it is gone."
     if dist.is_available() and dist.is_initialized():
@@ -76,7 +74,7 @@ def main() -> bool:
     "Is this the process that writes and talks?"
     return rank() == 0
 
-
+# %% ../nbs/A9_processes.ipynb #f0d21a8d
 def recordable() -> bool:
     "Can what travels between processes be part of a CUDA graph?  NCCL's messages can."
     return world() == 1 or "cuda:nccl" in dist.get_backend_config()
@@ -141,12 +139,12 @@ def alike_(tensors: list[Tensor]) -> None:
     if world() > 1:
         as_one(tensors, partial(dist.broadcast, src=0))
 
-
+# %% ../nbs/A9_processes.ipynb #93afa638
 def wait() -> None:
     "Until all processes have come here."
     summed_([torch.zeros(1)])
 
-
+# %% ../nbs/A9_processes.ipynb #e2c99d3d
 def placed(
     rows: Tensor,  # [k, *shape], of a share
     n: int,  # rows of all processes

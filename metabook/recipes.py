@@ -41,13 +41,12 @@ from .training import fit
 from .transfer import Batches
 
 # %% auto #0
-__all__ = ['EVERY', 'STRIDED', 'RECIPES', 'OTHERWISE', 'Recipe', 'recipe_for', 'data_named', 'unseen_tasks', 'make_learner',
-           'network_of', 'run_recipe', 'train', 'taken_over', 'evidence']
+__all__ = ['RECIPES', 'Recipe', 'recipe_for', 'data_named', 'unseen_tasks', 'make_learner', 'network_of', 'run_recipe']
 
 # %% ../nbs/A4_recipes.ipynb #a48aa0a8
 EVERY = "*"  # in a recipe: all networks of the method that it does not name
 
-
+# %% ../nbs/A4_recipes.ipynb #0b90bc8c
 @dataclass(frozen=True)
 class Recipe:
     """How a method is trained on a data set unless options say otherwise.
@@ -115,7 +114,7 @@ class Recipe:
         kept = {key: v for key, v in self.net.items() if owned(key)[1] not in said}
         return replace(self, net=kept | said)
 
-# %% ../nbs/A4_recipes.ipynb #0b90bc8c
+# %% ../nbs/A4_recipes.ipynb #5b6d1b38
 def owned(key: str) -> tuple[str, str]:
     'Whose argument it is, and its name: "other.width" -> "other", "width"; "width" is nobody\'s own.'
     owner, _, argument = key.rpartition(".")
@@ -165,7 +164,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("pgn", "sinusoids"): Recipe("mlp", method={"form": "film"}, steps=4000, batch=32, lr=3e-3),
 }
 
-
+# %% ../nbs/A4_recipes.ipynb #5d3895f9
 OTHERWISE: dict[str, dict[str, dict[str, Any]]] = {  # other data, other lengths and rates
     "glyphs": {"maml": {"steps": 2500}, "pretrained": {"steps": 500, "lr": 1e-2}},
     "omniglot": {"pretrained": {"steps": 2000, "lr": 1e-2}},
@@ -188,7 +187,7 @@ RECIPES |= {
     for method, changes in all_changes.items()
 }
 
-
+# %% ../nbs/A4_recipes.ipynb #e9d6c089
 def recipe_for(method: str, data: str) -> Recipe:
     "The recipe of a method on a data set, else on data of its family, else plain defaults."
     source = source_of({"data": data})

@@ -28,9 +28,7 @@ from torch import Tensor, nn
 from .structures import tree_map
 
 # %% auto #0
-__all__ = ['log', 'NETWORKS', 'METHODS', 'register', 'arguments', 'changed', 'number', 'undisturbed', 'plain', 'registered',
-           'methods', 'build', 'staged', 'write_atomically', 'aside', 'mend', 'save', 'checksum', 'read_config', 'load',
-           'renamed', 'blank', 'differences', 'misshapen', 'unlike', 'rehearse']
+__all__ = ['log', 'NETWORKS', 'METHODS', 'register', 'methods', 'build', 'save', 'read_config', 'load']
 
 # %% ../nbs/A02_registry.ipynb #22bda95b
 log = logging.getLogger("metabook")
@@ -313,7 +311,7 @@ def mend(path: Path) -> None:
     else:
         before.unlink()
 
-
+# %% ../nbs/A02_registry.ipynb #24285ec6
 def save(
     folder: str | Path,  # made where it is missing
     learner: nn.Module,  # an instance of a registered class

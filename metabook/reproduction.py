@@ -41,8 +41,7 @@ from metabook.registry import (
 from .scores import evaluate, paired
 
 # %% auto #0
-__all__ = ['PUBLISHED', 'PAPER', 'ROWS', 'BUDGETS', 'REPRODUCTIONS', 'RESULTS', 'Published', 'reproduce', 'Attempt', 'told',
-           'percent', 'reports', 'table', 'listed']
+__all__ = ['PUBLISHED', 'REPRODUCTIONS', 'RESULTS', 'Published', 'reproduce', 'reports', 'table']
 
 # %% ../nbs/A12_reproduction.ipynb #2c226922
 @dataclass(frozen=True)
@@ -394,7 +393,7 @@ def percent(score: dict[str, Any], sign: str = "") -> str:
         return "nan"
     return f"{100 * score['mean']:{sign}.2f} ± {100 * score['ci95']:.2f}"
 
-
+# %% ../nbs/A12_reproduction.ipynb #f427cb0d
 RESULTS = Path(metabook.__file__).parents[1] / "results"  # in a clone of the book
 
 
@@ -428,7 +427,7 @@ def table(
             lines.append(f"{where} {paper:>13} {percent(row['single']):>13} {gain:>14} {cost}")
     return "\n".join(lines)
 
-
+# %% ../nbs/A12_reproduction.ipynb #99670a0e
 def listed(rows: Iterable[Reproduction]) -> list[str]:  # lines
     "What can be reproduced, with the published number where there is one."
     return [

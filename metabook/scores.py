@@ -31,7 +31,7 @@ from .registry import lookup
 from .structures import count, tree_flatten, tree_map, tree_unflatten
 
 # %% auto #0
-__all__ = ['Score', 'paired', 'evaluate', 'judged', 'answers', 'Calibration', 'binned', 'calibration']
+__all__ = ['Score', 'paired', 'evaluate', 'answers', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_scores.ipynb #ffbc5a51
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def evaluate(
     undefined = gone.bool() if gone.any() else None
     return Score(per_task, learner.metric, frozen.hash, queries, undefined)
 
-
+# %% ../nbs/06_scores.ipynb #9ead869b
 def judged(
     learner: Learner,
     predictions: Tensors,  # each leaf [tasks, n, ...], on the CPU

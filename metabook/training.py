@@ -44,7 +44,7 @@ from metabook.runs import (
 )
 
 # %% auto #0
-__all__ = ['VALIDATION_TASKS', 'Report', 'Outer', 'stepping', 'recorded', 'fit']
+__all__ = ['VALIDATION_TASKS', 'Report', 'Outer', 'stepping', 'fit']
 
 # %% ../nbs/05_training.ipynb #2393c556
 class Report(NamedTuple):
@@ -153,7 +153,7 @@ def stepping(
         return lambda: turn(drawn())
     return lambda: shared.whole(turn(drawn()))
 
-
+# %% ../nbs/05_training.ipynb #d9b21180
 def recorded(outer: Outer, step: Callable[..., Report], *generators: torch.Generator) -> Replayed:
     "A step of the loop as a graph, for each set of shapes and each phase of the learner."
     replayed = Replayed(step, outer.device, *generators, phase=partial(phases, outer.learner))

@@ -12,13 +12,13 @@ from torch.func import grad
 
 from .checks import check_class_data, check_network, check_positive, check_rate, check_steps
 from .episodes import Classes, ClassTasks, Examples, Picks, summary
-from .learners import Learner
+from .learners import InnerLoop, Learner
 from .networks import Statistics, batch_norms, embedded, recording
 from .prototypes import TINY, prototypes, unit
 from .registry import lookup, register
 
 # %% auto #0
-__all__ = ['SCALE', 'HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'spread', 'FineTune']
+__all__ = ['SCALE', 'HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'spread', 'Descent', 'FineTune']
 
 # %% ../nbs/07_transfer.ipynb #da852e05
 class Batches(ClassTasks):
@@ -115,9 +115,14 @@ class Pretrained(Learner):
         "The head of the task; without a support set that of the base classes."
         if len(support.y) == 0:
             return self.base_head(support.y.shape[-1])
+        z, statistics = self.features(support)
+        return Head(*self.learn(z, support.y), statistics)
+
+    def features(self, support: Examples) -> tuple[Float[Tensor, "n d"], Statistics]:
+        "The features of a support set, and the statistics by which they were normalised."
         with recording(self.embed) as statistics:
             z = embedded(self.embed, {}, support.x)  # with its own parameters
-        return Head(*self.learn(z, support.y), statistics)
+        return z, statistics
 
     def base_head(self, way: int) -> Head:
         "The head of the base classes.  Raises `ValueError` where there is none for so many."
@@ -175,8 +180,18 @@ def spread(z: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "
     return m, (z - m).square().sum(-1).mean().clamp_min(TINY).sqrt()
 
 
+class Descent(NamedTuple):
+    "Where a head is on its way, and what it is trained on, which stays."
+
+    weight: Tensor  # [way, d]
+    bias: Tensor  # [way]
+    z: Tensor  # [n, d] features of the support set
+    statistics: Statistics  # by which they were normalised
+    units: tuple[Tensor, ...] = ()  # mean and spread, where these were taken out of them
+
+
 @register("finetune")
-class FineTune(Pretrained):
+class FineTune(Pretrained, InnerLoop):
     """Learn all base classes as one task; give a new task a new head, trained on the frozen features.
 
     Training starts at the nearest centroid, so `steps=0` answers as `Pretrained` does.  A linear head
@@ -202,31 +217,34 @@ class FineTune(Pretrained):
         super().__init__(embed, classes, logits)
         check_steps(steps=steps)
         check_rate(lr)
-        self.steps, self.lr = steps, lr
+        self.steps = self.test_steps = steps
+        self.lr = lr
 
-    def learn(
-        self,
-        z: Float[Tensor, "n d"],  # features of the support set
-        y: Float[Tensor, "n way"],  # their classes
-    ) -> tuple[Float[Tensor, "way d"], Float[Tensor, "way"]]:
-        "Weight and bias after `steps` of gradient descent, from the nearest centroid's."
-        if self.logits == "cosine":
-            return self.descend(z, y)
-        m, r = spread(z)
-        weight, bias = self.descend((z - m) / r, y)
-        return weight / r, bias - weight @ m / r  # the same logits, for features as they come
+    def adapt(self, support: Examples) -> Head:
+        "The head after all steps; without a support set that of the base classes."
+        return (InnerLoop if len(support.y) else Pretrained).adapt(self, support)
 
-    def descend(
-        self,
-        u: Float[Tensor, "n d"],  # features to train on
-        y: Float[Tensor, "n way"],  # their classes
-    ) -> tuple[Float[Tensor, "way d"], Float[Tensor, "way"]]:
-        "The nearest centroid's weight and bias, then gradient descent."
-        head = super().learn(u, y)
-        for _ in range(self.steps):
-            g = grad(self.support_loss)(head, u, y)
-            head = tuple(p - self.lr * d for p, d in zip(head, g, strict=True))
-        return head
+    def start(self, support: Examples) -> Descent:
+        "The nearest centroid's head, and the features that it is trained on."
+        z, statistics = self.features(support)
+        units = spread(z) if self.logits == "linear" else ()
+        u = (z - units[0]) / units[1] if units else z
+        return Descent(*self.learn(u, support.y), u, statistics, units)
+
+    def step(self, state: Descent, support: Examples) -> Descent:
+        "One step of gradient descent on the support set."
+        head = state.weight, state.bias
+        g = grad(self.support_loss)(head, state.z, support.y)
+        weight, bias = (p - self.lr * d for p, d in zip(head, g, strict=True))
+        return state._replace(weight=weight, bias=bias)
+
+    def result(self, state: Descent, support: Examples) -> Head:
+        "The head for features as they come: the same logits."
+        weight, bias = state.weight, state.bias
+        if state.units:
+            m, r = state.units
+            weight, bias = weight / r, bias - weight @ m / r
+        return Head(weight, bias, state.statistics)
 
     def support_loss(
         self,

@@ -24,9 +24,7 @@ from .registry import log
 from .structures import tree_leaves, tree_map
 
 # %% auto #0
-__all__ = ['LIFTED', 'MOST', 'TOLERANCE', 'VERIFIED', 'Work', 'layer_norm', 'batch_norm', 'instance_norm', 'embedding',
-           'attention', 'embedding_bag', 'hardsigmoid', 'weight_norm', 'composing', 'turn', 'claiming', 'asking',
-           'here', 'plain', 'proven', 'trusted', 'why_not']
+__all__ = ['LIFTED', 'MOST', 'TOLERANCE', 'VERIFIED', 'proven']
 
 # %% ../nbs/A6_trust.ipynb #678bd65f
 def _normalised(
@@ -533,7 +531,7 @@ Upsample
 # %% ../nbs/A6_trust.ipynb #1be113e0
 VERIFIED = {("2.13", "cpu"): frozenset(RIGHT.split())}  # where: version of torch, kind of device
 
-
+# %% ../nbs/A6_trust.ipynb #eea8b4e9
 Work = Callable[[nn.Module, Any, Literal["loop", "vmap"]], list[Tensor]]
 
 # %% ../nbs/A6_trust.ipynb #81a5c02c
@@ -563,13 +561,13 @@ def plain(
     known = home.startswith("metabook.") or (home.startswith("torch.nn.modules.") and name in names)
     return known and as_built(module)
 
-
+# %% ../nbs/A6_trust.ipynb #bf4c64ed
 def proven(learner: nn.Module) -> bool:
     "Is it made of parts that need no trial?"
     names = verified_here(learner)
     return all(plain(m, names) for m in learner.modules())
 
-
+# %% ../nbs/A6_trust.ipynb #35b3dc24
 def trusted(
     learner: nn.Module,  # whose code is to be lifted
     batch: Any,  # the tasks, a structure of tensors with a leading [tasks] axis

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from metabook.episodes import Classes, Episode, Examples, FewShot, VariedWayShot, one_hot
 from metabook.learners import Learner
 from metabook.meta_transfer import (
-    Descent,
     HardTasks,
     MetaTransfer,
     class_accuracy,
@@ -22,6 +21,7 @@ from metabook.meta_transfer import (
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12, call, parameter_count
 from metabook.testing import check_learner
 from metabook.training import Report, fit
+from metabook.transfer import Descent
 
 
 @pytest.mark.proves("eq-mtl-scale-shift")
