@@ -21,7 +21,7 @@ from torch.autograd import Function
 from .checks import check_positive
 from .episodes import Episode
 from .kernels import PRECISIONS, lifting, precise, precision_of_now
-from .learners import InnerLoop, Learner
+from .learners import InnerLoop, Learner, one_number
 from .networks import Statistics, recording, store_running
 from .processes import Shared, recordable, summed_
 from .registry import log, moved
@@ -360,7 +360,11 @@ def _in_parts(learner: Learner, episodes: Episode, how: Way) -> Graded:
     states, before = _adapted(learner, episodes, how.lift)
     lift = choose_lift(learner, how.lift, episodes.query.x)
     answers, seen = over_tasks(_noting(learner, "predict"), states, episodes.query.x, lift=lift)
-    values = over_tasks(learner.criterion, answers, episodes.query.y, lift=lift)
+
+    def judge(answer: Any, y: Any) -> Tensor:
+        return one_number(learner, "criterion", learner.criterion(answer, y))
+
+    values = over_tasks(judge, answers, episodes.query.y, lift=lift)
     return Graded(values, tree_map(Tensor.detach, answers), before | seen)
 
 
@@ -386,7 +390,7 @@ def _as_a_whole(learner: Learner, episodes: Episode, how: Way) -> Graded:
     def one(episode: Episode) -> tuple[Tensor, Statistics, list[Any], list[Tensor]]:
         x = episode.query.x
         with recording(learner, "running") as seen, overhearing(learner, x) as answers:
-            loss = learner.loss(episode)
+            loss = one_number(learner, "loss", learner.loss(episode))
             if not answers and (stands_in or how.answers):
                 with (
                     torch.no_grad(),
@@ -549,7 +553,17 @@ def combined(
     info: dict[str, Tensor],  # what the tasks say of themselves, [tasks, ...] each
 ) -> Float[Tensor, ""]:
     "The learner's objective, of losses and of what the tasks say, where it reads that."
-    return learner.combine(values, info=info) if _listens(learner) else learner.combine(values)
+    if not _listens(learner):
+        return learner.combine(values)
+    try:
+        return learner.combine(values, info=info)
+    except KeyError as error:
+        if error.args[0] in info:
+            raise
+        raise ValueError(
+            f"{type(learner).__name__}.combine reads info[{error}], but these tasks say {sorted(info)} of themselves: "
+            "put it into the info of their Examples"
+        ) from error
 
 # %% ../nbs/A2_engine.ipynb #be6107a0
 def _listens(learner: Learner) -> bool:
@@ -866,6 +880,11 @@ def _singly(learner: Learner, lift: Lift, state: Any, x: Any) -> Any:
 
     def ask(one: Any) -> Any:
         answer = learner.predict(state, tree_map(lambda t: t[None], one))
+        if odd := [tuple(t.shape) for t in tree_leaves(answer) if t.shape[:1] != (1,)]:
+            raise ValueError(
+                f"{type(learner).__name__}.predict gives a tensor of shape {odd[0]} for one query, expected (1, ...): "
+                "one row for each query"
+            )
         return tree_map(lambda t: t[0], answer)
 
     return over_tasks(ask, x, lift="loop" if lift == "loop" else "vmap")

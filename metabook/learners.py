@@ -408,6 +408,16 @@ def check_task(
     for name, x in (leaves_of("support.x", support.x) | leaves_of("query", query)).items():
         check_place(name, x, parameter)
 
+# %% ../nbs/05_learners.ipynb #0e100001
+def one_number(learner: Learner, name: str, value: Tensor) -> Tensor:
+    "The value of a task.  Raises `ValueError` where it is not one number."
+    if value.ndim:
+        raise ValueError(
+            f"{type(learner).__name__}.{name} gives a tensor of shape {tuple(value.shape)}, expected one number for a "
+            "task: take its mean"
+        )
+    return value
+
 # %% ../nbs/05_learners.ipynb #7c6b51b3
 def place(learner: Learner, device: torch.device | str | None = None) -> torch.device:
     "Move the learner where it is wanted; say where it is.  Raises `ValueError` for a device that cannot be used."
@@ -563,7 +573,8 @@ class FastWeights(InnerLoop):
         support: Examples,  # of one task
     ) -> Float[Tensor, ""]:
         "L_S(phi): the criterion on the support set."
-        return self.criterion(call(self.net, phi, support.x), support.y)
+        found = self.criterion(call(self.net, phi, support.x), support.y)
+        return one_number(self, "criterion", found)
 
     def gradient(
         self,

@@ -498,7 +498,8 @@ def go_on(run: Run, state: dict[str, Any]) -> None:
     for listener, remembered in zip(remembering(run), state["listeners"], strict=True):
         listener.load_state_dict(remembered)
     if best := state["best"]:
-        metric = Metric(**best["score"].pop("metric"))
+        known, own = best["score"].pop("metric"), run.learner.metric
+        metric = own if asdict(own) == known else Metric(**known)  # perhaps one of the learner's
         run.best, run.best_step = Score(**best["score"], metric=metric), best["step"]
         device = run.outer.device
         run.best_state = {k: v.to(device) for k, v in best["parameters"].items()}

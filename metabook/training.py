@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -24,14 +25,14 @@ from metabook.checks import (
     check_optimizer,
     check_positive,
 )
-from .engine import Engine, MetaGradient, repeatable
+from .engine import Engine, MetaGradient, portions, repeatable
 from .episodes import Episode, Frozen, Tasks
 from .graphs import Replayed, capturable
 from .guards import Guard, skipping
 from .kernels import keep_memory
 from .learners import Learner, Tensors, check_tasks, phases, place, set_progress
 from .processes import Sharing
-from .registry import moved, plain
+from .registry import moved, plain, undisturbed
 from metabook.runs import (
     Checkpoints,
     Listener,
@@ -42,6 +43,7 @@ from metabook.runs import (
     opened,
     supervised,
 )
+from .scores import evaluate
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'Report', 'Outer', 'stepping', 'fit']
@@ -223,7 +225,7 @@ def fit(
     settings |= {"optimizer": type(made).__name__}
     generator = torch.Generator(device).manual_seed(settings["seed"] + TRAINING)
     run = Run(learner, tasks, outer, settings, notes or {}, generator)
-    run.validation = validation_of(learner, validate)
+    run.validation = validation_of(learner, validate, engine)
     run.records = opened(run, folder, resume, keep)
     run.listeners = listeners_of(run, listeners)
     with occupied(run.folder if processes.main() else None), repeatable(engine.deterministic):
@@ -237,7 +239,9 @@ def fit(
     return run
 
 # %% ../nbs/05_training.ipynb #44495d32
-def validation_of(learner: Learner, validate: Tasks | Frozen | None) -> Frozen | None:
+def validation_of(
+    learner: Learner, validate: Tasks | Frozen | None, engine: Engine
+) -> Frozen | None:
     "The tasks that choose the parameters, frozen.  Raises `ValueError` for those that cannot."
     if validate is None:
         return None
@@ -250,6 +254,9 @@ def validation_of(learner: Learner, validate: Tasks | Frozen | None) -> Frozen |
         )
     check_tasks(learner, validate, "validate")
     check_metric(learner)
+    with undisturbed():  # a score that fails shall fail now, not after `every` steps
+        one = replace(validate, groups=portions(validate.groups[0], 1)[:1])
+        evaluate(learner, one, engine=engine.for_scores)
     return validate
 
 

@@ -74,7 +74,7 @@ def cosine(
 
 HEADS = {"linear": linear, "cosine": cosine}
 
-# %% ../nbs/07_transfer.ipynb #6e20b28b
+# %% ../nbs/07_transfer.ipynb #6e20b28a
 class Head(NamedTuple):
     "The last layer of a classifier, and the statistics by which its features are normalised."
 
@@ -82,7 +82,7 @@ class Head(NamedTuple):
     bias: Tensor  # [way]
     statistics: Statistics
 
-
+# %% ../nbs/07_transfer.ipynb #6e20b28b
 @register("pretrained")
 class Pretrained(Learner):
     """Learn all base classes as one task; give a new task the nearest centroid of the frozen features.
@@ -173,13 +173,13 @@ def base_layer(embed: nn.Module, classes: int) -> nn.Linear:
     like = next(embed.parameters(), torch.empty(0))  # the defaults, for an embed without any
     return nn.Linear(embed.features, classes, device=like.device, dtype=like.dtype)
 
-# %% ../nbs/07_transfer.ipynb #0d472e90
+# %% ../nbs/07_transfer.ipynb #0d472e8f
 def spread(z: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, ""]]:
     "The mean of the features, and the root of their mean squared distance from it."
     m = z.mean(0)
     return m, (z - m).square().sum(-1).mean().clamp_min(TINY).sqrt()
 
-
+# %% ../nbs/07_transfer.ipynb #0d472e8e
 class Descent(NamedTuple):
     "Where a head is on its way, and what it is trained on, which stays."
 
@@ -189,7 +189,7 @@ class Descent(NamedTuple):
     statistics: Statistics  # by which they were normalised
     units: tuple[Tensor, ...] = ()  # mean and spread, where these were taken out of them
 
-
+# %% ../nbs/07_transfer.ipynb #0d472e90
 @register("finetune")
 class FineTune(Pretrained, InnerLoop):
     """Learn all base classes as one task; give a new task a new head, trained on the frozen features.

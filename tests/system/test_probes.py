@@ -1074,3 +1074,77 @@ def test_queries_of_other_parts_are_refused_by_name():
         learner(support, {"tokens": query.x["tokens"]})
     with pytest.raises(ValueError, match="give every query its row"):
         learner(support, query.x | {"mask": query.x["mask"][:1]})
+
+
+# --- what a learner of one's own gets wrong is named
+
+
+class Misinformed(MAML):
+    "An objective that reads what these tasks do not say."
+
+    def combine(self, losses, info):
+        return (losses * info["weight"]).mean()
+
+
+class Unreduced(MAML):
+    "A criterion that forgets the mean."
+
+    def criterion(self, predictions, y):
+        return (predictions - y).square()
+
+
+class UnreducedLoss(MAML):
+    "A loss that forgets it."
+
+    def loss(self, episode):
+        return (self(episode.support, episode.query.x) - episode.query.y).square()
+
+
+class Unscored(MAML):
+    "A score that fails."
+
+    def score(self, predictions, y):
+        raise ArithmeticError("no score")
+
+
+class TwoRows(MAML):
+    "Answers twice to a single query."
+
+    def predict(self, state, x):
+        answers = super().predict(state, x)
+        return torch.cat([answers, answers])[: max(len(answers), 2)]
+
+
+@pytest.mark.parametrize("lift", ["loop", "vmap"])
+@pytest.mark.parametrize(
+    "cls, message",
+    [
+        (
+            Misinformed,
+            r"Misinformed.combine reads info\['weight'\], but these tasks say \['task'\]",
+        ),
+        (Unreduced, r"Unreduced.criterion gives a tensor of shape \(5, 1\), expected one number"),
+        (
+            UnreducedLoss,
+            r"UnreducedLoss.loss gives a tensor of shape \(10, 1\), expected one number",
+        ),
+    ],
+)
+def test_an_objective_that_cannot_be_is_named(cls, message, lift):
+    learner = cls(MLP([1, 8, 1]), kind="regression")
+    with pytest.raises(ValueError, match=message):
+        fit(learner, Sinusoids(5, 10), steps=2, engine=Engine(lift), **QUIET)
+
+
+def test_a_score_that_fails_does_so_before_the_first_step():
+    learner = Unscored(MLP([1, 8, 1]), kind="regression")
+    before = [p.clone() for p in learner.parameters()]
+    with pytest.raises(ArithmeticError, match="no score"):
+        fit(learner, Sinusoids(5, 10), steps=2, validate=Sinusoids(5, 10), **QUIET)
+    assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), before, strict=True))
+
+
+def test_a_single_query_has_a_single_answer():
+    learner = TwoRows(MLP([1, 8, 1]), kind="regression")
+    with pytest.raises(ValueError, match=r"shape \(2, 1\) for one query, expected \(1, \.\.\.\)"):
+        evaluate(learner, Sinusoids(5, 10), 4, queries="single")
