@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metabook.datasets import SOURCES, present
 from metabook.episodes import Classes, Episode, FewShot, Frozen
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.networks import Conv4
 from metabook.prototypes import ProtoNet
+from metabook.sources import SOURCES, present
 
 Method = Literal["maml", "first-order", "prototypes"]
 QUERIES = {"omniglot": 15, "glyphs": 10}  # a class of Glyphs has ten drawings for queries

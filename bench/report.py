@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from metabook.registry import commit, software, write_atomically
+from metabook.saving import commit, software, write_atomically
 
 PEERS = ("higher", "torchopt", "learn2learn")
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from bench.cases import QUERIES, data_here
 from bench.measure import quartiles
 from bench.worker import Failed, Work, Worker
-from metabook.datasets import SOURCES
 from metabook.episodes import Classes, FewShot
 from metabook.graphs import Replayed
+from metabook.sources import SOURCES
 
 ROUND = 0.5  # seconds that a round lasts at least
 PAUSE = 0.5  # seconds in which the workers of the one before finish what they fetch ahead

@@ -21,9 +21,9 @@ import torch
 import metabook
 from bench.cases import QUERIES, Case, Job, data_here, noise
 from bench.measure import resident
-from metabook.datasets import SOURCES
 from metabook.episodes import Classes, FewShot
 from metabook.scores import evaluate
+from metabook.sources import SOURCES
 from metabook.training import fit
 
 MIB = 2**20

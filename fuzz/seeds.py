@@ -18,7 +18,8 @@ from torch import nn
 from metabook import datasets
 from metabook.checkpoints import write_checkpoint
 from metabook.networks import MLP, Conv4
-from metabook.registry import load, methods, save
+from metabook.registry import methods
+from metabook.saving import load, save
 
 # --- trained folders
 

@@ -19,8 +19,8 @@ from metabook import datasets
 from metabook.checkpoints import read_checkpoint
 from metabook.cli import settings
 from metabook.datasets import DataError
-from metabook.registry import checksum, load, read_config
 from metabook.reproduction import rows_in
+from metabook.saving import checksum, load, read_config
 
 
 @dataclass(frozen=True)

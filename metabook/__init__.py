@@ -6,7 +6,7 @@ __version__ = "0.2.0.dev0"
 def __getattr__(name: str):
     "`metabook.load` without paying for torch when only the version is asked for."
     if name == "load":
-        from metabook.registry import load
+        from metabook.saving import load
 
         return load
     raise AttributeError(f"module 'metabook' has no attribute {name!r}")

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metabook.registry import (
+from .registry import log, moved, plain
+from metabook.saving import (
     OtherLayout,
     at_home,
     check_layout,
     checksum,
     differences,
     heading,
-    log,
-    moved,
     on_its_own,
-    plain,
     read_weights,
     write_atomically,
 )

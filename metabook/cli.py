@@ -17,7 +17,7 @@ from torch import Tensor
 import metabook
 from . import processes
 from .checks import check_device
-from .datasets import SOURCES, check, fetch, own_images, present, read_image, source_of
+from .datasets import own_images, read_image
 from .engine import Engine
 from .episodes import Classes, Examples
 from .learners import Learner
@@ -31,9 +31,11 @@ from metabook.recipes import (
     run_recipe,
     unseen_tasks,
 )
-from .registry import NETWORKS, at_home, load, methods, read_config
+from .registry import NETWORKS, methods
 from .reproduction import REPRODUCTIONS, TEST_TASKS, listed, reproduce, told
+from .saving import at_home, load, read_config
 from .scores import evaluate
+from .sources import SOURCES, check, fetch, present, source_of
 
 # %% auto #0
 __all__ = ['app', 'main']

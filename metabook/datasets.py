@@ -20,7 +20,7 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -32,12 +32,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_positive
-from .episodes import Classes, FewShot, Sinusoids, Tasks
-from .registry import at_home, log, lookup, write_atomically
+from .episodes import Classes, FewShot
+from .registry import log, lookup
+from .saving import at_home, write_atomically
 
 # %% auto #0
-__all__ = ['SPLITS', 'SOURCES', 'DataError', 'data_root', 'Glyphs', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet', 'read_image',
-           'from_folder', 'Source', 'ClassSource', 'TaskSource', 'source_of', 'present', 'fetch', 'check']
+__all__ = ['SPLITS', 'DataError', 'data_root', 'Glyphs', 'Omniglot', 'CIFARFS', 'FC100', 'MiniImageNet', 'read_image',
+           'from_folder']
 
 # %% ../nbs/03_datasets.ipynb #5288b7e4
 SPLITS = ("train", "val", "test")
@@ -50,6 +51,20 @@ class DataError(RuntimeError):
 def _reason(error: Exception) -> str:
     """Say in one line what another library had to say."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def complete(
+    name: str,  # Of a data set
+    folder: Path,  # Where it should be
+    files: Iterable[str],  # What it needs there
+) -> Path:
+    """The folder; raises DataError, with the way out, where a file is not there."""
+    if missing := [file for file in files if not (folder / file).exists()]:
+        raise DataError(
+            f"{name} cannot be fetched, for its pictures may not be handed on. Put "
+            f"{', '.join(missing)} into {folder}."
+        )
+    return folder
 
 # %% ../nbs/03_datasets.ipynb #ec21e0a6
 def _even_classes(
@@ -396,7 +411,7 @@ def _download(remote: Remote, target: Path) -> None:
         ) from error
 
 
-def _obtain(remote: Remote, root: Path) -> Path:
+def obtain(remote: Remote, root: Path) -> Path:
     """Give the path of a published file, fetching and unpacking only what is missing."""
     target = root / remote.path
     if remote.gives and all((target.parent / name).exists() for name in remote.gives):
@@ -643,7 +658,7 @@ def Omniglot(
     """
     check_positive(size=size)
     names = omniglot_split(split, protocol)
-    archives = [_obtain(remote, data_root(root)) for remote in OMNIGLOT_FILES]
+    archives = [obtain(remote, data_root(root)) for remote in OMNIGLOT_FILES]
     key = ("lanczos", int(size), [(a.stat().st_size, a.stat().st_mtime_ns) for a in archives])
     x = _cached(f"omniglot{size}", key, partial(_omniglot_drawings, archives, size), root)
     place = {name: i for i, name in enumerate(OMNIGLOT)}
@@ -651,15 +666,15 @@ def Omniglot(
     return turned(classes) if rotations or (rotations is None and split == "train") else classes
 
 # %% ../nbs/03_datasets.ipynb #52b27103
-_CIFAR_PARTS = ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
+CIFAR_PARTS = ("train.bin", "test.bin", "fine_label_names.txt", "coarse_label_names.txt")
 
 
-_CIFAR_FILES = (
+CIFAR_FILES = (
     Remote(
         "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
         "03b5dce01913d631647c71ecec9e9cb8",
         "cifar-100-binary.tar.gz",
-        tuple(f"cifar-100-binary/{part}" for part in _CIFAR_PARTS),
+        tuple(f"cifar-100-binary/{part}" for part in CIFAR_PARTS),
     ),
 )
 
@@ -722,7 +737,7 @@ def _cifar(
     root: str | Path | None,  # The data root
 ) -> Classes:  # 600 pictures a class
     """Load some classes of CIFAR-100, in the order of `wanted`."""
-    folder = _obtain(_CIFAR_FILES[0], data_root(root)).parent / "cifar-100-binary"
+    folder = obtain(CIFAR_FILES[0], data_root(root)).parent / "cifar-100-binary"
     names = {
         k: (folder / f"{k}_label_names.txt").read_text("utf-8", "replace").split()
         for k in ("fine", "coarse")
@@ -775,7 +790,7 @@ def FC100(
 _MINI = {"train": 64, "val": 16, "test": 20}  # classes
 
 
-_MINI_FILES = ("images", "train.csv", "val.csv", "test.csv")
+MINI_FILES = ("images", "train.csv", "val.csv", "test.csv")
 
 
 # Per channel, as in the code of MetaOptNet (Lee et al. 2019).
@@ -824,7 +839,7 @@ def MiniImageNet(
     """
     number = lookup(split, _MINI, "split")
     check_positive(size=size)
-    folder = fetch("miniimagenet", root)
+    folder = complete("miniimagenet", data_root(root) / "mini-imagenet", MINI_FILES)
     rows = _mini_rows(folder, split)
     files = [folder / "images" / name for _, name in rows]
     key = (rows, (folder / "images").stat().st_mtime_ns)
@@ -904,10 +919,10 @@ def _read_images(
             x.append(read_image(file, **how).numpy())
         except Exception as error:  # PIL raises many kinds for what is no image
             name = file.relative_to(folder) if file.is_relative_to(folder) else file
-            bad.append(f"{_shown(name)} ({_reason(error)})")
+            bad.append(f"{shown(name)} ({_reason(error)})")
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(files)} images in {_shown(folder)} cannot be read: {'; '.join(bad[:5])}"
+            f"{len(bad)} of {len(files)} images in {shown(folder)} cannot be read: {'; '.join(bad[:5])}"
             f"{'; ...' if len(bad) > 5 else ''}. Repair them or take them away."
         )
     return np.stack(x)
@@ -945,7 +960,7 @@ def _tell_passed_over(folder: Path, files: list[Path]) -> None:
         log.warning(
             "%s: %d files were passed over (%s): give images their ending, .jpg or .png, convert what is of "
             "another kind, such as .heic, and put each directly into the folder of its class",
-            _shown(folder),
+            shown(folder),
             len(files),
             told,
         )
@@ -955,10 +970,10 @@ def _kind_of(file: Path) -> str:
     """Say what was passed over: by its ending."""
     if file.is_dir():
         return "in folders inside classes"
-    return _shown(file.suffix.lower()) or "without an ending"
+    return shown(file.suffix.lower()) or "without an ending"
 
 
-def _shown(path: str | Path) -> str:
+def shown(path: str | Path) -> str:
     """Write a path so that it can be printed: bytes that are no UTF-8 as \\xff."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
@@ -972,16 +987,14 @@ def class_folders(
     """
     if not folder.is_dir():
         raise DataError(
-            f"{_shown(folder)} is no folder; give one that holds a folder of images per class."
+            f"{shown(folder)} is no folder; give one that holds a folder of images per class."
         )
     classes = [f for f in _entries_of(folder) if f.is_dir()]
     if not classes:
+        raise DataError(f"{shown(folder)} holds no folders; put the images of each class into one.")
+    if odd := [shown(f.name) for f in classes if shown(f.name) != f.name]:
         raise DataError(
-            f"{_shown(folder)} holds no folders; put the images of each class into one."
-        )
-    if odd := [_shown(f.name) for f in classes if _shown(f.name) != f.name]:
-        raise DataError(
-            f"{len(odd)} of {len(classes)} classes in {_shown(folder)} have a name that is not UTF-8 and "
+            f"{len(odd)} of {len(classes)} classes in {shown(folder)} have a name that is not UTF-8 and "
             f"cannot be written: {', '.join(odd[:5])}. Rename the folder."
         )
     return classes
@@ -1033,247 +1046,3 @@ def own_images(
     read = {key: how[key] for key in ("size", "channels", "invert") if key in how}
     scaled = {key: tuple(how[key]) for key in ("mean", "std") if key in how}
     return replace(from_folder(folder, **read), **scaled)
-
-# %% ../nbs/03_datasets.ipynb #49634c56
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What tasks come from, by name: whose it is, what it consists of, and all that a training has to know of it.
-
-    A subclass writes `training`, `unseen` and `about`, and the others where it has something to say.
-    """
-
-    title: str
-    licence: str
-    family: str  # The name under which there are recipes for data of this kind
-    network: str  # That reads it, where no recipe names another
-    shot: int = 1  # Support examples of each class (or of each task) where nobody says how many
-    reading: dict[str, Any] = field(default_factory=dict)  # How somebody wants its files to be read
-    folder: str = ""  # Under the data root
-    files: tuple[str, ...] = ()  # What lies in the folder; nothing: it is made on the spot
-    remotes: tuple[Remote, ...] = ()  # Where they come from; nothing: they cannot be fetched
-    megabytes: int = 0  # To fetch
-
-    def training(
-        self,
-        task: dict[str, Any],  # "way" and "shot" of the tasks in testing
-        query: int,  # Query examples of each class (or of each task)
-        device: torch.device,
-        way: int | None = None,  # Classes of a training task, where they are more
-    ) -> Tasks:
-        """Make the tasks to train on."""
-        raise NotImplementedError(f"{type(self).__name__} does not say training")
-
-    def unseen(
-        self,
-        task: dict[str, Any],  # "way", "shot", and "query" where somebody says how many
-        split: str,  # "val" or "test"
-        device: torch.device,
-    ) -> Tasks:
-        """Make the tasks to validate or test on."""
-        raise NotImplementedError(f"{type(self).__name__} does not say unseen")
-
-    def about(
-        self,
-        split: str,  # "train", "val" or "test"
-        root: str | Path | None = None,  # The data root
-    ) -> dict[str, Any]:
-        """Say what a split holds, read from end to end."""
-        raise NotImplementedError(f"{type(self).__name__} does not say about")
-
-    def classes(
-        self,
-        split: str,  # "train", "val" or "test"
-    ) -> Classes:
-        """Load the labelled examples of a split; raises ValueError where there are only tasks."""
-        raise ValueError(
-            f"{self.title!r} has no classes, expected data that is organised by class: take another "
-            "of `metabook data list`"
-        )
-
-    def preprocessing(
-        self,
-        tasks: Tasks,  # That it gave
-    ) -> dict[str, Any]:
-        """Say how an image file becomes what the network sees; nothing, where that is no image."""
-        return {}
-
-# %% ../nbs/03_datasets.ipynb #beeab47c
-@dataclass(frozen=True, kw_only=True)
-class ClassSource(Source):
-    """Data that is organised by class, in three splits: few-shot tasks are made of it."""
-
-    load: Callable[..., Classes]  # Takes a split and `root`
-    invert: bool = False  # Is it ink on dark ground, where an image file has dark ink on light?
-    family: str = "images"
-    network: str = "conv4"
-
-    def training(
-        self, task: dict[str, Any], query: int, device: torch.device, way: int | None = None
-    ) -> Tasks:
-        """Make few-shot tasks; never more classes in one than there are."""
-        classes, way = self.load("train").to(device), way or task["way"]
-        if task["way"] <= len(classes) < way:
-            log.warning("training tasks have %d classes, all there are", len(classes))
-            way = len(classes)
-        return FewShot(classes, way, task["shot"], query)
-
-    def unseen(self, task: dict[str, Any], split: str, device: torch.device) -> Tasks:
-        """Make few-shot tasks of as many queries of each class as the data has, 15 at most."""
-        classes = self.load(split)
-        spare = classes.sizes - task["shot"] if classes.cut is None else classes.cut
-        query = task.get("query") or max(1, min(15, int(spare.min())))
-        return FewShot(classes.to(device), task["way"], task["shot"], query)
-
-    def about(self, split: str, root: str | Path | None = None) -> dict[str, Any]:
-        """Count classes and images, and give the `fingerprint` of the names."""
-        data = self.load(split, root=root)
-        return {"classes": len(data), "images": len(data.x), "names": fingerprint(data.names)}
-
-    def classes(self, split: str) -> Classes:
-        """Load the labelled examples of a split."""
-        return self.load(split)
-
-    def preprocessing(self, tasks: Tasks) -> dict[str, Any]:
-        """Say how an image file becomes what the network sees; of data that is no image, nothing."""
-        seen = tasks.describe()["examples"]
-        if len(seen["shape"]) != 3:
-            return {}
-        channels, size, _ = seen["shape"]
-        shape = {"size": size, "channels": channels, "invert": self.invert}
-        return shape | {key: seen[key] for key in ("mean", "std")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSource(Source):
-    """Tasks that are drawn without end, each time new ones: so no split is needed."""
-
-    make: Callable[[int, int, torch.device], Tasks]  # Of shot, queries and device
-    query: int = 100  # Query examples of an unseen task where nobody says how many
-
-    def training(
-        self, task: dict[str, Any], query: int, device: torch.device, way: int | None = None
-    ) -> Tasks:
-        """Make the tasks; they have no classes, so `way` is nothing to them."""
-        return self.make(task["shot"], query, device)
-
-    def unseen(self, task: dict[str, Any], split: str, device: torch.device) -> Tasks:
-        """Make the same tasks with more queries: whatever is drawn has not been seen."""
-        return self.make(task["shot"], task.get("query") or self.query, device)
-
-    def about(self, split: str, root: str | Path | None = None) -> dict[str, Any]:
-        """Give the digest of a few tasks."""
-        tasks = self.make(self.shot, self.query, torch.device("cpu"))
-        return {"tasks": "without end", "digest": tasks.describe()["data"]}
-
-# %% ../nbs/03_datasets.ipynb #0175b848
-_CIFAR = ClassSource(
-    title="CIFAR-FS: CIFAR-100, classes split at random",
-    load=CIFARFS,
-    licence="none stated",
-    folder="cifar-100-binary",
-    files=_CIFAR_PARTS,
-    remotes=_CIFAR_FILES,
-    megabytes=169,
-)
-
-# %% ../nbs/03_datasets.ipynb #8bd95f82
-SOURCES: dict[str, Source] = {
-    "glyphs": ClassSource(
-        title="Glyphs: letters of five scripts, drawn with matplotlib's fonts",
-        load=Glyphs,
-        licence="fonts: DejaVu (free), STIX (OFL)",
-        invert=True,
-    ),
-    "omniglot": ClassSource(
-        title="Omniglot: 1,623 handwritten characters of 50 alphabets",
-        load=Omniglot,
-        licence="MIT",
-        invert=True,
-        folder="omniglot",
-        files=("images_background.zip", "images_evaluation.zip"),
-        remotes=OMNIGLOT_FILES,
-        megabytes=16,
-    ),
-    "cifarfs": _CIFAR,
-    "fc100": replace(_CIFAR, title="FC100: CIFAR-100, split by superclass", load=FC100),
-    "miniimagenet": ClassSource(
-        title="mini-ImageNet: 100 classes of ImageNet, 84 x 84",
-        load=MiniImageNet,
-        licence="ImageNet's: research only",
-        folder="mini-imagenet",
-        files=_MINI_FILES,
-    ),
-    "sinusoids": TaskSource(
-        title="Sinusoids: curves of random amplitude and phase, drawn without end",
-        make=Sinusoids,
-        licence="none needed",
-        family="sinusoids",
-        network="mlp",
-        shot=5,
-    ),
-}
-
-# %% ../nbs/03_datasets.ipynb #4660a37e
-def own_source(
-    folder: Path,  # Holds the folders train, val and test, each with a folder per class
-    how: dict[str, Any],  # For `own_images`
-) -> ClassSource:
-    """Make a source of a folder of images; its files are read when they are needed, and not before."""
-    return ClassSource(
-        title=f"images in {_shown(folder)}",
-        load=lambda split, root=None: own_images(folder / split, how),
-        licence="yours",
-        invert=how.get("invert", False),
-        reading={key: how[key] for key in ("size", "channels") if key in how},
-    )
-
-# %% ../nbs/03_datasets.ipynb #3e979635
-def source_of(
-    task: dict[
-        str, Any
-    ],  # Its "data": a name of `SOURCES`, or a folder and how its images are read
-) -> Source:
-    """Find what tasks come from; a folder need not be there yet."""
-    if task["data"] in SOURCES:
-        return SOURCES[task["data"]]
-    return own_source(Path(task["data"]), task)
-
-# %% ../nbs/03_datasets.ipynb #15f4cd97
-def present(
-    name: str,  # A name of `SOURCES`
-    root: str | Path | None = None,  # The data root
-) -> bool:
-    """Say whether a data set can be loaded as it is, without fetching anything."""
-    source = lookup(name, SOURCES, "data set")
-    return all((data_root(root) / source.folder / file).exists() for file in source.files)
-
-
-def fetch(
-    name: str,  # A name of `SOURCES`
-    root: str | Path | None = None,  # The data root
-) -> Path:  # The folder where it lies
-    """Fetch what is missing of a data set; raises DataError, with the way out, where it cannot."""
-    source = lookup(name, SOURCES, "data set")
-    for remote in source.remotes:
-        _obtain(remote, data_root(root))
-    folder = data_root(root) / source.folder
-    if missing := [file for file in source.files if not (folder / file).exists()]:
-        raise DataError(
-            f"{name} cannot be fetched, for its pictures may not be handed on. Put "
-            f"{', '.join(missing)} into {folder}."
-        )
-    return folder
-
-
-def check(
-    name: str,  # A name of `SOURCES`
-    root: str | Path | None = None,  # The data root
-) -> dict[str, dict[str, Any]]:  # Of each split what it says `about` it
-    """Read a data set from end to end, archives included; raises DataError at what is wrong."""
-    source = lookup(name, SOURCES, "data set")
-    fetch(name, root)
-    for remote in source.remotes:
-        if (archive := data_root(root) / remote.path).exists():
-            for _ in members(archive):
-                pass
-    return {split: source.about(split, root) for split in SPLITS}

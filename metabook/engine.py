@@ -22,7 +22,9 @@ from .checks import check_positive
 from .episodes import Episode
 from .kernels import PRECISIONS, lifting, precise, precision_of_now
 from .learners import InnerLoop, Learner, one_number
+from .lending import claiming, here
 from .networks import Statistics, recording, store_running
+from .primitives import LIFTED, TWICE, composing
 from .processes import Shared, recordable, summed_
 from .registry import log, moved
 from metabook.structures import (
@@ -35,17 +37,7 @@ from metabook.structures import (
     tree_map,
     tree_unflatten,
 )
-from metabook.trust import (
-    LIFTED,
-    TWICE,
-    Work,
-    claiming,
-    composing,
-    here,
-    in_our_words,
-    sparing,
-    trusted,
-)
+from .trust import Work, in_our_words, sparing, trusted
 
 # %% auto #0
 __all__ = ['Lift', 'Engine', 'over_tasks', 'choose_lift', 'losses', 'gradients', 'MetaGradient', 'answer']

@@ -33,6 +33,7 @@ from metabook.checks import (
     shot_of,
 )
 from .episodes import Episode, Examples, Frozen, Tasks, one_of
+from .lending import asking, check_alone, claiming, turn
 from metabook.networks import (
     NoScript,
     Parameters,
@@ -44,7 +45,7 @@ from metabook.networks import (
 )
 from .registry import lookup
 from .structures import leaves_of, tree_map
-from .trust import asking, check_alone, claiming, in_our_words, sparing, turn
+from .trust import in_our_words, sparing
 
 # %% auto #0
 __all__ = ['ACCURACY', 'MSE', 'Metric', 'Promising', 'Learner', 'scoring', 'place', 'InnerLoop', 'FastWeights', 'task_loss',

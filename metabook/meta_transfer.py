@@ -15,11 +15,11 @@ from torch.func import grad
 from .checks import check_network, check_positive, check_rate
 from .episodes import Episode, Examples, FewShot, Frozen, Picks, Tasks
 from .learners import InnerLoop
+from .lending import turn
 from .networks import Parameters, call, embedded, recording
 from .registry import register
 from .training import Report
 from .transfer import Descent, Head, linear
-from .trust import turn
 
 # %% auto #0
 __all__ = ['scale_and_shift', 'untouched', 'MetaTransfer', 'class_accuracy', 'HardTasks']

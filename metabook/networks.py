@@ -20,9 +20,11 @@ from torch.nn import functional as F
 from . import kernels
 from .checks import check_positive
 from .episodes import Examples
+from .lending import lending, turn
+from .primitives import TWICE, composing
 from .registry import NETWORKS, lookup, register
 from .structures import tree_leaves
-from .trust import TWICE, composing, copy_of, lending, turn
+from .trust import copy_of
 
 # %% auto #0
 __all__ = ['Statistics', 'Parameters', 'normalise', 'BatchNorm', 'batch_norms', 'recording', 'call', 'embedded', 'parameters_of',

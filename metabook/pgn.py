@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .checks import check_positive
 from .episodes import Episode, Examples
 from .learners import FastWeights, Kind
+from .lending import turn
 from metabook.networks import (
     MLP,
     BatchNorm,
@@ -23,7 +24,6 @@ from metabook.networks import (
     parameters_of,
 )
 from .registry import lookup, register
-from .trust import turn
 
 # %% auto #0
 __all__ = ['FORMS', 'unit_scale', 'FullWriter', 'LowRankWriter', 'RowWriter', 'ScaleWriter', 'make_writers', 'SetEncoder', 'PGN']

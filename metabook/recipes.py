@@ -16,26 +16,15 @@ from torch import nn
 
 from . import processes
 from .checks import spelled
-from .datasets import SOURCES, SPLITS, class_folders, source_of
+from .datasets import SPLITS, class_folders
 from .engine import Engine
 from .episodes import Classes, Examples, FewShot, Tasks, one_of
 from .learners import Learner
 from .meta_transfer import HardTasks
-from metabook.registry import (
-    NETWORKS,
-    at_home,
-    build,
-    commit,
-    hardware,
-    load,
-    lookup,
-    methods,
-    plain,
-    provenance,
-    read_config,
-    save,
-)
+from .registry import NETWORKS, build, lookup, methods, plain
+from .saving import at_home, commit, hardware, load, provenance, read_config, save
 from .scores import evaluate
+from .sources import SOURCES, source_of
 from .structures import tree_map
 from .training import fit
 from .transfer import Batches

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import importlib
 import inspect
 import json
 import logging
-import os
 import pkgutil
 import random
-import shutil
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .structures import tree_map
-
 # %% auto #0
-__all__ = ['log', 'NETWORKS', 'METHODS', 'register', 'methods', 'build', 'save', 'read_config', 'load']
+__all__ = ['log', 'NETWORKS', 'METHODS', 'register', 'methods', 'build']
 
 # %% ../nbs/A02_registry.ipynb #22bda95b
 log = logging.getLogger("metabook")
-
-# %% ../nbs/A02_registry.ipynb #283a2b27
-VERSION = 2  # of the layout of a trained folder
-
-
-# What a method's parts were called in an earlier layout: layout -> method -> part -> its name since.
-RENAMED: dict[int, dict[str, dict[str, str]]] = {1: {"meta-transfer": {"start": "rows"}}}
 
 # %% ../nbs/A02_registry.ipynb #0ec32308
 NETWORKS: dict[str, type[nn.Module]] = {}  # "conv4" -> Conv4
@@ -89,7 +76,7 @@ def noting(name: str, init: Callable[..., None]) -> Callable[..., None]:
         init(self, *args, **kwargs)
         args = dict(list(bound.arguments.items())[1:])
         self.config = {"name": name, "args": args}
-        self._left = {k: _kept(self, k) for k in args}  # as the constructor left them
+        self._left = {k: kept_argument(self, k) for k in args}  # as the constructor left them
 
     return wrapped
 
@@ -102,13 +89,15 @@ def arguments(module: nn.Module) -> dict[str, Any]:
 def changed(module: nn.Module) -> dict[str, Any]:
     "Which plain arguments a registered module keeps in another value than its constructor left, and which."
     kept = getattr(module, "_left", None)
-    now = {k: _kept(module, k) for k in kept} if isinstance(kept, dict) else {}
+    now = {k: kept_argument(module, k) for k in kept} if isinstance(kept, dict) else {}
     return {
-        k: v for k, v in now.items() if _text(v) and _text(kept[k]) and _text(v) != _text(kept[k])
+        k: v
+        for k, v in now.items()
+        if as_text(v) and as_text(kept[k]) and as_text(v) != as_text(kept[k])
     }
 
 # %% ../nbs/A02_registry.ipynb #0c42f17b
-def _kept(module: nn.Module, name: str) -> Any:
+def kept_argument(module: nn.Module, name: str) -> Any:
     "An attribute, where it can be had: a property may compute it, on a device that computes nothing."
     try:
         return getattr(module, name, None)
@@ -116,7 +105,7 @@ def _kept(module: nn.Module, name: str) -> Any:
         return ...
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     "A plain value as JSON; empty for any other."
     try:
         return json.dumps(value, default=number)
@@ -245,425 +234,6 @@ def build_argument(value: Any, default: Any = None) -> Any:
     kind = tuple if isinstance(default, tuple) else list
     return kind(build_argument(v) for v in value) if isinstance(value, list) else value
 
-# %% ../nbs/A02_registry.ipynb #44f818b0
-@contextmanager
-def staged(
-    path: Path,  # where the file shall be
-    data: bytes,  # all of it
-) -> Iterator[Callable[[], None]]:  # call it to put the file there
-    "The data on the disk under a temporary name in the same folder, ready to be renamed."
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield lambda: os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(
-    path: Path,  # where the file shall be
-    data: bytes,  # all of it
-) -> None:
-    "Write under a temporary name in the same folder, then rename: the file is whole or it is not there."
-    with staged(path, data) as put:
-        put()
-
-# %% ../nbs/A02_registry.ipynb #668ad176
-def aside(path: Path) -> Path:
-    "The hidden name of what a file held before it was replaced."
-    return path.with_name(f".{path.name}.before")
-
-# %% ../nbs/A02_registry.ipynb #0723cde7
-@contextmanager
-def kept_aside(
-    path: Path,  # a file of parameters that is to be replaced, and its config.json after it
-) -> Iterator[None]:
-    "Within it the file has a second name, `aside`; a power cut leaves it there."
-    mend(path)
-    if path.exists():
-        try:
-            os.link(path, aside(path))
-        except OSError:  # a file system without second names
-            shutil.copyfile(path, aside(path))
-    try:
-        yield
-    except BaseException:
-        mend(path)
-        raise
-    aside(path).unlink(missing_ok=True)
-
-# %% ../nbs/A02_registry.ipynb #90e1f463
-def mend(path: Path) -> None:
-    "After somebody died between the two renames: of the two files keep the one that config.json means."
-    before = aside(path)
-    if not before.exists():
-        return
-    try:
-        meant = read_config(path.parent)["weights"]
-    except ValueError:  # it means neither
-        meant = None
-    right = path.exists() and checksum(path.read_bytes()) == meant
-    if not right and checksum(before.read_bytes()) == meant:
-        os.replace(before, path)
-    else:
-        before.unlink()
-
-# %% ../nbs/A02_registry.ipynb #24285ec6
-def save(
-    folder: str | Path,  # made where it is missing
-    learner: nn.Module,  # an instance of a registered class
-    **more: Any,  # what else belongs to it: data set, preprocessing, scores (JSON values)
-) -> Path:  # the folder
-    """Write a trained folder, after a look whether it could be loaded.  See `write_folder`.
-
-    Raises `ValueError` where the learner's note would build another learner.
-    """
-    check_loadable(learner, plain("learner", learner))
-    return write_folder(folder, learner, **more)
-
-# %% ../nbs/A02_registry.ipynb #5e6f0002
-def software() -> dict[str, str]:
-    "The versions that compute."
-    import metabook
-
-    return {"metabook": metabook.__version__, "torch": torch.__version__}
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    "What computes: the device, and the threads that may."
-    name = f"cpu with {torch.backends.cpu.get_cpu_capability()}"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {"device": name, "threads": torch.get_num_threads()}
-
-
-@functools.cache  # of the beginning: what it names may change while it runs
-def commit(*beside: str) -> str | None:
-    "The commit of the source, where it is a clone; a `+` says that the library, or what stands beside it, differs."
-    source = Path(__file__).parent
-    tracked = _git(source, "ls-files", "--error-unmatch", "__init__.py")
-    if tracked is None:
-        return None
-    changed = _git(source, "status", "--porcelain", "--", ".", *(f"../{name}" for name in beside))
-    return f"{_git(source, 'rev-parse', '--short=12', 'HEAD')}{'+' * bool(changed)}"
-
-
-def _git(where: Path, *words: str) -> str | None:
-    "What git says there; `None` where it is not to be had, or says no."
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(where), *words], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return None if done.returncode else done.stdout.strip()
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    "Where something comes from: versions, source and device.  A row of results and a run tell it."
-    return software() | hardware(device) | {"commit": commit()}
-
-# %% ../nbs/A02_registry.ipynb #425c3ba7
-def write_folder(
-    folder: str | Path,  # made where it is missing
-    learner: nn.Module,  # an instance of a registered class
-    **more: Any,  # what else belongs to it: data set, preprocessing, scores (JSON values)
-) -> Path:  # the folder
-    """Write `learner.safetensors` and `config.json`, each whole or not at all.
-
-    Both are on the disk before either takes its name, so an error leaves an earlier trained folder as
-    it was, and after a power cut `load` finds the earlier or the new one.  Raises `TypeError` where the
-    learner's class is not registered (nobody could rebuild it) or `more` is not JSON, and `OSError`
-    where the folder cannot be written.
-    """
-    from safetensors.torch import save as to_bytes
-
-    folder, method = at_home(folder), plain("learner", learner)
-    weights = to_bytes({k: on_its_own(v) for k, v in learner.state_dict().items()})
-    config = heading(weights) | {"method": method} | particulars(learner)
-    config |= {k: v for k, v in more.items() if k not in config}  # `load` needs its own as they are
-    text = json.dumps(config, indent=1, allow_nan=False, default=number).encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"learner.safetensors": weights, "config.json": text}
-    with ExitStack() as stack:
-        puts = [stack.enter_context(staged(folder / k, data)) for k, data in files.items()]
-        stack.enter_context(kept_aside(folder / "learner.safetensors"))
-        for put in puts:
-            put()
-    return folder
-
-
-def on_its_own(tensor: Tensor) -> Tensor:
-    "A copy as the file format wants it: on the CPU, in order, sharing its memory with nobody."
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def at_home(path: str | Path) -> Path:
-    "A path as people type it: `~` is their home."
-    return Path(path).expanduser()
-
-
-def heading(weights: bytes, layout: int = VERSION) -> dict[str, Any]:
-    "What every config.json begins with: layout, versions, and which parameters it belongs to."
-    return {"layout": layout} | software() | {"weights": checksum(weights)}
-
-# %% ../nbs/A02_registry.ipynb #56bd01fe
-def checksum(data: bytes) -> str:
-    "SHA-256 in hexadecimal digits."
-    return hashlib.sha256(data).hexdigest()
-
-# %% ../nbs/A02_registry.ipynb #353f30f9
-def read_config(
-    folder: str | Path,  # a trained folder
-) -> dict[str, Any]:
-    "The configuration of a trained folder.  Raises `ValueError` where it is none, or a newer one."
-    path = at_home(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} is no trained folder: it has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        _ = config["layout"], config["weights"] + config["method"]["name"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not the configuration of a trained folder: {type(error).__name__} {error}"[
-                :400
-            ]
-        ) from error
-    check_layout(path, config)
-    return config
-
-# %% ../nbs/A02_registry.ipynb #c55dd811
-class OtherLayout(ValueError):
-    "A file that another version of the library wrote."
-
-
-def check_layout(path: Path, config: dict[str, Any], expected: int = VERSION) -> None:
-    "Raise `OtherLayout` for a file of another layout than this version writes."
-    found, wrote = config["layout"], config.get("metabook", "unknown")
-    if found != expected and not (expected == VERSION and found in RENAMED):
-        raise OtherLayout(
-            f"{path} has layout {found}, this metabook reads layout {expected}: install the "
-            f"version of metabook that wrote it ({wrote}) or a newer one"
-        )
-
-# %% ../nbs/A02_registry.ipynb #289cce9b
-def load(
-    folder: str | Path,  # written by `save`, `fit(folder=...)` or `metabook train`
-) -> nn.Module:
-    """The learner of a trained folder, in evaluation mode, on the CPU, its numbers in the precision they had.
-
-    Nothing in the folder is executed: the method is looked up by name in the registry, and the
-    parameters are plain tensors.  Nothing outside changes, not even the state of the random numbers.
-    Folders that 0.1.0 wrote are read, too.  Raises `ValueError` saying what does not fit.
-    """
-    folder, config = at_home(folder), read_config(folder)
-    state = read_weights(folder / "learner.safetensors", config["weights"])
-    try:
-        learner = remade(*upgraded(config, state))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
-    return learner.eval()
-
-# %% ../nbs/A02_registry.ipynb #885a6c14
-def upgraded(
-    config: dict[str, Any],  # of any layout that can be read
-    state: dict[str, Tensor],  # parameters and buffers
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    "Both under the names that parts have in this layout."
-    new = renamed(config["method"], RENAMED.get(config["layout"], {}))
-
-    def name(old: str) -> str:
-        prefix = next((p for p in new if old.startswith(p)), "")
-        return new.get(prefix, "") + old[len(prefix) :]
-
-    told = {k: tree_map(name, config[k]) for k in ("frozen", "tied") if k in config}
-    if "tables" in config:
-        told["tables"] = {name(k): v for k, v in config["tables"].items()}
-    return config | told, {name(k): t for k, t in state.items()}
-
-# %% ../nbs/A02_registry.ipynb #6ad05a8e
-def renamed(
-    method: dict[
-        str, Any
-    ],  # name and arguments; an argument may be another method, a part of that name
-    table: dict[str, dict[str, str]],  # a value of `RENAMED`
-) -> dict[str, str]:  # "start." -> "rows."
-    "The beginnings of names that have changed, in a method and in those inside."
-    found = {f"{old}.": f"{new}." for old, new in table.get(method["name"], {}).items()}
-    for k, v in method["args"].items():
-        inner = renamed(v, table) if isinstance(v, dict) and "name" in v else {}
-        found |= {f"{k}.{old}": f"{k}.{new}" for old, new in inner.items()}
-    return found
-
-# %% ../nbs/A02_registry.ipynb #75894e5a
-def remade(
-    config: dict[str, Any],  # with "method", and what `particulars` gave
-    state: dict[str, Tensor],  # parameters and buffers
-) -> nn.Module:
-    "A learner made anew, with these numbers in it.  Raises `ValueError` unless they are its own."
-    with undisturbed():
-        if apart := misshapen(blank(config["method"]), state):
-            raise ValueError(f"config.json describes other parameters than its file holds: {apart}")
-        learner = build(config["method"])
-    for first, *others in config.get("tied", ()):
-        for name in others:
-            path, _, last = name.rpartition(".")
-            setattr(learner.get_submodule(path), last, learner.get_parameter(first))
-    kinds = {t.dtype for t in state.values() if t.is_floating_point()}
-    if "tables" not in config and len(kinds) == 1:  # 0.1.0 wrote it, for all the same
-        learner.to(dtype=kinds.pop())
-    give_types(learner, state)
-    learner.load_state_dict(state)
-    give_types(learner, state)  # parameters that waited for their sizes
-    tables = dict(learner.named_buffers())
-    for name, kind in config.get("tables", {}).items():  # made, not saved; some at the first call
-        if name in tables:
-            tables[name].data = tables[name].data.to(getattr(torch, kind))
-    for name, p in learner.named_parameters():
-        if "frozen" in config and p.is_floating_point():
-            p.requires_grad_(name not in config["frozen"])
-    return learner
-
-
-def particulars(learner: nn.Module) -> dict[str, Any]:
-    "What somebody may have done after parameters were made: freeze some, give one two names, cast a table."
-    names: dict[Tensor, list[str]] = {}
-    for name, p in learner.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
-    frozen = [name for name, p in learner.named_parameters() if not p.requires_grad]
-    saved = learner.state_dict().keys()
-    tables = {k: str(b.dtype)[6:] for k, b in learner.named_buffers() if k not in saved}
-    tied = [same for same in names.values() if len(same) > 1]
-    return {"frozen": frozen, "tied": tied, "tables": tables}
-
-# %% ../nbs/A02_registry.ipynb #e5c72807
-def blank(
-    method: dict[str, Any],  # name and arguments
-) -> nn.Module:
-    "A method to be looked at; it needs no memory where it can be built on torch's device without numbers."
-    with undisturbed():
-        try:
-            with torch.device("meta"):
-                return build(method)
-        except Exception:  # such as a constructor that reads a value; the others fail again
-            return build(method)
-
-
-def differences(
-    was: Any,  # a description: dictionaries and lists of plain values
-    now: Any,  # another
-    name: str = "",  # of what is described
-) -> list[str]:
-    "Where two descriptions differ, and how, in words."
-    if not (isinstance(was, dict) and isinstance(now, dict)):
-        return [] if was == now else [f"{name} was {was!r} and is {now!r}"]
-    if was.get("name") != now.get("name"):  # of two kinds of things nothing else compares
-        return [f"{name} was {was.get('name')!r} and is {now.get('name')!r}"]
-    found = [
-        differences(was.get(k), now.get(k), f"{name}.{k}" if name else k) for k in {**was, **now}
-    ]
-    return [d for some in found for d in some]
-
-
-def misshapen(
-    made: nn.Module,  # from `blank`
-    state: dict[str, Tensor],  # parameters
-) -> str:  # the first; empty: there is none
-    "Where parameters are not those that a method makes, in words."
-    found = {k: _shape(t) for k, t in state.items()}
-    shapes = {k: _shape(t) for k, t in made.state_dict().items()}
-    wanted = {k: found.get(k) if s is None else s for k, s in shapes.items()}
-    return next(iter(differences(wanted, found)), "")
-
-# %% ../nbs/A02_registry.ipynb #1879a1b4
-def _shape(t: Tensor) -> tuple[int, ...] | None:
-    "`None` where the first data will decide."
-    return None if nn.parameter.is_lazy(t) else tuple(t.shape)
-
-
-def check_loadable(
-    learner: nn.Module,  # to be saved
-    method: dict[str, Any],  # its note
-) -> None:
-    "Raise `ValueError` where somebody changed the learner after it was made, so that its note makes another."
-    try:
-        made = blank(method)
-        apart = misshapen(made, learner.state_dict()) or unlike(learner, made)
-    except ValueError as error:
-        apart = str(error)
-    if apart:
-        raise ValueError(
-            f"this {type(learner).__name__} could be saved, but never loaded as it is: {apart}; expected what its "
-            "registered classes make of the arguments they noted: make the change in a constructor, by an argument"
-        )
-
-# %% ../nbs/A02_registry.ipynb #c7fb8a19
-def unlike(
-    learner: nn.Module,
-    made: nn.Module,  # from its note
-) -> str:  # the first; empty: there is none
-    "Where the parts of a learner are not those that its note makes, or keep other arguments, in words."
-    parts, others = (dict(m.named_modules(remove_duplicate=False)) for m in (learner, made))
-    for name, other in others.items():
-        part, here = parts.get(name), name or "itself"
-        was, now = (type(m).__name__.removeprefix("Lazy") for m in (other, part))
-        if was != now:
-            return f"{here} was {was} and is {now}"
-        for k, v in changed(part).items():
-            if (text := _text(kept := _kept(other, k))) and text != _text(v):
-                return f"{here}.{k} was {kept!r} and is {v!r}"
-    return ""
-
-# %% ../nbs/A02_registry.ipynb #68992fc1
-def give_types(learner: nn.Module, state: dict[str, Tensor]) -> None:
-    "Bring each parameter and buffer to the precision of its saved value; each may have its own."
-    for name, t in [*learner.named_parameters(), *learner.named_buffers()]:
-        if name in state and t.dtype != state[name].dtype:
-            t.data = t.data.to(state[name].dtype)
-
-
-def read_weights(
-    path: Path,  # a safetensors file
-    expected: str,  # its checksum
-) -> dict[str, Tensor]:
-    "The tensors of a file.  Raises `ValueError` unless it is the very file that the checksum names."
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
-
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no file, but a folder or a device")
-        data = path.read_bytes()
-        if checksum(data) != expected and aside(path).is_file():  # `save` was cut off
-            data = aside(path).read_bytes()
-        if checksum(data) != expected:
-            raise ValueError("its checksum is not the one in the JSON file")
-        return from_bytes(data)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} does not hold the parameters that its JSON file describes: {error}. It is damaged, "
-            "or only one of the two files was replaced: copy both again, or train again"
-        ) from error
-
-# %% ../nbs/A02_registry.ipynb #5ad30c1e
-def rehearse(
-    learner: nn.Module,  # that is to be trained and saved
-) -> nn.Module:  # what `load` would give
-    """Save and load in miniature, before the training and not after it.
-
-    Raises `TypeError` where a class is not registered or an argument is no plain value, `ValueError` where
-    the note cannot be built, or makes another learner.
-    """
-    method = json.loads(json.dumps(plain("learner", learner)))
-    check_loadable(learner, method)
-    if any(map(nn.parameter.is_lazy, learner.parameters())):
-        return learner  # nothing is known of it yet
-    state = {k: v.detach() for k, v in learner.state_dict().items()}
-    return remade({"method": method} | particulars(learner), state)
-
 # %% ../nbs/A02_registry.ipynb #5e6f0001
 def moved(
     module: str,  # that had them
@@ -679,14 +249,3 @@ def moved(
         return getattr(importlib.import_module(homes[name]), name)
 
     return find
-
-# %% ../nbs/A02_registry.ipynb #fa91419e
-def check_writable(what: str, value: Any) -> None:
-    "Raise `ValueError` for numbers that JSON does not have, `TypeError` for what are none."
-    try:
-        json.dumps(value, allow_nan=False, default=number)
-    except ValueError as error:
-        raise ValueError(
-            f"{what}={value!r} cannot be written as JSON, which has no NaN and no infinity: expected finite numbers, "
-            "or None where there is none"
-        ) from error

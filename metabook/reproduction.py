@@ -15,7 +15,6 @@ import torch
 
 import metabook
 from .checks import check_device
-from .datasets import SOURCES
 from .episodes import Classes, FewShot, Tasks
 from .learners import Learner
 from .networks import parameter_count
@@ -31,14 +30,10 @@ from metabook.recipes import (
     run_recipe,
     unseen_tasks,
 )
-from metabook.registry import (
-    at_home,
-    load,
-    lookup,
-    read_config,
-    write_atomically,
-)
+from .registry import lookup
+from .saving import at_home, load, read_config, write_atomically
 from .scores import evaluate, paired
+from .sources import SOURCES
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'REPRODUCTIONS', 'RESULTS', 'Published', 'reproduce', 'reports', 'table']

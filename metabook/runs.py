@@ -37,24 +37,21 @@ from metabook.learners import (
     start_training,
     timed,
 )
-from metabook.registry import (
+from .lending import claiming
+from .registry import log, number, plain, undisturbed
+from metabook.saving import (
     at_home,
     check_writable,
     differences,
     hardware,
-    log,
-    number,
-    plain,
     read_config,
     rehearse,
     software,
-    undisturbed,
     write_atomically,
     write_folder,
 )
 from .scores import Score, evaluate
 from .structures import tree_leaves, tree_map
-from .trust import claiming
 
 # %% auto #0
 __all__ = ['Listener', 'Run', 'Log', 'Validation', 'Checkpoints', 'Patience']

@@ -21,7 +21,8 @@ from .checks import shot_of
 from .engine import combined, gradients, losses
 from .episodes import Episode, Examples, Tasks
 from .learners import FastWeights, InnerLoop, Learner
-from .registry import METHODS, load, methods, save
+from .registry import METHODS, methods
+from .saving import load, save
 from .structures import leaves_of, tree_leaves, tree_map
 
 # %% auto #0

@@ -4,532 +4,30 @@
 from __future__ import annotations
 
 import copy
-import os
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import contextmanager
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from .kernels import as_built, precise
+from .kernels import precise
+from .lending import Impossible, turn
+from .primitives import plain, spared_now, verified_here
 from .processes import Shared, summed_
 from .registry import log
 from .structures import tree_leaves, tree_map
 
 # %% auto #0
-__all__ = ['LIFTED', 'MOST', 'TOLERANCE', 'VERIFIED', 'proven']
-
-# %% ../nbs/A6_trust.ipynb #678bd65f
-def _normalised(
-    x: Tensor,
-    axes: tuple[int, ...],  # that share a mean and a variance
-    eps: float,
-    given: tuple[Tensor, Tensor] | None = None,  # mean and variance that broadcast; `None`: of x
-) -> Tensor:
-    "Centred and divided by the standard deviation."
-    mean = x.mean(axes, keepdim=True) if given is None else given[0]
-    centred = x - mean
-    var = centred.square().mean(axes, keepdim=True) if given is None else given[1]
-    return centred * torch.rsqrt(var + eps)
-
-
-def _by_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    "Scale and shift of `[n, channels, *space]`."
-    shape = (1, -1) + (1,) * (x.ndim - 2)
-    x = x if weight is None else x * weight.view(shape)
-    return x if bias is None else x + bias.view(shape)
-
-# %% ../nbs/A6_trust.ipynb #d2bd6a22
-def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, *_):
-    "`F.layer_norm`."
-    y = _normalised(input, tuple(range(-len(normalized_shape), 0)), eps)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
-    "`F.batch_norm`, where nothing is written."
-    if training and running_mean is not None:  # PyTorch's own refusal says what is wrong
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    shape = (1, -1) + (1,) * (input.ndim - 2)
-    given = None if training else (running_mean.view(shape), running_var.view(shape))
-    y = _normalised(input, (0, *range(2, input.ndim)), eps, given)
-    return _by_channel(y, weight, bias)
-
-
-def instance_norm(
-    input,
-    running_mean=None,
-    running_var=None,
-    weight=None,
-    bias=None,
-    use_input_stats=True,
-    momentum=0.1,
-    eps=1e-5,
-):
-    "`F.instance_norm`, where nothing is written."
-    if running_mean is not None:
-        how = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-        return F.instance_norm(input, *how)
-    return _by_channel(_normalised(input, tuple(range(2, input.ndim)), eps), weight, bias)
-
-
-def embedding(
-    input,
-    weight,
-    padding_idx=None,
-    max_norm=None,
-    norm_type=2.0,
-    scale_grad_by_freq=False,
-    sparse=False,
-):
-    "`F.embedding`; the padding row is a constant.  Raises `ValueError` for what it could not get right."
-    if max_norm is not None:
-        raise ValueError(
-            f"Embedding(max_norm={max_norm}) writes into its weight whenever it is asked, and asking shall "
-            "change nothing: leave max_norm out, and normalise the rows where they are used"
-        )
-    if scale_grad_by_freq:
-        raise ValueError(
-            "Embedding(scale_grad_by_freq=True) has a wrong second derivative in PyTorch: leave it out"
-        )
-    rows = F.embedding(input, weight, None, None, norm_type, False, sparse)
-    if padding_idx is None:
-        return rows
-    padding = (input == padding_idx % len(weight))[..., None]
-    return torch.where(padding, rows.detach(), rows)
-
-
-def attention(
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-):
-    "`F.scaled_dot_product_attention`: a softmax of products.  Source: Vaswani et al. 2017, equation 1."
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
-    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal and attn_mask is not None:
-        raise ValueError("is_causal=True beside attn_mask: give one of them")
-    if is_causal:
-        attn_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-    if attn_mask is None:
-        return F.dropout(logits.softmax(-1), dropout_p) @ value
-    masked = attn_mask.dtype == torch.bool
-    logits = logits.masked_fill(~attn_mask, -torch.inf) if masked else logits + attn_mask
-    nothing = (logits == -torch.inf).all(-1, keepdim=True)  # such a query sees nobody: zero
-    weights = logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-    return F.dropout(weights, dropout_p) @ value
-
-# %% ../nbs/A6_trust.ipynb #d66cd8f0
-def multi_head_attention(*args, **kwargs):
-    "`F.multi_head_attention_forward`, by the branch that computes attention weights: it is not fused."
-    wanted = kwargs.pop("need_weights", True)
-    if wanted:
-        return F.multi_head_attention_forward(*args, need_weights=True, **kwargs)
-    kwargs["average_attn_weights"] = False
-    return F.multi_head_attention_forward(*args, need_weights=True, **kwargs)[0], None
-
-
-def _without_cudnn(function: Callable[..., Any]) -> Callable[..., Any]:
-    "A recurrent layer without cuDNN."
-
-    def recurrent(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(a, Tensor) and a.is_cuda for a in args):
-            return function(*args, **kwargs)
-        with torch.backends.cudnn.flags(enabled=False):
-            return function(*args, **kwargs)
-
-    return recurrent
-
-# %% ../nbs/A6_trust.ipynb #f7c446cd
-def embedding_bag(
-    input,
-    weight,
-    offsets=None,
-    max_norm=None,
-    norm_type=2.0,
-    scale_grad_by_freq=False,
-    mode="mean",
-    sparse=False,
-    per_sample_weights=None,
-    include_last_offset=False,
-    padding_idx=None,
-):
-    "`F.embedding_bag`: the mean or sum of embeddings, without those of the padding."
-    others = offsets is not None or max_norm is not None or scale_grad_by_freq or sparse
-    weighted = per_sample_weights is not None and mode != "sum"  # which PyTorch refuses
-    if input.ndim != 2 or others or weighted or mode == "max":
-        how = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse)
-        more = (per_sample_weights, include_last_offset, padding_idx)
-        return F.embedding_bag(input, weight, *how, *more)
-    share = torch.ones_like(input, dtype=weight.dtype)
-    if padding_idx is not None:
-        share = (input != padding_idx % len(weight)).to(weight.dtype)
-    counted = share.sum(1, keepdim=True).clamp_min(1)
-    share = share if per_sample_weights is None else share * per_sample_weights
-    total = (share[..., None] * F.embedding(input, weight)).sum(1)
-    return total / counted if mode == "mean" else total
-
-
-def hardsigmoid(input, inplace=False):
-    "`F.hardsigmoid`, which has no second derivative of its own."
-    y = F.relu6(input + 3) / 6
-    return input.copy_(y) if inplace else y
-
-
-def weight_norm(v, g, dim=0):
-    "`torch._weight_norm`, whose second derivative is wrong on a CPU, lifted or not."
-    others = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
-    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=True))
-
-# %% ../nbs/A6_trust.ipynb #aacdfa55
-TWICE: dict[Callable[..., Any], Callable[..., Any]] = {  # in inner steps
-    F.scaled_dot_product_attention: attention,
-    F.multi_head_attention_forward: multi_head_attention,
-    F.embedding: embedding,
-    F.embedding_bag: embedding_bag,
-    F.hardsigmoid: hardsigmoid,
-    torch._weight_norm: weight_norm,
-    Tensor.data.__get__: Tensor.detach,  # under a transform `.data` is no constant
-    **{f: _without_cudnn(f) for f in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)},
-}
-
-# %% ../nbs/A6_trust.ipynb #1f6e60d8
-LIFTED: dict[Callable[..., Any], Callable[..., Any]] = TWICE | {  # in a lift
-    F.layer_norm: layer_norm,
-    torch.layer_norm: layer_norm,
-    F.batch_norm: batch_norm,
-    F.instance_norm: instance_norm,
-}
-
-# %% ../nbs/A6_trust.ipynb #d5e5e8e9
-_table: ContextVar[dict[Any, Any] | None] = ContextVar("table", default=None)
-
-
-_spared: ContextVar[bool] = ContextVar("spared", default=False)  # nothing of the table is needed
-
-
-@contextmanager
-def sparing(
-    learner: nn.Module,  # that is about to be used
-) -> Iterator[None]:
-    "Within it nobody listens to functions, or looks after layers, where all parts are known to need neither."
-    if torch.compiler.is_compiling():
-        yield
-        return
-    token = _spared.set(proven(learner) and not any(_composed(m) for m in learner.modules()))
-    try:
-        yield
-    finally:
-        _spared.reset(token)
-
-
-def _composed(module: nn.Module) -> bool:
-    "Is it a verified layer that is right because of the table?"
-    return isinstance(module, nn.LayerNorm | nn.Hardsigmoid)
-
-
-class _Composed(TorchFunctionMode):
-    "Functions of a table are computed by what stands beside them."
-
-    def __init__(self, table: dict[Any, Any]):
-        self.table = table
-        super().__init__()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return self.table.get(function, function)(*args, **(kwargs or {}))
-
-# %% ../nbs/A6_trust.ipynb #5f59bccf
-@contextmanager
-def composing(
-    table: dict[Any, Any],  # `TWICE` or `LIFTED`
-    again: bool = False,  # in a backward pass: PyTorch puts modes aside there
-) -> Iterator[None]:
-    "Within it, functions of the table are computed from primitives.  The larger table counts."
-    now = _table.get()
-    if _spared.get() or (now is not None and len(now) >= len(table) and not again):
-        yield
-        return
-    token = _table.set(table)
-    try:
-        with _Composed(table):
-            yield
-    finally:
-        _table.reset(token)
-
-# %% ../nbs/A6_trust.ipynb #9f041c97
-_turn = threading.RLock()  # for as long as tensors are in a network that are not its own
-
-# %% ../nbs/A6_trust.ipynb #5f4b279a
-def turn() -> AbstractContextManager[Any]:
-    "Around reading a network's parameters: within it no other thread has its tensors in there."
-    return nullcontext() if torch.compiler.is_compiling() else _turn
-
-# %% ../nbs/A6_trust.ipynb #de843696
-@contextmanager
-def lending(
-    network: nn.Module,  # whose places are filled
-    tensors: dict[str, Tensor],  # by these, under the names of its parameters and buffers
-) -> Iterator[None]:
-    """Within it, tensors stand in the places of others; afterwards everything is as it was.
-
-    Raises `ValueError` for a name that the network does not have, and `RuntimeError` where another
-    thread trains it.
-    """
-    with _turn:
-        check_free(network)
-        filled = list(_places(network, tensors))
-        odd = [] if _spared.get() else _odd(network)
-        kept = [(m, _content(m)) for m in odd]
-        before = [holder[key] for holder, key, _ in filled]
-        try:
-            for holder, key, tensor in filled:
-                holder[key] = tensor
-            with _nothing_again() if filled else nullcontext():
-                yield
-        finally:
-            for (holder, key, _), own in zip(filled, before, strict=True):
-                holder[key] = own
-            lost = [m for m, content in kept if _give_back(m, content)]
-        if lost:
-            raise Impossible(
-                f"{type(lost[0]).__name__}: it puts a tensor of one task into its buffer",
-                'keep averages outside of a lift, as metabook.networks.BatchNorm(stats="running") does',
-            )
-
-
-def _nothing_again() -> Any:
-    "Computing activations again, on the way back, would find the network's own tensors in place."
-    return torch.autograd.graph.disable_saved_tensors_hooks("activations computed again")
-
-
-def _places(
-    network: nn.Module, tensors: dict[str, Tensor]
-) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    "Where each tensor belongs: the dictionary of a module, and the key in it; each once."
-    named: dict[tuple[int, str], Tensor] = {}
-    shared: dict[int, Tensor] = {}  # by the parameter in whose place it stands
-    for name, tensor in tensors.items():
-        holder, key = _holder(network, name)
-        named[id(holder), key] = tensor
-        if holder[key] is not None:
-            shared[id(holder[key])] = tensor
-    for module in network.modules() if tensors else ():
-        for holder in (module._parameters, module._buffers):
-            for key, own in holder.items():
-                new = named.get((id(holder), key), shared.get(id(own)))
-                if new is not None:
-                    yield holder, key, new
-
-
-def _holder(network: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    "The dictionary that holds a parameter or buffer, and the key in it."
-    path, _, key = name.rpartition(".")
-    try:
-        module = network.get_submodule(path)
-    except AttributeError:
-        module = nn.Module()
-    for holder in (module._parameters, module._buffers):
-        if key in holder:
-            return holder, key
-    raise ValueError(
-        f"{name!r} is no parameter or buffer of {type(network).__name__}: give names as "
-        "named_parameters() has them"
-    )
-
-
-def _odd(network: nn.Module) -> list[nn.Module]:
-    "The parts that may remember something."
-    names = verified_here(network)
-    return [m for m in network.modules() if not plain(m, names)]
-
-
-_OWN = frozenset(vars(nn.Module())) - {"_buffers"}  # what every module has: no place to remember in
-
-
-def _content(module: nn.Module) -> dict[str, Any]:
-    "What a module holds; lists and dictionaries as they are now."
-    held = {k: v for k, v in vars(module).items() if k not in _OWN}
-    return {k: (v, copy.copy(v) if type(v) in (list, dict) else None) for k, v in held.items()}
-
-
-def _give_back(module: nn.Module, content: dict[str, Any]) -> bool:
-    """Let go of tensors that it came to hold, for what was held before.
-
-    Buffers are another matter: a layer may replace them, but not by what belongs to a lift, and that
-    it tried to is told.
-    """
-    held = vars(module)
-    lost = _computed(held["_buffers"])
-    names = [k for k in held if k not in _OWN and (k != "_buffers" or lost)]
-    if not any(_came(held[k], content.get(k)) for k in names):
-        return False
-    for name in names:  # all together: a recurrent layer also notes whose weights it holds
-        before, items = content.get(name, (None, None))
-        if name not in content:
-            del held[name]
-        elif items is not None:
-            before.clear()
-            (before.extend if isinstance(before, list) else before.update)(items)
-            held[name] = before
-        elif type(held[name]) not in (bool, int, float, str):  # whoever counts goes on
-            held[name] = before
-    return lost
-
-
-def _came(now: Any, content: tuple[Any, Any] | None) -> bool:
-    "Does it hold a tensor that was not there before?"
-    before, items = content or (None, None)
-    known = {id(t) for t in tree_leaves(before if items is None else items)}
-    return any(isinstance(t, Tensor) and id(t) not in known for t in tree_leaves(now))
-
-
-def _computed(value: Any) -> bool:
-    "Does it hold a tensor that hangs on a graph, or on a lift?"
-    tensors = (t for t in tree_leaves(value) if isinstance(t, Tensor))
-    return any(is_functorch_wrapped_tensor(t) or t.grad_fn is not None for t in tensors)
-
-# %% ../nbs/A6_trust.ipynb #ff9ad0e7
-_claims: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()  # module -> whose it is
-
-
-_mine: ContextVar[object] = ContextVar("mine", default=None)  # what this thread claims by
-
-
-_asking: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()  # learner -> its threads
-
-
-def _renew() -> None:
-    "In a process that was forked there is one thread, and nobody holds the turn."
-    global _turn
-    _turn = threading.RLock()
-    _claims.clear(), _asking.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
-
-
-def check_free(module: nn.Module) -> None:
-    "Raise `RuntimeError` where another thread has claimed it."
-    owner = _claims.get(module)
-    if owner is not None and owner is not _mine.get():
-        raise RuntimeError(
-            f"this {type(module).__name__} is being trained, or its mode changed, in another thread: wait for "
-            "it, or ask a copy (copy.deepcopy) that was made before"
-        )
-
-# %% ../nbs/A6_trust.ipynb #63bd4d5d
-@contextmanager
-def claiming(
-    learner: nn.Module,  # with all its parts
-) -> Iterator[None]:
-    """Within it, only this thread may use a learner: to train it, or to change its mode.
-
-    Raises `RuntimeError` where another thread claims it already, or is asking it.
-    """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    mine = _mine.get() or object()
-    with _turn:
-        check_alone(learner)
-        fresh = [m for m in learner.modules() if m not in _claims]
-        _claims.update(dict.fromkeys(fresh, mine))
-    token = _mine.set(mine)
-    try:
-        yield
-    finally:
-        _mine.reset(token)
-        with _turn:
-            for module in fresh:
-                _claims.pop(module, None)
-
-# %% ../nbs/A6_trust.ipynb #e5849cac
-def check_alone(learner: nn.Module) -> None:
-    "Raise `RuntimeError` where another thread has claimed a part of it, or is asking it."
-    for module in learner.modules():
-        check_free(module)
-    if set(_asking.get(learner, ())) - {threading.get_ident()}:
-        raise RuntimeError(
-            f"this {type(learner).__name__} is answering in another thread: wait for it, or train a copy "
-            "(copy.deepcopy)"
-        )
-
-# %% ../nbs/A6_trust.ipynb #d260e0e7
-@contextmanager
-def asking(
-    learner: nn.Module,  # that is about to adapt and predict
-) -> Iterator[None]:
-    "Within it, no other thread may train this learner or change its mode.  Raises `RuntimeError`."
-    if torch.compiler.is_compiling():
-        yield
-        return
-    with _turn:
-        check_free(learner)
-        threads = _asking.setdefault(learner, [])
-        threads.append(threading.get_ident())
-    try:
-        yield
-    finally:
-        with _turn:
-            threads.remove(threading.get_ident())
-
-
-def here() -> Callable[[], Any]:
-    "What brings claim and table back in a backward pass, which may run in another thread."
-    claim, table, spared = _mine.get(), _table.get(), _spared.get()
-
-    @contextmanager
-    def there() -> Iterator[None]:
-        tokens = _mine.set(claim), _spared.set(spared)
-        try:
-            with nullcontext() if table is None else composing(table, again=True):
-                yield
-        finally:
-            _mine.reset(tokens[0])
-            _spared.reset(tokens[1])
-
-    return there
-
-# %% ../nbs/A6_trust.ipynb #c15ff640
-HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Identity)
+__all__ = ['MOST', 'TOLERANCE', 'proven']
 
 # %% ../nbs/A6_trust.ipynb #ad41f3b0
 MOST = 2  # sets of shapes of a learner, in one mode on one device, that are tried
 
 
 TOLERANCE = 1e-7  # relative, in float64: rounding is below it, what is wrong far above
-
-# %% ../nbs/A6_trust.ipynb #7fb24d46
-# Layers of the grid that are right whatever their arguments: no Dropout and no Embedding is among them.
-RIGHT = """
-AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool1d AvgPool2d CELU Conv1d Conv2d Conv3d
-ConvTranspose1d ConvTranspose2d ELU Flatten GELU GLU GroupNorm Hardshrink Hardsigmoid Hardswish
-Hardtanh LPPool2d LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax MaxPool1d
-MaxPool2d MaxPool3d Mish PReLU PixelShuffle RMSNorm ReLU ReLU6 ReflectionPad2d SELU Sequential SiLU
-Sigmoid Softmax Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold Unflatten Unfold
-Upsample
-"""
-
-# %% ../nbs/A6_trust.ipynb #1be113e0
-VERIFIED = {("2.13", "cpu"): frozenset(RIGHT.split())}  # where: version of torch, kind of device
 
 # %% ../nbs/A6_trust.ipynb #eea8b4e9
 Work = Callable[[nn.Module, Any, Literal["loop", "vmap"]], list[Tensor]]
@@ -540,32 +38,31 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, str]]] = WeakKeyDiction
 
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
-
-def verified_here(
-    module: nn.Module,  # whose device counts
-) -> frozenset[str]:
-    "The names of the layers that need no trial."
-    version = ".".join(torch.__version__.split(".")[:2])
-    device = next((p.device.type for p in module.parameters()), "cpu")
-    return VERIFIED.get((version, device), frozenset())
-
-# %% ../nbs/A6_trust.ipynb #aa40abb4
-def plain(
-    module: nn.Module,
-    names: frozenset[str],  # of verified layers
-) -> bool:
-    "Is this a part of metabook, or a verified layer, and as it was built?"
-    if type(module) in HOLDERS:  # which compute nothing
-        return True
-    home, name = type(module).__module__, type(module).__name__
-    known = home.startswith("metabook.") or (home.startswith("torch.nn.modules.") and name in names)
-    return known and as_built(module)
-
 # %% ../nbs/A6_trust.ipynb #bf4c64ed
 def proven(learner: nn.Module) -> bool:
     "Is it made of parts that need no trial?"
     names = verified_here(learner)
     return all(plain(m, names) for m in learner.modules())
+
+# %% ../nbs/A6_trust.ipynb #bf4c64ee
+@contextmanager
+def sparing(
+    learner: nn.Module,  # that is about to be used
+) -> Iterator[None]:
+    "Within it nobody listens to functions, or looks after layers, where all parts are known to need neither."
+    if torch.compiler.is_compiling():
+        yield
+        return
+    token = spared_now.set(proven(learner) and not any(_composed(m) for m in learner.modules()))
+    try:
+        yield
+    finally:
+        spared_now.reset(token)
+
+
+def _composed(module: nn.Module) -> bool:
+    "Is it a verified layer that is right because of the table?"
+    return isinstance(module, nn.LayerNorm | nn.Hardsigmoid)
 
 # %% ../nbs/A6_trust.ipynb #35b3dc24
 def trusted(
@@ -597,7 +94,7 @@ def objection(
     shared: Shared | None = None,  # processes that do the same now, with tasks of their own
 ) -> str | None:
     "Why the second way is not to be trusted; empty where it is, `None` where nobody can tell."
-    if _spared.get() or proven(learner):
+    if spared_now.get() or proven(learner):
         return ""
     settings = tuple(v for v in vars(learner).values() if type(v) in (bool, int, float, str))
     learns = tuple(p.requires_grad for p in learner.parameters())
@@ -775,14 +272,6 @@ REFUSALS = (  # what PyTorch says, what the layer does, what to do
         "use first_order=True, or another layer",
     ),
 )
-
-
-class Impossible(RuntimeError):
-    "A layer does what cannot be lifted, or cannot be differentiated twice."
-
-    def __init__(self, what: str, remedy: str):
-        super().__init__(f"{what}: {remedy}")
-        self.what = what
 
 
 # How PyTorch says that two numbers are of different precision.

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 
 from bench.cases import QUERIES, episodes_of, speed_cases
-from metabook.datasets import SOURCES, DataError, present
+from metabook.datasets import DataError
 from metabook.episodes import Frozen
 from metabook.recipes import unseen_tasks
-from metabook.registry import write_atomically
+from metabook.saving import write_atomically
+from metabook.sources import SOURCES, present
 from metabook.structures import tree_leaves
 from metabook.training import VALIDATION, VALIDATION_TASKS
 

@@ -9,12 +9,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from metabook.datasets import Glyphs, Omniglot, present
+from metabook.datasets import Glyphs, Omniglot
 from metabook.engine import gradients, over_tasks
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.kernels import channels_last
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
+from metabook.sources import present
 
 
 def test_multiplications_are_counted():

@@ -14,8 +14,9 @@ import torch
 from metabook.episodes import Classes, FewShot
 from metabook.learners import Learner
 from metabook.recipes import make_learner, network_of, unseen_tasks
-from metabook.registry import load, methods
+from metabook.registry import methods
 from metabook.reproduction import BUDGETS, PUBLISHED, REPRODUCTIONS, ROWS, Attempt, reproduce, table
+from metabook.saving import load
 from metabook.training import Outer
 
 

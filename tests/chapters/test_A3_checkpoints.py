@@ -25,7 +25,7 @@ from metabook.checkpoints import (
     unpack,
     write_checkpoint,
 )
-from metabook.registry import differences
+from metabook.saving import differences
 
 
 def test_what_is_packed_comes_out_again():

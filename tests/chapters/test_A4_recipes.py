@@ -23,7 +23,8 @@ from metabook.recipes import (
     recipe_for,
     run_recipe,
 )
-from metabook.registry import methods, register, save
+from metabook.registry import methods, register
+from metabook.saving import save
 
 
 def test_a_recipe_names_networks():

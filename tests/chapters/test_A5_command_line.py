@@ -13,8 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from metabook.cli import app, engine_words, networks_said, settings
-from metabook.datasets import SOURCES
 from metabook.engine import Engine
+from metabook.sources import SOURCES
 
 
 def test_settings_read_json_or_text():

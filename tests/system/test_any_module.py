@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metabook import trust
+from metabook import lending, primitives, trust
 from metabook.engine import Engine, gradients, losses
 from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
 from metabook.learners import Learner
@@ -81,7 +81,7 @@ def test_the_meta_gradient_through_a_normalisation_is_that_of_a_plain_loop(norm:
     net = nn.Sequential(nn.Linear(1, 16), NORMS[norm](), nn.Tanh(), nn.Linear(16, 1)).double()
     learner, episodes = MAML(net, lr=0.1, steps=5, kind="regression").train(), waves()
     if norm == "weight":  # PyTorch's own second derivative is wrong on a CPU, so the loop is ours
-        with trust.composing(trust.TWICE):
+        with primitives.composing(primitives.TWICE):
             wanted = by_hand(net, episodes, 0.1, 5)
     else:
         wanted = by_hand(net, episodes, 0.1, 5)
@@ -300,7 +300,7 @@ def test_two_threads_cannot_train_one_learner():
     def train() -> Run:
         return fit(learner, VECTORS, steps=1, **QUIET)
 
-    with trust.claiming(learner), ThreadPoolExecutor(1) as pool:
+    with lending.claiming(learner), ThreadPoolExecutor(1) as pool:
         with pytest.raises(RuntimeError, match=r"ProtoNet is being trained.* in another thread"):
             pool.submit(train).result()
         with pytest.raises(RuntimeError, match="in another thread"):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metabook import datasets
+from metabook import datasets, sources
 from metabook.datasets import DataError
 
 # --- archives
@@ -277,14 +277,14 @@ def test_wrong_omniglot(
 
 def test_check_reads_the_archives_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "OMNIGLOT", datasets.OMNIGLOT[:3])
-    kept = replace(datasets.SOURCES["omniglot"], load=datasets.Glyphs)  # as if from kept arrays
-    monkeypatch.setitem(datasets.SOURCES, "omniglot", kept)
+    kept = replace(sources.SOURCES["omniglot"], load=datasets.Glyphs)  # as if from kept arrays
+    monkeypatch.setitem(sources.SOURCES, "omniglot", kept)
     omniglot_in(tmp_path, b"any content")
-    assert datasets.check("omniglot", tmp_path)["val"]["classes"] == 195
+    assert sources.check("omniglot", tmp_path)["val"]["classes"] == 195
     archive = tmp_path / "omniglot" / "images_evaluation.zip"
     archive.write_bytes(archive.read_bytes().replace(b"any content", b"bad content", 1))
     with pytest.raises(DataError, match=r"images_evaluation\.zip is damaged"):
-        datasets.check("omniglot", tmp_path)
+        sources.check("omniglot", tmp_path)
 
 
 def cifar_in(root: Path) -> Path:
@@ -382,19 +382,19 @@ def remote(url: str, md5: str = hashlib.md5(CONTENT).hexdigest()) -> datasets.Re
 
 
 def test_a_download_arrives_whole(tmp_path: Path, server: str) -> None:
-    path = datasets._obtain(remote(f"{server}/good.zip"), tmp_path)
+    path = datasets.obtain(remote(f"{server}/good.zip"), tmp_path)
     assert path == tmp_path / "set" / "good.zip" and path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["good.zip"]
     path.write_bytes(b"mine")  # what is there already is taken as it is
-    assert datasets._obtain(remote("http://127.0.0.1:9/"), tmp_path).read_bytes() == b"mine"
+    assert datasets.obtain(remote("http://127.0.0.1:9/"), tmp_path).read_bytes() == b"mine"
 
 
 def test_an_archive_is_unpacked_where_files_are_missing(tmp_path: Path, server: str) -> None:
     parts = replace(remote(f"{server}/good.zip"), gives=("some/file",))
-    datasets._obtain(parts, tmp_path)
+    datasets.obtain(parts, tmp_path)
     assert (tmp_path / "set" / "some" / "file").read_bytes() == b"content"
     (tmp_path / "set" / "good.zip").unlink()
-    datasets._obtain(parts, tmp_path)  # its files are there: nothing to fetch
+    datasets.obtain(parts, tmp_path)  # its files are there: nothing to fetch
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_an_archive_is_unpacked_where_files_are_missing(tmp_path: Path, server: 
 )
 def test_downloads_that_fail(tmp_path: Path, server: str, path: str, md5: str, words: str) -> None:
     with pytest.raises(DataError, match=words) as caught:
-        datasets._obtain(remote(server + path, md5), tmp_path)
+        datasets.obtain(remote(server + path, md5), tmp_path)
     assert server + path in str(caught.value)
     assert f"put it at {tmp_path / 'set' / 'good.zip'}" in str(caught.value)
     assert not list((tmp_path / "set").iterdir())  # nothing is left behind

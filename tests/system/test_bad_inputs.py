@@ -24,7 +24,7 @@ import torch
 from test_bad_data import huge, png, read_all, tarred, zipped
 from torch import nn
 
-from metabook import datasets, processes, recipes, registry, reproduction
+from metabook import datasets, processes, recipes, registry, reproduction, saving, sources
 from metabook.checks import check_every_class
 from metabook.cli import main
 from metabook.datasets import DataError
@@ -38,7 +38,8 @@ from metabook.meta_transfer import HardTasks, MetaTransfer
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet
-from metabook.registry import NETWORKS, methods, save
+from metabook.registry import NETWORKS, methods
+from metabook.saving import save
 from metabook.scores import calibration, evaluate, paired
 from metabook.testing import check_learner
 from metabook.training import fit
@@ -673,7 +674,7 @@ DATA = {
         ),
     ),
     "an unknown data set": Row(
-        lambda _: datasets.check("omniglott"),
+        lambda _: sources.check("omniglott"),
         *(ValueError, "data set", "'omniglott'", "known are cifarfs", "did you mean 'omniglot'"),
     ),
     "a folder that is not there": Row(
@@ -780,7 +781,7 @@ def loaded(spoil: Callable[[Path], Any]) -> Callable[[Path], Any]:
     def load(at: Path) -> Any:
         save(at, small())
         spoil(at)
-        return registry.load(at)
+        return saving.load(at)
 
     return load
 
@@ -954,7 +955,7 @@ RUNS = {
     ),
     "a folder of a later version": Row(
         loaded(newer),
-        registry.OtherLayout,
+        saving.OtherLayout,
         "config.json",
         "layout 99",
         "reads layout 2",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import metabook
-from metabook import checkpoints, cli, datasets, recipes, registry
+from metabook import checkpoints, cli, datasets, recipes, registry, saving
 from metabook.checkpoints import write_checkpoint
 from metabook.datasets import from_folder
 from metabook.engine import Engine
@@ -36,7 +36,8 @@ from metabook.networks import MLP, Conv4, ResNet12
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet
 from metabook.recipes import Recipe, make_learner, network_of
-from metabook.registry import NETWORKS, load, read_config, register, rehearse, save
+from metabook.registry import NETWORKS, register
+from metabook.saving import load, read_config, rehearse, save
 from metabook.scores import evaluate
 from metabook.training import fit
 from metabook.transfer import Batches, Pretrained
@@ -1040,7 +1041,7 @@ def test_a_checkpoint_of_0_1_0_is_refused_with_the_reason_and_the_folder_still_l
         whole = json.loads(path.read_text())
         body = json.dumps(json.loads(whole["checkpoint"]) | {"layout": 1, "metabook": "0.1.0"})
         path.write_text(
-            json.dumps({"checksum": registry.checksum(body.encode()), "checkpoint": body})
+            json.dumps({"checksum": saving.checksum(body.encode()), "checkpoint": body})
         )
     with pytest.raises(
         ValueError,
@@ -1070,7 +1071,7 @@ def test_renamed_parts_are_found_in_learners_inside():
     config, state = (read_config(WRITTEN / "meta-transfer"), {"held.start.weight": torch.ones(1)})
     outer = {"name": "a-wrapper", "args": {"held": config["method"]}}
     config |= {"method": outer, "frozen": ["held.start.weight"], "tied": [["held.start.bias", "x"]]}
-    now, renamed = registry.upgraded(config, state)
+    now, renamed = saving.upgraded(config, state)
     assert list(renamed) == now["frozen"] == ["held.rows.weight"]
     assert now["tied"] == [["held.rows.bias", "x"]]
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from metabook import recipes
 from metabook.cli import main
-from metabook.datasets import SOURCES, TaskSource
 from metabook.episodes import Classes, Examples, FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.networks import MLP, Conv4, ResNet12
 from metabook.prototypes import prototypes, squared_euclidean
 from metabook.recipes import Recipe, make_learner, network_of, recipe_for
-from metabook.registry import METHODS, NETWORKS, load, methods, read_config, register
+from metabook.registry import METHODS, NETWORKS, methods, register
+from metabook.saving import load, read_config
+from metabook.sources import SOURCES, TaskSource
 
 TINY = "--data glyphs --steps 2 --batch 1 --train-way 5 --every 2 --device cpu"
 

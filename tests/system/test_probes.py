@@ -26,8 +26,9 @@ from metabook.meta_transfer import HardTasks
 from metabook.networks import MLP, parameters_of
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet, prototypes
-from metabook.registry import METHODS, NETWORKS, load, register, save
+from metabook.registry import METHODS, NETWORKS, register
 from metabook.runs import Run
+from metabook.saving import load, save
 from metabook.scores import Score, evaluate, paired
 from metabook.structures import tree_leaves, tree_map
 from metabook.testing import check_learner

@@ -19,11 +19,11 @@ from notebooks import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from metabook import datasets, registry
+from metabook import saving
 from metabook.maml import MAML
 from metabook.networks import MLP
 from metabook.prototypes import ProtoNet
-from metabook.registry import load, save
+from metabook.saving import load, save
 
 OURS = ["metabook", "bench", "tools", "docs", "tests"]
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -180,7 +180,7 @@ def test_the_library_does_not_write_pickles_either():
 
 
 def test_every_address_is_https_and_every_download_has_a_checksum():
-    remotes = [remote for source in datasets.SOURCES.values() for remote in source.remotes]
+    remotes = [remote for source in sources.SOURCES.values() for remote in source.remotes]
     assert remotes
     for remote in remotes:
         assert remote.url.startswith("https://"), remote.url
@@ -233,7 +233,7 @@ def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
 def with_weights(folder: Path, data: bytes) -> None:
     """Other parameters, with the right checksum: a stranger can compute it as well."""
     (folder / "learner.safetensors").write_bytes(data)
-    rewrite(folder, lambda config: config.update(weights=registry.checksum(data)))
+    rewrite(folder, lambda config: config.update(weights=saving.checksum(data)))
 
 
 @pytest.mark.parametrize("name", ["os.system", "torch.nn.Linear", "__import__", "../../protonet"])

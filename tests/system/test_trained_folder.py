@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import metabook
-from metabook import registry
+from metabook import registry, saving
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
-from metabook.registry import load, read_config, save
+from metabook.saving import load, read_config, save
 from metabook.scores import evaluate
 from metabook.training import fit
 
@@ -60,7 +60,7 @@ print(json.dumps([evaluate(learner, tasks, 10).per_task.tolist(), classify(learn
 USE = (
     SHARED
     + """
-from metabook.registry import read_config
+from metabook.saving import read_config
 from metabook.scores import evaluate
 
 learner, config = metabook.load(sys.argv[1]), read_config(sys.argv[1])
@@ -107,7 +107,7 @@ def test_what_a_folder_says(trained: tuple[Path, list]) -> None:
     assert config["method"]["args"]["embed"]["args"]["stats"] == "support"
     assert config["training"]["steps"] == config["training"]["steps_taken"] == 3
     assert config["validation"]["step"] in (2, 3) and len(config["validation"]["episodes"]) == 12
-    assert config["metabook"] == metabook.__version__ and config["layout"] == registry.VERSION
+    assert config["metabook"] == metabook.__version__ and config["layout"] == saving.VERSION
     files = [".lock", "checkpoints", "config.json", "learner.safetensors", "log.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == files
 
@@ -116,7 +116,7 @@ def test_what_a_folder_says(trained: tuple[Path, list]) -> None:
 
 KILLED = """
 import os, sys
-from metabook import registry
+from metabook import saving
 from metabook.maml import MAML
 from metabook.networks import MLP
 
@@ -129,7 +129,7 @@ def replace(source, target):
     original(source, target)
 
 os.replace = replace
-registry.save(sys.argv[1], MAML(MLP([2, 3, 3]), lr=0.2))
+saving.save(sys.argv[1], MAML(MLP([2, 3, 3]), lr=0.2))
 """
 
 
@@ -212,7 +212,7 @@ def test_a_denied_write_names_the_folder(tmp_path: Path, monkeypatch: pytest.Mon
     def denied(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(registry, "open", denied, raising=False)
+    monkeypatch.setattr(saving, "open", denied, raising=False)
     with pytest.raises(PermissionError, match=str(tmp_path)):
         save(tmp_path, MAML(MLP([1, 3, 1])))
     assert not list(tmp_path.iterdir())
