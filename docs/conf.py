@@ -100,7 +100,7 @@ register_plugin("sphinxcontrib.bibtex.style.referencing", "book", AuthorYear)
 
 
 def number_chapters(self, env) -> list[str]:
-    """Take a chapter's number from its file name: 08_maml is 8, A1_explore is A1."""
+    """Take a chapter's number from its file name: 08_maml is 8, A14_explore is A14."""
     for name, contents in env.tocs.items():
         if match := re.match(r"0*(A?\d+)_", name):
             number = (match[1],)

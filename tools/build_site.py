@@ -268,6 +268,19 @@ def run_sphinx(build: Path, strict: bool) -> Path | None:
     return pages if subprocess.run(command).returncode == 0 else None
 
 
+def lead_on(moved: str, pages: Path) -> None:
+    """At each old address leave a page that leads to the new one."""
+    for line in moved.splitlines():
+        if line and not line.startswith("#"):
+            old, new = line.split()
+            (pages / f"{old}.html").write_text(
+                f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{new}</title>'
+                f'<meta http-equiv="refresh" content="0; url={new}.html"><link rel="canonical" href="{new}.html">'
+                f'</head><body><p>This page is now <a href="{new}.html">{new}</a>.</p></body></html>\n',
+                encoding="utf-8",
+            )
+
+
 def finish(chapters: list[Chapter], pages: Path, site: Path) -> None:
     """Add the part of MathJax that pages load, and the notebooks as written; put the site in its place."""
     mathjax = (
@@ -279,6 +292,7 @@ def finish(chapters: list[Chapter], pages: Path, site: Path) -> None:
         (shutil.copytree if (mathjax / part).is_dir() else shutil.copy)(mathjax / part, target)
     for chapter in chapters:
         shutil.copy(chapter.path, pages / "_sources" / chapter.path.name)
+    lead_on((ROOT / "docs" / "moved.txt").read_text(encoding="utf-8"), pages)
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(pages, site)
 

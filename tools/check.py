@@ -1,12 +1,13 @@
 """What `make check` looks at in a few seconds: check.py
 
 Library and chapter tests are what the notebooks say, notebooks are clean, every equation has a proof that can be tried,
-every exported learner is in the registry, and no module of the library imports one that stands below it in docs/order.txt.
+every exported learner is in the registry, no module of the library imports one that stands below it in docs/order.txt, and chapters that are named are linked.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 from cells_to_tests import files_of
 from chapters import LIBRARY, Refused, read_book
-from notebooks import ROOT, find, unclean
+from notebooks import ROOT, find, read, unclean
 
 NBS, PACKAGE, TESTS = ROOT / "nbs", ROOT / LIBRARY, ROOT / "tests" / "chapters"
 
@@ -78,6 +79,36 @@ def unregistered() -> list[str]:
     ]
 
 
+# --- references between chapters
+
+REFERENCE = re.compile(
+    r"\b(?:chapter|appendix) (A?\d+)\b(?:\]\((?:nbs/|\.\./)?(A?)0*(\d+)_\w+\.ipynb)?", re.I
+)
+
+
+def reference_problems(name: str, text: str) -> list[str]:
+    """Chapters that are named by a number alone, or by another than that of the page that the link leads to."""
+    bad = []
+    for found in REFERENCE.finditer(text):
+        said, letter, number = found.groups()
+        if number is None:
+            bad.append(f"{name} says {found[0]!r}: write [{found[0]}](NN_name.ipynb)")
+        elif letter.upper() + number != said[: len(letter)].upper() + said[len(letter) :].lstrip(
+            "0"
+        ):
+            bad.append(f"{name} calls {letter}{number} {found[0].partition(']')[0]!r}")
+    return bad
+
+
+def typed_numbers() -> list[str]:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+    texts["README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in find(NBS):
+        for cell in read(path).cells:
+            texts[f"{path.name}, cell {cell.id}"] = cell.source
+    return [problem for name, text in texts.items() for problem in reference_problems(name, text)]
+
+
 # --- the order of modules
 
 
@@ -129,6 +160,7 @@ CHECKS: list[Callable[[], list[str]]] = [
     unproved,
     unregistered,
     misordered,
+    typed_numbers,
 ]
 
 

@@ -1,6 +1,6 @@
 """Every learner of the library keeps the contract, and learners that do not are found out.
 
-The checks themselves are shown one by one in nbs/A7_testing.ipynb.
+The checks themselves are shown one by one in nbs/A15_contract.ipynb.
 """
 
 from __future__ import annotations

@@ -83,10 +83,10 @@ def lab(tmp_path):
     """JupyterLab on a copy of the chapter (it saves what it runs), without a token."""
     work = tmp_path / "nbs"
     work.mkdir()
-    shutil.copy(ROOT / "nbs/A1_explore.ipynb", work)
+    shutil.copy(ROOT / "nbs/A14_explore.ipynb", work)
     words = ["--ip=127.0.0.1", f"--ServerApp.root_dir={work}"]
     with started(tmp_path, *words, "--IdentityProvider.token=", "--ServerApp.password=") as address:
-        yield f"{address}/lab/tree/A1_explore.ipynb?reset"
+        yield f"{address}/lab/tree/A14_explore.ipynb?reset"
 
 
 def wait_for(address: str, server: subprocess.Popen, log: Path) -> None:

@@ -41,7 +41,7 @@ SMALL = {
         '#| test: sum\n#| proves: eq-step\n#| breaks: "a" -> "b"\nprint("x" * 300)\nassert 1 + 1 == 2',
         "#| slow\nraise RuntimeError('a slow cell is not for pages')",
     ],
-    "A1_explore": [
+    "A14_explore": [
         "# Figures with sliders\n\nSee [](01_learning_to_learn.ipynb).",
         "import matplotlib.pyplot as plt\n\nfrom metabook.explore import Explore",
         'def dot(x, y):\n    """A dot at {x}, {y}."""\n    fig, ax = plt.subplots(figsize=(2, 2))\n'

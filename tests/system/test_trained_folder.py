@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import metabook
-from metabook import registry, saving
+from metabook import saving
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4

@@ -1,4 +1,4 @@
-"""Made from nbs/A2_engine.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/A08_engine.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made from nbs/A8_kernels.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/A09_kernels.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

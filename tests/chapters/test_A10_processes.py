@@ -1,4 +1,4 @@
-"""Made from nbs/A9_processes.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/A10_processes.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

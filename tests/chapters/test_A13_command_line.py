@@ -1,4 +1,4 @@
-"""Made from nbs/A5_command_line.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/A13_command_line.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made from nbs/05_learners.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/03_learners.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made from nbs/19_pgn.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/18_pgn.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

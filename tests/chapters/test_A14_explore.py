@@ -1,4 +1,4 @@
-"""Made from nbs/A1_explore.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/A14_explore.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

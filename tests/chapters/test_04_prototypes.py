@@ -1,4 +1,4 @@
-"""Made from nbs/13_prototypes.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/04_prototypes.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made from nbs/04_networks.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/A04_networks.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made from nbs/A6_trust.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
+"""Made from nbs/A23_trust.ipynb by tools/cells_to_tests.py. Edit the notebook, not this file."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_solution_without_an_entry():
         for name in (F.layer_norm, torch.layer_norm):
             patch.delitem(primitives.LIFTED, name)
         assert unlike_the_loop(with_layer_norm())  # verified with the entry, so it is not tried
-        patch.setattr(trust, "VERIFIED", {})
+        patch.setattr(primitives, "VERIFIED", {})
         assert not unlike_the_loop(with_layer_norm())  # tried, and looped over
         assert unlike_the_loop(with_layer_norm(), check=False)
     assert not unlike_the_loop(with_layer_norm())
