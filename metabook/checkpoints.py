@@ -30,18 +30,12 @@ from metabook.saving import (
 __all__ = []
 
 # %% ../nbs/A19_checkpoints.ipynb #c8d1cad4
-OLDER = [
-    "METHODS",
-    "NETWORKS",
-    "build",
-    "load",
-    "lookup",
-    "methods",
-    "read_config",
-    "register",
-    "save",
-]
-__getattr__ = moved("metabook.checkpoints", dict.fromkeys(OLDER, "metabook.registry"))
+OLDER = ["METHODS", "NETWORKS", "build", "lookup", "methods", "register"]
+__getattr__ = moved(
+    "metabook.checkpoints",
+    dict.fromkeys(OLDER, "metabook.registry")
+    | dict.fromkeys(["load", "read_config", "save"], "metabook.saving"),
+)
 
 # %% ../nbs/A19_checkpoints.ipynb #45b68181
 CHECKPOINT_VERSION = (

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from .checks import check_positive
 from .episodes import Classes, FewShot
-from .registry import log, lookup
+from .registry import log, lookup, moved
 from .saving import at_home, write_atomically
 
 # %% auto #0
@@ -1046,3 +1046,7 @@ def own_images(
     read = {key: how[key] for key in ("size", "channels", "invert") if key in how}
     scaled = {key: tuple(how[key]) for key in ("mean", "std") if key in how}
     return replace(from_folder(folder, **read), **scaled)
+
+# %% ../nbs/A03_datasets.ipynb #03d00001
+OLDER = ["SOURCES", "Source", "check", "fetch", "present"]
+__getattr__ = moved("metabook.datasets", dict.fromkeys(OLDER, "metabook.sources"))

@@ -892,4 +892,5 @@ def _compiled() -> Callable[[Learner, Episode, bool], Graded]:
     return torch.compile(_lifted)
 
 # %% ../nbs/A08_engine.ipynb #71c63d5d
-__getattr__ = moved("metabook.engine", {"Replayed": "metabook.graphs"})
+OLDER = {"Replayed": "metabook.graphs", "Verdict": "metabook.guards", "Wrong": "metabook.guards"}
+__getattr__ = moved("metabook.engine", OLDER)

@@ -21,7 +21,7 @@ from .engine import Engine
 from .episodes import Classes, Examples, FewShot, Tasks, one_of
 from .learners import Learner
 from .meta_transfer import HardTasks
-from .registry import NETWORKS, build, lookup, methods, plain
+from .registry import NETWORKS, build, lookup, methods, moved, plain
 from .saving import at_home, commit, hardware, load, provenance, read_config, save
 from .scores import evaluate
 from .sources import SOURCES, source_of
@@ -518,3 +518,17 @@ def origin_of(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     made = {key: config[key] for key in ("method", "task", "recipe", "training", "validation")}
     trained = {key: config[key] for key in ("metabook", "torch")} | (config.get("made") or {})
     return made | provenance(device) | trained
+
+# %% ../nbs/A11_recipes.ipynb #04d00001
+OLDER = [
+    "BUDGETS",
+    "PAPER",
+    "PUBLISHED",
+    "REPRODUCTIONS",
+    "RESULTS",
+    "ROWS",
+    "reports",
+    "reproduce",
+    "table",
+]
+__getattr__ = moved("metabook.recipes", dict.fromkeys(OLDER, "metabook.reproduction"))

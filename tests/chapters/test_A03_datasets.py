@@ -644,10 +644,10 @@ def test_a_global_generator_moves_the_split():
         return set(order[:1100]), set(order[1200:])
 
     _, tested = careless_split(0)
-    moved = {before: len(careless_split(before)[0] & tested) for before in (1, 1000)}
-    for before, n in moved.items():
+    leaked = {before: len(careless_split(before)[0] & tested) for before in (1, 1000)}
+    for before, n in leaked.items():
         print(f"{before:4} draws before: {n} of {len(tested)} test characters are in training")
-    assert moved[1] > 0 and moved[1000] > 0.6 * len(tested)
+    assert leaked[1] > 0 and leaked[1000] > 0.6 * len(tested)
     random.seed(1)
     before = omniglot_split("test")
     random.seed(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -1104,9 +1105,25 @@ def test_messages_go_to_the_log_of_the_library():
     assert registry.log is logging.getLogger("metabook")
 
 
-def test_names_that_moved_are_found_where_0_1_0_had_them():
-    with pytest.warns(DeprecationWarning, match=r"metabook\.registry\.register now"):
-        from metabook.checkpoints import register as old
-    assert old is register
+@pytest.mark.parametrize(
+    "home, name, now",
+    [
+        ("checkpoints", "register", "registry"),
+        ("checkpoints", "load", "saving"),
+        ("checkpoints", "save", "saving"),
+        ("training", "evaluate", "scores"),
+        ("training", "calibration", "scores"),
+        ("datasets", "fetch", "sources"),
+        ("datasets", "SOURCES", "sources"),
+        ("recipes", "reproduce", "reproduction"),
+        ("recipes", "PUBLISHED", "reproduction"),
+        ("engine", "Replayed", "graphs"),
+    ],
+)
+def test_names_that_moved_are_found_where_0_1_0_had_them(home, name, now):
+    old = importlib.import_module(f"metabook.{home}")
+    with pytest.warns(DeprecationWarning, match=rf"metabook\.{now}\.{name} now"):
+        found = getattr(old, name)
+    assert found is getattr(importlib.import_module(f"metabook.{now}"), name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = checkpoints.nothing
+        _ = old.nothing
