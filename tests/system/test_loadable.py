@@ -1111,7 +1111,7 @@ def test_messages_go_to_the_log_of_the_library():
         ("checkpoints", "register", "registry"),
         ("checkpoints", "load", "saving"),
         ("checkpoints", "save", "saving"),
-        ("training", "evaluate", "scores"),
+        ("training", "paired", "scores"),
         ("training", "calibration", "scores"),
         ("datasets", "fetch", "sources"),
         ("datasets", "SOURCES", "sources"),
