@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode, wrap_torch_function
+
+from .structures import has_any_global_hook
 
 # %% auto #0
 __all__ = ['channels_last', 'keep_memory', 'precise']
@@ -292,7 +293,7 @@ def as_built(
 ) -> bool:
     "Does it run the code of its class, and does nobody listen?"
     hooks = "forward", "forward_pre", "backward", "backward_pre"
-    heard = _has_any_global_hook() or any(getattr(module, f"_{kind}_hooks") for kind in hooks)
+    heard = has_any_global_hook() or any(getattr(module, f"_{kind}_hooks") for kind in hooks)
     return not (heard or "forward" in vars(module))
 
 # %% ../nbs/A09_kernels.ipynb #2760922f

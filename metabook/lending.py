@@ -14,10 +14,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .primitives import composing, plain, spared_now, table_now, verified_here
-from .structures import tree_leaves
+from .structures import is_functorch_wrapped_tensor, tree_leaves
 
 # %% auto #0
 __all__ = []

@@ -23,7 +23,7 @@ from .episodes import Examples
 from .lending import lending, turn
 from .primitives import TWICE, composing
 from .registry import NETWORKS, lookup, register
-from .structures import tree_leaves
+from .structures import AnyBatchNorm, tree_leaves
 from .trust import copy_of
 
 # %% auto #0
@@ -319,7 +319,7 @@ def mixes_examples(
     for x in _guesses(network):
         with suppress(Exception):  # it reads other inputs: the next guess
             return mixes(network, x)
-    theirs = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    theirs = [m for m in network.modules() if isinstance(m, AnyBatchNorm)]
     ours = any(layer.stats == "batch" for layer in batch_norms(network))
     return ours or any(layer.running_mean is None for layer in theirs)
 

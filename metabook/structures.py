@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.utils._pytree import (
     keystr,
     tree_flatten,

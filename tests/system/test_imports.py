@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -138,3 +139,11 @@ def test_neither_an_import_nor_a_gradient_changes_the_process():
         [sys.executable, "-c", UNCHANGED], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["True", "[]"]
+
+
+def test_what_of_pytorch_is_private_is_imported_in_one_place():
+    private = re.compile(
+        r"^\s*(?:from torch[\w.]*\._|from torch[\w.]* import (?:\(\s*)?_|import torch\._)", re.M
+    )
+    found = {p.stem for p in check.PACKAGE.glob("*.py") if private.search(p.read_text())}
+    assert found == {"structures"}
