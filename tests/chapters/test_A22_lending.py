@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.func import grad
 
+import metabook
 from metabook.episodes import Classes, Examples, FewShot
-from metabook.lending import asking, claiming
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, call
 from metabook.prototypes import ProtoNet
@@ -108,7 +108,7 @@ def test_training_is_refused_to_others():
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(f).result()
 
-    with claiming(learner):
+    with metabook.lending.claiming(learner):  # what the library itself holds to
         learner(*task)
         for f in (
             lambda: learner(*task),
@@ -118,6 +118,9 @@ def test_training_is_refused_to_others():
         ):
             with pytest.raises(RuntimeError, match="in another thread: wait for it, or ask a copy"):
                 elsewhere(f)
-    with asking(learner), pytest.raises(RuntimeError, match="is answering in another thread"):
+    with (
+        metabook.lending.asking(learner),
+        pytest.raises(RuntimeError, match="is answering in another thread"),
+    ):
         elsewhere(lambda: learner.eval())
     elsewhere(lambda: learner.eval()(*task))

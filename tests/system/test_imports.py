@@ -124,6 +124,7 @@ def test_what_stands_below_or_nowhere_is_told():
 
 UNCHANGED = """
 import ctypes, os, torch
+torch.func.grad(torch.sum)(torch.ones(1))  # which sets a variable for its compiler
 before, library = dict(os.environ), ctypes.CDLL(None)
 told = []
 if hasattr(library, "mallopt"):
