@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.utils._pytree import (
     keystr,
     tree_flatten,
@@ -22,6 +19,15 @@ from torch.utils._pytree import (
 
 # %% auto #0
 __all__ = []
+
+# %% ../nbs/A00_structures.ipynb #5a000004
+is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor  # of vmap, grad
+
+
+AnyBatchNorm = torch.nn.modules.batchnorm._BatchNorm  # what all of them have in common
+
+
+has_any_global_hook = torch.nn.modules.module._has_any_global_hook  # does somebody listen to all?
 
 # %% ../nbs/A00_structures.ipynb #5a000005
 def leaves_of(
