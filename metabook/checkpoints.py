@@ -38,9 +38,7 @@ __getattr__ = moved(
 )
 
 # %% ../nbs/A19_checkpoints.ipynb #45b68181
-CHECKPOINT_VERSION = (
-    3  # of the layout; since 2 they say on which data a run was, since 3 what a score is
-)
+CHECKPOINT_VERSION = 4  # of the layout; since 2 they say on which data a run was, since 3 what a score is, since 4 who listened
 
 # %% ../nbs/A19_checkpoints.ipynb #d7f8796c
 def pack(

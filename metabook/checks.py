@@ -317,7 +317,7 @@ def check_place(
 ) -> None:
     """Raise `ValueError` where examples are bytes, or on another device.
 
-    A network may bring them to its own precision; where it does not, `metabook.trust.in_our_words` says so.
+    A network may bring them to its own precision; where it does not, `metabook.messages.in_our_words` says so.
     """
     if x.dtype == torch.uint8:
         raise ValueError(

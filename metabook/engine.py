@@ -23,6 +23,7 @@ from .episodes import Episode
 from .kernels import PRECISIONS, lifting, precise, precision_of_now
 from .learners import InnerLoop, Learner, one_number
 from .lending import claiming, here
+from .messages import in_our_words
 from .networks import Statistics, recording, store_running
 from .primitives import LIFTED, TWICE, composing
 from .processes import Shared, recordable, summed_
@@ -37,7 +38,7 @@ from metabook.structures import (
     tree_map,
     tree_unflatten,
 )
-from .trust import Work, in_our_words, sparing, trusted
+from .trust import Work, sparing, trusted
 
 # %% auto #0
 __all__ = ['Lift', 'Engine', 'over_tasks', 'choose_lift', 'losses', 'gradients', 'MetaGradient', 'answer']

@@ -66,7 +66,7 @@ class Verdict:
         return Wrong(int(self.first), task, self.value.item())
 
     def forget(self) -> None:
-        "Take the latest step out of the count, and what was wrong in it."
+        "Take the latest step out of the count, and whatever was wrong so far."
         self.steps -= 1
         for kept in (self.first, self.place, self.value):
             kept.zero_()
@@ -223,7 +223,7 @@ def blamed(guard: Guard, episodes: Episode | None, task: int | None) -> str:
 
 
 def sound(guard: Guard, episodes: Episode) -> Bool[Tensor, "tasks"]:
-    "Which tasks have a finite loss and a finite gradient, each looked at alone; changes nothing."
+    "Which tasks have a finite loss and a finite gradient, each looked at alone; what is left in `p.grad` is cleared."
     averages = guard.averages()
     found = [_sound_alone(guard, one) for one in portions(episodes, 1)]
     restore_where(torch.ones((), dtype=torch.bool, device=guard.gradient.device), *averages)
@@ -249,8 +249,10 @@ def skipping(
         report = turn(batch)
         if guard.verdict.fine:
             return report
-        fine = processes.gathered(sound(guard, report.episodes).float(), count(batch)) > 0
-        if not processes.world() <= fine.sum() < len(fine):  # nobody is to blame, or all are
+        fine, least = sound(guard, report.episodes), 1
+        if guard.gradient.together:  # each process knows of its share, and needs a task at least
+            fine, least = processes.gathered(fine.float(), count(batch)) > 0, processes.world()
+        if not least <= fine.sum() < len(fine):  # nobody is to blame, or all are
             return report
         guard.forgive(~fine)
         return turn(tree_map(lambda t: t[fine.to(t.device)], batch))

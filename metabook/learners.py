@@ -34,6 +34,7 @@ from metabook.checks import (
 )
 from .episodes import Episode, Examples, Frozen, Tasks, one_of
 from .lending import asking, check_alone, claiming, turn
+from .messages import in_our_words
 from metabook.networks import (
     NoScript,
     Parameters,
@@ -45,7 +46,7 @@ from metabook.networks import (
 )
 from .registry import lookup
 from .structures import leaves_of, tree_map
-from .trust import in_our_words, sparing
+from .trust import sparing
 
 # %% auto #0
 __all__ = ['ACCURACY', 'MSE', 'Metric', 'Promising', 'Learner', 'scoring', 'place', 'InnerLoop', 'FastWeights', 'task_loss',

@@ -15,19 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .primitives import composing, plain, spared_now, table_now, verified_here
+from .messages import Impossible
+from .primitives import composing, spared_now, table_now
 from .structures import is_functorch_wrapped_tensor, tree_leaves
+from .verified import plain, verified_here
 
 # %% auto #0
 __all__ = []
-
-# %% ../nbs/A22_lending.ipynb #3fc82970
-class Impossible(RuntimeError):
-    "A layer does what cannot be lifted, or cannot be differentiated twice."
-
-    def __init__(self, what: str, remedy: str):
-        super().__init__(f"{what}: {remedy}")
-        self.what = what
 
 # %% ../nbs/A22_lending.ipynb #9f041c97
 _turn = threading.RLock()  # for as long as tensors are in a network that are not its own

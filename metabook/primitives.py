@@ -9,14 +9,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .kernels import as_built
-
 # %% auto #0
-__all__ = ['LIFTED', 'VERIFIED']
+__all__ = ['LIFTED']
 
 # %% ../nbs/A21_primitives.ipynb #678bd65f
 def _normalised(
@@ -246,41 +244,3 @@ def composing(
             yield
     finally:
         table_now.reset(token)
-
-# %% ../nbs/A21_primitives.ipynb #c15ff640
-HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, nn.Identity)
-
-# %% ../nbs/A21_primitives.ipynb #7fb24d46
-# Layers of the grid that are right whatever their arguments: no Dropout and no Embedding is among them.
-RIGHT = """
-AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool1d AvgPool2d CELU Conv1d Conv2d Conv3d
-ConvTranspose1d ConvTranspose2d ELU Flatten GELU GLU GroupNorm Hardshrink Hardsigmoid Hardswish
-Hardtanh LPPool2d LayerNorm LeakyReLU Linear LocalResponseNorm LogSigmoid LogSoftmax MaxPool1d
-MaxPool2d MaxPool3d Mish PReLU PixelShuffle RMSNorm ReLU ReLU6 ReflectionPad2d SELU Sequential SiLU
-Sigmoid Softmax Softmin Softplus Softshrink Softsign Tanh Tanhshrink Threshold Unflatten Unfold
-Upsample
-"""
-
-# %% ../nbs/A21_primitives.ipynb #1be113e0
-VERIFIED = {("2.13", "cpu"): frozenset(RIGHT.split())}  # where: version of torch, kind of device
-
-# %% ../nbs/A21_primitives.ipynb #aa40abb4
-def verified_here(
-    module: nn.Module,  # whose device counts
-) -> frozenset[str]:
-    "The names of the layers that need no trial."
-    version = ".".join(torch.__version__.split(".")[:2])
-    device = next((p.device.type for p in module.parameters()), "cpu")
-    return VERIFIED.get((version, device), frozenset())
-
-
-def plain(
-    module: nn.Module,
-    names: frozenset[str],  # of verified layers
-) -> bool:
-    "Is this a part of metabook, or a verified layer, and as it was built?"
-    if type(module) in HOLDERS:  # which compute nothing
-        return True
-    home, name = type(module).__module__, type(module).__name__
-    known = home.startswith("metabook.") or (home.startswith("torch.nn.modules.") and name in names)
-    return known and as_built(module)

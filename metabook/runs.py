@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -23,6 +23,7 @@ from metabook.checkpoints import (
     restore_random,
     write_checkpoint,
 )
+from .checks import check_positive
 from .engine import Engine
 from .episodes import Episode, Examples, Frozen, Tasks, one_of
 from .graphs import capturable
@@ -50,7 +51,7 @@ from metabook.saving import (
     write_atomically,
     write_folder,
 )
-from .scores import Score, evaluate
+from .scores import Score, answers, evaluate, judged
 from .structures import tree_leaves, tree_map
 
 # %% auto #0
@@ -195,6 +196,8 @@ class Run:
     best_state: dict[str, Tensor] | None = None
     interrupted: bool = False  # somebody pressed Ctrl-C
     stopped: str = ""  # why a listener ended it early
+    ending: bool = False  # so that all is due that happens at the last step
+    validated: int | None = None  # the step of the last validation
     began: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0  # so far
     shown: Any = None  # the bar
@@ -207,11 +210,15 @@ class Run:
     def steps(self, progress: bool) -> Iterator[int]:
         "Count the steps, with a bar if one is wanted, until somebody asks to stop."
         total, taken = self.settings["steps"], self.outer.taken
+        if self.stopped:  # and asked to go on: nothing is left to do
+            return
         self.shown = processes.bar(range(taken + 1, total + 1), total, progress, "fit", taken)
         for step in self.shown:
             yield step
-            if (self.asked.made or self.stopped) and step < total:
-                self.interrupted = not self.stopped
+            if self.stopped and step < total:
+                return end(self)
+            if self.asked.made and step < total:
+                self.interrupted = True
                 return checkpoint(self)
 
     def tell(self) -> None:
@@ -222,10 +229,11 @@ class Run:
 
     def due(self, every: int) -> bool:
         "Is it time again for what happens every so many steps, and at the last one?"
-        return self.outer.taken % every == 0 or self.outer.taken == self.settings["steps"]
+        last = self.ending or self.outer.taken == self.settings["steps"]
+        return last or self.outer.taken % every == 0
 
     def stop(self, why: str) -> None:
-        "End the run after this step, as one that has taken all its steps; in all processes alike."
+        "End the run after this step, as if it were the last one.  Several processes have to do so alike."
         self.stopped = why
 
     def note(self, **row: Any) -> None:
@@ -244,8 +252,8 @@ class Run:
     def __str__(self) -> str:
         kept = f"of step {self.best_step}, validation {self.best}"
         if not self.best:
-            lost = ", for no validation score was a number"
-            kept = "of the last step" + (lost if self.validation and self.outer.taken else "")
+            lost = ", for no validation score was a number" if self.validated else ""
+            kept = f"of the last step{lost}"
         why = f" ({self.stopped})" if self.stopped else ""
         return f"{self.outer.taken} steps{why} in {self.seconds:.1f} s, parameters {kept}"
 
@@ -304,20 +312,21 @@ class Checkpoints:
 
 
 class Patience:
-    "Ends a run when no validation was better for so many steps.  Raises `ValueError` for a run without validation."
+    "Ends a run when a validation finds that none was better for so many steps."
 
     def __init__(self, steps: int):
+        check_positive(steps=steps)
         self.steps = steps
 
     def __call__(self, run: Run) -> None:
-        if run.validation is None:
-            raise ValueError("Patience waits for a better validation score: pass validate to fit")
-        if run.outer.taken - (run.best_step or 0) >= self.steps:
+        taken = run.outer.taken
+        if run.validated == taken and taken - (run.best_step or 0) >= self.steps:
             run.stop(f"no validation was better for {self.steps} steps")
 
 # %% ../nbs/A05_runs.ipynb #ea98de95
 def consider(run: Run, score: Score) -> None:
     "Keep the present parameters if this validation score is the best so far; note it."
+    run.validated = run.outer.taken
     if score.beats(run.best):
         run.best, run.best_step = score, run.outer.taken
         state = run.learner.state_dict()
@@ -357,6 +366,16 @@ def checkpoint(run: Run) -> None:
     run.outer.look()  # what is saved is sound
     records.checkpoint(run_state(run))
 
+
+def end(run: Run) -> None:
+    "What happens at the last step, where a listener says that this is it."
+    run.ending = True
+    for listener in run.listeners:
+        own = isinstance(listener, Log | Validation | Checkpoints)
+        if own and run.outer.taken % listener.every:  # else it has been told
+            listener(run)
+    run.outer.look()
+
 # %% ../nbs/A05_runs.ipynb #127dc962
 @contextmanager
 def supervised(run: Run) -> Iterator[None]:
@@ -391,6 +410,7 @@ def supervised(run: Run) -> Iterator[None]:
             raise
     if run.interrupted:
         log.warning("interrupted: %s; %s", run, run.records.way_on())
+    if run.interrupted or run.stopped:
         processes.leave()
     processes.wait()
 
@@ -457,7 +477,7 @@ def surroundings(run: Run) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "lift": run.outer.gradient.lift,
         "run": run.outer.gradient.run,
-        "listeners": [getattr(f, "__name__", type(f).__name__) for f in run.listeners],
+        "listeners": [name_of(f) for f in run.listeners],
     }
     told = ("chunk", "clip", "every", "log_every", "recompute", "precision", "nonfinite")
     return where | {k: run.settings[k] for k in told}
@@ -476,7 +496,7 @@ def run_state(run: Run) -> dict[str, Any]:
         "outer": loop_state(run.outer),
         "random": random_state() | {"tasks": run.generator.get_state()},
         "tasks": run.tasks.state_dict() if changes(run.tasks) else {},
-        "listeners": [f.state_dict() for f in remembering(run)],
+        "listeners": [{"name": name, "state": f.state_dict()} for name, f in remembering(run)],
         "best": best,
         "log": len(run.log),
         "seconds": run.seconds,
@@ -492,8 +512,8 @@ def go_on(run: Run, state: dict[str, Any]) -> None:
     restore_random(state["random"])
     if changes(run.tasks):
         run.tasks.load_state_dict(state["tasks"])
-    for listener, remembered in zip(remembering(run), state["listeners"], strict=True):
-        listener.load_state_dict(remembered)
+    for (_, listener), remembered in zip(remembering(run), state["listeners"], strict=True):
+        listener.load_state_dict(remembered["state"])
     if best := state["best"]:
         known, own = best["score"].pop("metric"), run.learner.metric
         metric = own if asdict(own) == known else Metric(**known)  # perhaps one of the learner's
@@ -508,6 +528,10 @@ def go_on(run: Run, state: dict[str, Any]) -> None:
     if processes.main():
         log.warning("%s: going on after step %d", run.folder, run.outer.taken)
     records.lines(run.log)
+    run.validated = max((row["step"] for row in run.log if "validation" in row), default=None)
+    for listener in run.listeners:
+        if isinstance(listener, Patience):  # which may have ended it
+            listener(run)
 
 
 def changes(tasks: Tasks) -> bool:
@@ -515,9 +539,27 @@ def changes(tasks: Tasks) -> bool:
     return hasattr(tasks, "feedback")
 
 
-def remembering(run: Run) -> list[Any]:
-    "The listeners that remember something from step to step."
-    return [f for f in run.listeners if hasattr(f, "state_dict")]
+def remembering(run: Run) -> list[tuple[str, Any]]:
+    "The listeners that remember something from step to step, with their names."
+    return [(name_of(f), f) for f in run.listeners if hasattr(f, "state_dict")]
+
+
+def name_of(listener: Listener) -> str:
+    return getattr(listener, "__name__", type(listener).__name__)
+
+
+def check_listener(listener: Any, run: Run) -> None:
+    "Raise `TypeError` for what is no listener, `ValueError` for one that waits for what this run does not do."
+    if not callable(listener):
+        raise TypeError(
+            f"listeners hold {listener!r}, expected what can be called with the run after each step"
+        )
+    if hasattr(listener, "state_dict") and not hasattr(listener, "load_state_dict"):
+        raise TypeError(
+            f"{name_of(listener)} has state_dict and no load_state_dict: a run that goes on needs both"
+        )
+    if isinstance(listener, Patience) and run.validation is None:
+        raise ValueError("Patience waits for a better validation score: pass validate to fit")
 
 # %% ../nbs/A05_runs.ipynb #84101a95
 def check_same_run(run: Run, state: dict[str, Any]) -> None:
@@ -545,10 +587,11 @@ def check_same_run(run: Run, state: dict[str, Any]) -> None:
             f"the run in {run.folder} was on {was['device']}, and the learner is on {device} now: "
             "random numbers are others there, so go on with it where it was"
         )
-    if (n := len(remembering(run))) != len(state["listeners"]):
+    here, there = [n for n, _ in remembering(run)], [kept["name"] for kept in state["listeners"]]
+    if here != there:
         raise ValueError(
-            f"{n} listeners of this run remember something (they have state_dict), and {len(state['listeners'])} "
-            f"did in {run.folder}: give the same ones"
+            f"listeners of this run that remember something (they have state_dict): {here}, and in {run.folder}: "
+            f"{there}: give the same ones, in the same order"
         )
     if found := differences(was, now["how"]):
         log.warning("the run goes on, but not as it would have: %s", _some_of(found))
@@ -566,8 +609,8 @@ USED = ("log.jsonl", "config.json", "checkpoints")  # what says that a folder ho
 def opened(run: Run, folder: str | Path | None, resume: bool, keep: int) -> Records:
     """The records of a run: in a new or empty folder, or with `resume` in any.
 
-    Raises `FileExistsError` rather than mix two runs, `ValueError` where `resume` comes without a folder,
-    and `TypeError` where the learner or the tasks could not be saved.
+    Raises `FileExistsError` rather than mix two runs, `ValueError` where `resume` comes without a folder, for a
+    bad `keep` and a learner that would load as another, `TypeError` where learner or tasks could not be saved.
     """
     if not isinstance(keep, Integral) or keep < 0:
         raise ValueError(f"keep={keep!r}: expected how many checkpoints stay, 0 for none")
@@ -599,7 +642,10 @@ def begin(run: Run, resume: bool) -> None:
     if run.validation:
         names["validation_tasks"] = repr(run.validation.tasks)
     data = json.dumps(run.tasks.describe()) if processes.world() > 1 else ""
-    same_everywhere(run.learner, run.settings, data=data, **names)
+    listeners = [name_of(f) for f in run.listeners]
+    same_everywhere(run.learner, run.settings, data=data, listeners=listeners, **names)
+    if run.validation:
+        try_scoring(run)
     if run.folder:
         run.identity = identity(run)
     if resume and (found := processes.told(last_state(run.folder))):
@@ -615,6 +661,16 @@ def same_everywhere(learner: Learner, settings: dict[str, Any], **more: Any) -> 
     "Let all processes begin with the parameters of process 0; `ValueError` unless they are to do the same."
     processes.agree(**(settings | more | software()))
     processes.alike_(list(learner.state_dict().values()))
+
+
+def try_scoring(run: Run) -> None:
+    "Score the first tasks that will choose the parameters: a score that fails shall fail now, not after `every` steps."
+    for part in run.validation.parts():
+        some = replace(run.validation, groups=[part])
+        with undisturbed(), scoring(run.learner), torch.no_grad():
+            for given in answers(run.learner, some, engine=run.outer.engine.for_scores):
+                judged(run.learner, *given)
+        return
 
 # %% ../nbs/A05_runs.ipynb #1fcc19dc
 def start_anew(folder: Path, every: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -25,14 +24,14 @@ from metabook.checks import (
     check_optimizer,
     check_positive,
 )
-from .engine import Engine, MetaGradient, portions, repeatable
+from .engine import Engine, MetaGradient, repeatable
 from .episodes import Episode, Frozen, Tasks
 from .graphs import Replayed, capturable
 from .guards import Guard, skipping
 from .kernels import keep_memory
 from .learners import Learner, Tensors, check_tasks, phases, place, set_progress
 from .processes import Sharing
-from .registry import moved, plain, undisturbed
+from .registry import moved, plain
 from metabook.runs import (
     Checkpoints,
     Listener,
@@ -40,10 +39,10 @@ from metabook.runs import (
     Run,
     Validation,
     begin,
+    check_listener,
     opened,
     supervised,
 )
-from .scores import evaluate
 
 # %% auto #0
 __all__ = ['VALIDATION_TASKS', 'Report', 'Outer', 'stepping', 'fit']
@@ -52,9 +51,9 @@ __all__ = ['VALIDATION_TASKS', 'Report', 'Outer', 'stepping', 'fit']
 class Report(NamedTuple):
     "How a step of the outer loop went: what `fit` tells tasks that have a `feedback`."
 
-    episodes: Episode  # the meta-batch
-    losses: Tensor  # [tasks], before the update
-    answers: Tensors  # to the queries, each leaf [tasks, n, ...]
+    episodes: Episode  # the meta-batch; unless somebody wants feedback, this process's share of it
+    losses: Tensor  # [tasks], of all of it, before the update
+    answers: Tensors  # to its queries, each leaf [tasks, n, ...]; `None` where nobody wants them
     norm: Tensor | None = None  # of the meta-gradient, before clipping
 
 # %% ../nbs/05_training.ipynb #fa1862ed
@@ -225,9 +224,9 @@ def fit(
     settings |= {"optimizer": type(made).__name__}
     generator = torch.Generator(device).manual_seed(settings["seed"] + TRAINING)
     run = Run(learner, tasks, outer, settings, notes or {}, generator)
-    run.validation = validation_of(learner, validate, engine)
-    run.records = opened(run, folder, resume, keep)
+    run.validation = validation_of(learner, validate)
     run.listeners = listeners_of(run, listeners)
+    run.records = opened(run, folder, resume, keep)
     with occupied(run.folder if processes.main() else None), repeatable(engine.deterministic):
         begin(run, resume)
         advance = stepping(outer, tasks, meta_batch, generator)
@@ -239,10 +238,8 @@ def fit(
     return run
 
 # %% ../nbs/05_training.ipynb #44495d32
-def validation_of(
-    learner: Learner, validate: Tasks | Frozen | None, engine: Engine
-) -> Frozen | None:
-    "The tasks that choose the parameters, frozen.  Raises `ValueError` for those that cannot."
+def validation_of(learner: Learner, validate: Tasks | Frozen | None) -> Frozen | None:
+    "The tasks that choose the parameters, frozen.  Raises `ValueError` and `TypeError` for what cannot."
     if validate is None:
         return None
     if not isinstance(validate, Frozen):
@@ -254,9 +251,6 @@ def validation_of(
         )
     check_tasks(learner, validate, "validate")
     check_metric(learner)
-    with undisturbed():  # a score that fails shall fail now, not after `every` steps
-        one = replace(validate, groups=portions(validate.groups[0], 1)[:1])
-        evaluate(learner, one, engine=engine.for_scores)
     return validate
 
 
@@ -265,6 +259,9 @@ def listeners_of(run: Run, others: Iterable[Listener]) -> list[Listener]:
     feedback = getattr(run.tasks, "feedback", None)
     run.outer.gradient.answers = feedback is not None
     told = [lambda run: feedback(run.outer.latest)] if feedback else []
+    others = list(others)
+    for listener in others:
+        check_listener(listener, run)
     chosen = [Validation(run.settings["every"])] if run.validation else []
     log, saved = Log(run.settings["log_every"]), Checkpoints(run.settings["every"])
     return [log, *told, *chosen, *others, saved]

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .kernels import precise
-from .lending import Impossible, turn
-from .primitives import plain, spared_now, verified_here
+from .lending import turn
+from .messages import first_line, in_our_words
+from .primitives import spared_now
 from .processes import Shared, summed_
 from .registry import log
 from .structures import tree_leaves, tree_map
+from .verified import plain, proven, verified_here
 
 # %% auto #0
-__all__ = ['MOST', 'TOLERANCE', 'proven']
+__all__ = ['MOST', 'TOLERANCE']
 
 # %% ../nbs/A23_trust.ipynb #ad41f3b0
 MOST = 2  # sets of shapes of a learner, in one mode on one device, that are tried
@@ -37,12 +39,6 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, dict[Any, str]]] = WeakKeyDiction
 
 
 _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-
-# %% ../nbs/A23_trust.ipynb #bf4c64ed
-def proven(learner: nn.Module) -> bool:
-    "Is it made of parts that need no trial?"
-    names = verified_here(learner)
-    return all(plain(m, names) for m in learner.modules())
 
 # %% ../nbs/A23_trust.ipynb #bf4c64ee
 @contextmanager
@@ -143,18 +139,18 @@ def why_not(
     try:
         copy_of(learner)
     except Exception as error:
-        return f"it cannot be copied, so nobody could compare ({_first_line(error)})"
+        return f"it cannot be copied, so nobody could compare ({first_line(error)})"
     try:
         right = _in_double(learner, two, work, "loop")
     except Exception as error:
         twin = copy_of(learner)
         with in_our_words(twin):
             work(twin, two, "loop")  # an error of its own goes on from here
-        return f"in float64 it cannot be computed, so nobody could compare ({_first_line(error)})"
+        return f"in float64 it cannot be computed, so nobody could compare ({first_line(error)})"
     try:
         found = _in_double(learner, two, work, "vmap")
     except Exception as error:
-        return getattr(error, "what", f"it cannot be lifted: {_first_line(error)}")
+        return getattr(error, "what", f"it cannot be lifted: {first_line(error)}")
     return _compared(learner, found, right)
 
 # %% ../nbs/A23_trust.ipynb #932aa1ed
@@ -217,106 +213,3 @@ def suspects(learner: nn.Module, most: int = 3) -> str:
     inner = [k for k, m in odd.items() if not any(c in odd.values() for c in list(m.modules())[1:])]
     told = [f"{k or 'itself'} ({type(odd[k]).__name__})" for k in inner]
     return ", ".join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-# %% ../nbs/A23_trust.ipynb #3fc8296f
-REFUSALS = (  # what PyTorch says, what the layer does, what to do
-    (
-        "atching rule not implemented",
-        "PyTorch has no rule for many tasks at once",
-        'use lift="loop"',
-    ),
-    ("randomness error mode", "it draws random numbers", 'use lift="loop"'),
-    ("data-dependent control flow", "it looks at a value", 'use torch.where, or lift="loop"'),
-    ("calling .item()", "it looks at a value", 'use torch.where, or lift="loop"'),
-    ("match the broadcast shape", "PyTorch has no rule for many tasks at once", 'use lift="loop"'),
-    ("do not yet support aten", "PyTorch has no rule for many tasks at once", 'use lift="loop"'),
-    (
-        "autograd.Function with functorch",
-        "its autograd.Function has no rule for transforms",
-        "give it a setup_context and generate_vmap_rule = True",
-    ),
-    ("accessing `data` under vmap", "it reads .data", 'use detach(), or lift="loop"'),
-    ("'SparseCPU'", "its gradient is sparse", "build it with sparse=False"),
-    ("for sparse tensors", "its gradient is sparse", "build it with sparse=False"),
-    (
-        "that doesn't have storage",
-        "it reads memory that no transform has",
-        "pad instead of packing",
-    ),
-    ("dynamic shape", "the size of its result depends on values", 'use a mask, or lift="loop"'),
-    *(
-        (
-            said,
-            "hooks on saved tensors, as activation checkpointing has them, would find other weights on the "
-            "way back",
-            "leave them out; Engine(recompute=True) saves memory instead",
-        )
-        for said in ("saved tensor hooks", "activations computed again")
-    ),
-    *(
-        (
-            said,
-            "it writes into a buffer while it computes",
-            "no inner step can go back through that; use metabook.networks.BatchNorm for a batch normalisation, or a layer without running "
-            "statistics (track_running_stats=False), or put the layer into evaluation mode",
-        )
-        for said in ("mutate a captured Tensor", "updated in place", "inplace arithmetic(self")
-    ),
-    (
-        "derivative for",  # ... "is not implemented"
-        "an operation of it has no second derivative",
-        "use first_order=True, or another layer",
-    ),
-)
-
-
-# How PyTorch says that two numbers are of different precision.
-OF_TYPES = ("same dtype", "expected scalar type", "should be the same", "have the same data type")
-
-
-@contextmanager
-def in_our_words(
-    module: nn.Module,
-    **given: Tensor,  # what it is given, by the names of the arguments
-) -> Iterator[None]:
-    "Around a module's code: what PyTorch refuses is told with the layer, or the argument, and the way out."
-    try:
-        yield
-    except Impossible:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        if any(said in str(error) for said in OF_TYPES):
-            _require_like(module, given, error)
-        for said, what, remedy in REFUSALS:
-            if said in str(error):
-                told = f"{remedy} (PyTorch: {_first_line(error)})"
-                raise Impossible(f"{_culprit(error, module)}: {what}", told) from error
-        raise
-
-
-def _require_like(module: nn.Module, given: dict[str, Tensor], error: Exception) -> None:
-    "Raise `ValueError` for an argument in another precision than all parameters."
-    kinds = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    device = next((p.device for p in module.parameters()), None)
-    for name, x in given.items():
-        if kinds and x.is_floating_point() and x.dtype not in kinds:
-            own = " and ".join(sorted(map(str, kinds)))
-            raise ValueError(
-                f"{name}: the examples are {x.dtype} on {x.device}, the learner {own} on {device}: move one of "
-                "them, for example episode.to(device, dtype)"
-            ) from error
-
-
-def _culprit(error: BaseException, module: nn.Module) -> str:
-    "The innermost layer that was computing: name and type."
-    names = {id(m): k for k, m in module.named_modules()}
-    place, found = error.__traceback__, module
-    while place:
-        owner = place.tb_frame.f_locals.get("self")
-        found = owner if id(owner) in names else found
-        place = place.tb_next
-    return f"{names[id(found)] or 'itself'} ({type(found).__name__})"

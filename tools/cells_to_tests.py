@@ -7,6 +7,10 @@ exports or imports, what a `#| setup: once` cell above binds (a fixture that run
 `device`. Left out are imports (they go to the top of the file), `device = ...` (a fixture), magics, `show_doc(...)`,
 and cells flagged `#| show`, `#| notest` or `#| eval: false`.
 
+A cell that several tests hold stands once in the file: it becomes a function that takes the names it needs and returns
+those that later cells need, and each test calls its cells in order, so that each has a namespace of its own. Where that
+would mean another thing (a function of the cell sees a name that a later cell binds anew), the test holds the cell itself.
+
 A test carries the marks (`#| slow`, `#| cuda`, `#| data: omniglot`) of every cell that it holds.
 
 What breaks a rule is refused, everything at once, and then nothing is written.
@@ -19,7 +23,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from chapters import LIBRARY, Chapter, Import, Refused, Test, read_book
+from chapters import BUILTINS, LIBRARY, Chapter, Import, Piece, Refused, Test, read_book
 from notebooks import ROOT, Cell
 from scopes import in_function
 
@@ -77,11 +81,57 @@ def decorators(chapter: Chapter, test: Test) -> list[str]:
     return lines
 
 
-def function(test: Test, above: list[str], last: str = "") -> str:
+class Shared:
+    """The cells that several functions of a test file hold: each stands once, and is called."""
+
+    def __init__(self, chapter: Chapter, functions: list[Test]) -> None:
+        self.chapter = chapter
+        held = [(f, p) for f in functions for p in f.pieces if p.role != "once"]
+        users = {p: [f for f, q in held if q is p and self.callable(f, p)] for _, p in held}
+        self.users = {p: fs for p, fs in users.items() if len(fs) > 1}
+
+    def takes(self, piece: Piece) -> list[str]:
+        """The names that a cell needs from the cells above it."""
+        above = self.chapter.pieces[: self.chapter.pieces.index(piece)]
+        again = piece.reads_first & piece.names.binds & {n for p in above for n in p.names.binds}
+        return sorted((piece.names.needs | again) - self.chapter.outside - BUILTINS)
+
+    def callable(self, test: Test, piece: Piece) -> bool:
+        """Whether the cell means the same when a test calls it: nothing that it will look up later is bound later."""
+        at = test.pieces.index(piece)
+        below = {n for p in test.pieces[at + 1 :] for n in p.names.binds}
+        above = {n for p in test.pieces[:at] for n in p.names.binds} | test.shared | {"device"}
+        return not (piece.later & below or set(self.takes(piece)) - above or piece.deletes)
+
+    def gives(self, piece: Piece) -> list[str]:
+        """The names that a cell binds and cells below it need, in any of the tests."""
+        below = [p for f in self.users[piece] for p in f.pieces[f.pieces.index(piece) + 1 :]]
+        return sorted(piece.names.binds & {n for p in below for n in p.names.needs | p.reads_first})
+
+    def call(self, piece: Piece) -> str:
+        """The line that runs a cell in a test."""
+        left = ", ".join(self.gives(piece))
+        return f"{left} = " * bool(left) + f"{name_of(piece)}({', '.join(self.takes(piece))})"
+
+    def text(self, piece: Piece) -> str:
+        """The function that a cell becomes."""
+        gives = ", ".join(self.gives(piece))
+        body = f"# cell {piece.cell.id}\n{piece.code}" + f"\nreturn {gives}" * bool(gives)
+        return in_function(body, f"def {name_of(piece)}({', '.join(self.takes(piece))}):")
+
+
+def name_of(piece: Piece) -> str:
+    return "cell_" + piece.cell.id.replace("-", "_")
+
+
+def function(test: Test, above: list[str], shared: Shared, last: str = "") -> str:
     """The text of a test or a fixture."""
     takes = ["device"] * ("device" in test.needs) + sorted(p.function for p in test.once)
     given = [f"{name} = {p.function}.{name}" for p, some in test.once.items() for name in some]
-    cells = [f"# cell {p.cell.id}\n{p.code}" for p in test.pieces]
+    cells = [
+        shared.call(p) if test in shared.users.get(p, []) else f"# cell {p.cell.id}\n{p.code}"
+        for p in test.pieces
+    ]
     head = f"def {test.own.function}({', '.join(takes)}):"
     return "\n".join([*above, in_function("\n".join([*given, *cells, last]).rstrip(), head)])
 
@@ -95,19 +145,21 @@ def fixtures_of(chapter: Chapter, tests: list[Test]) -> list[Test]:
     return used[: len(used) - len(tests)]
 
 
-def fixture(test: Test, users: list[Test]) -> str:
+def fixture(test: Test, users: list[Test], shared: Shared) -> str:
     """The text of a fixture, which gives what its users take from it."""
     gives = sorted({name for user in users for name in user.once.get(test.own, [])})
     namespace = ", ".join(f"{name}={name}" for name in gives)
     decorator = '@pytest.fixture(scope="module")'
-    return function(test, [decorator], f"return SimpleNamespace({namespace})")
+    return function(test, [decorator], shared, f"return SimpleNamespace({namespace})")
 
 
 def render(chapter: Chapter, tests: list[Test]) -> str:
     """The text of a test file that holds some tests of a chapter, not yet formatted."""
     once = fixtures_of(chapter, tests)
-    functions = [fixture(f, once + tests) for f in once]
-    functions += [function(test, decorators(chapter, test)) for test in tests]
+    shared = Shared(chapter, once + tests)
+    functions = [shared.text(p) for p in chapter.pieces if p in shared.users]
+    functions += [fixture(f, once + tests, shared) for f in once]
+    functions += [function(test, decorators(chapter, test), shared) for test in tests]
     return "\n\n\n".join([header(chapter, once + tests), *functions]) + "\n"
 
 

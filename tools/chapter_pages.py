@@ -57,7 +57,7 @@ def page(
         }:
             cells += code_cell(name, cell, skipped.get(cell.id))
     title, found, rest = book.cells[0].source.partition("\n")
-    book.cells[0].source = f"{title}\n\n{facts(module, code, seconds)}\n{found}{rest}"
+    book.cells[0].source = f"{title}\n\n{facts(module, code, seconds, names)}\n{found}{rest}"
     book.cells, book.metadata.file_format = cells, "mystnb"
     book.metadata.pop("widgets", None)
     return book
@@ -102,11 +102,13 @@ def link_names(markdown: str, names: dict[str, str]) -> str:
     return "".join(part if n % 2 else NAME.sub(link, part) for n, part in enumerate(parts))
 
 
-def facts(module: str, code: list[str], seconds: float) -> str:
+def facts(module: str, code: list[str], seconds: float, names: dict[str, str]) -> str:
     """A small line below the title: what the library has of the chapter, what is tested, how long it runs."""
+    where = f"metabook.{module}"
     directives = [split_directives(source)[0] for source in code]
     tests, proofs = (sum(key in d for d in directives) for key in ("test", "proves"))
-    said = [f"In the library: {{py:mod}}`metabook.{module}`"] if module else []
+    role = "{py:mod}" if where in names else ""  # a module that exports nothing has no page
+    said = [f"In the library: {role}`{where}`"] if module else []
     said += [counted(n, word) for n, word in ((tests, "test"), (proofs, "proof")) if n]
     said += [f"runs in {seconds:.0f} s"] if seconds >= 1 else []
     return small(" · ".join(said), "metabook-facts")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from notebooks import Cell, Notebook, find, read
-from scopes import Names, asserts, called, changed, names, reads_first
+from scopes import Names, asserts, called, changed, later, names, reads_first
 
 LIBRARY = "metabook"
 EXPORTS = ("export", "exporti", "exports")
@@ -98,6 +98,16 @@ class Piece:
     @cached_property
     def reads_first(self) -> set[str]:
         return reads_first(self.code)
+
+    @cached_property
+    def later(self) -> set[str]:
+        return later(self.code)
+
+    @cached_property
+    def deletes(self) -> bool:
+        return any(
+            isinstance(node, ast.Delete | ast.Nonlocal) for node in ast.walk(ast.parse(self.code))
+        )
 
 
 class Test(NamedTuple):

@@ -62,6 +62,21 @@ def names(code: str) -> Names:
     return Names(binds, needs, in_classes)
 
 
+def later(code: str) -> set[str]:
+    """The names that functions and classes of a piece of code look up when they run, which may be later."""
+    tree = ast.parse(code)
+    if not tree.body:
+        return set()
+    cell = symtable.symtable(in_function(code), "cell", "exec").get_children()[0]
+    inner = [t for child in cell.get_children() for t in _tables(child) if not _at_once(t)]
+    return {s.get_name() for t in inner for s in t.get_symbols() if s.is_free() or s.is_global()}
+
+
+def _at_once(table: symtable.SymbolTable) -> bool:
+    """Whether it is a comprehension, which has run when the statement is over."""
+    return table.get_name() in ("listcomp", "setcomp", "dictcomp")
+
+
 def reads_first(code: str) -> set[str]:
     """The names of which top-level statements read the value that they had before."""
     first, bound = set(), set()

@@ -21,6 +21,249 @@ from metabook.testing import ContractError, check_learner
 from metabook.training import fit
 
 
+def cell_4122cac2():
+    # cell 4122cac2
+    class RidgeWave(Learner):
+        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
+
+        kind = "regression"
+
+        def __init__(self, omega=0.6, ridge=1.0):
+            super().__init__()
+            self.omega = nn.Parameter(torch.tensor(float(omega)))
+            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
+
+        def features(self, x):  # psi(x) [n, 2]
+            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
+
+        def adapt(self, support):  # phi [2, 1]
+            psi = self.features(support.x)
+            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
+            return torch.linalg.solve(gram, psi.T @ support.y)
+
+        def predict(self, phi, x):
+            return self.features(x) @ phi
+
+    return RidgeWave
+
+
+def cell_b25f01cd(RidgeWave):
+    # cell b25f01cd
+    learner = RidgeWave(omega=1.0, ridge=1.0)
+    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
+    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
+
+    phi = learner.adapt(support)
+    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
+    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
+    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
+    phi, learner(support, x)
+
+
+def cell_4a44eb4e(RidgeWave):
+    # cell 4a44eb4e
+    learner = RidgeWave()
+    learner.log_ridge.requires_grad_(False)
+    assert [group["params"] for group in learner.param_groups()] == [[learner.omega]]
+
+
+def cell_3eddb1b5(RidgeWave):
+    # cell 3eddb1b5
+    learner, x = RidgeWave(), torch.randn(4, 1)
+    wrong = {
+        "make one-hot rows": (Examples(x, torch.tensor([0, 1, 1, 0])), x),
+        "its own row in y": (Examples(x, torch.randn(3, 1)), x),
+        "support set is empty": (Examples(x[:0], torch.randn(0, 1)), x),
+        "both need the same": (Examples(x, torch.randn(4, 1)), torch.randn(4, 2)),
+        "are bytes": (Examples(x.byte(), torch.randn(4, 1)), x.byte()),
+    }
+    messages = []
+    for part, (support, query) in wrong.items():
+        try:
+            learner(support, query)
+        except ValueError as error:
+            messages.append(str(error))
+        assert part in messages[-1]
+    elsewhere = RidgeWave().to("meta")  # a device that holds nothing
+    for part, refusing, support in (
+        ("support set is empty", learner, Examples(torch.randn(0, 1), torch.randn(0, 1))),
+        ("move one of them", elsewhere, Examples(x, torch.randn(4, 1))),
+    ):
+        try:
+            refusing.check(support, support.x)
+        except ValueError as error:
+            messages.append(str(error))
+        assert part in messages[-1]
+    assert len(messages) == len(wrong) + 2
+    messages
+
+
+def cell_a02f42d4():
+    # cell a02f42d4
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
+    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
+    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
+    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
+    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
+    by_hand
+
+
+def cell_5ccc136f():
+    # cell 5ccc136f
+    predictions, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [4.0]])
+    assert task_loss("regression", predictions, y) == (1 + 4) / 2
+    assert task_score("regression", predictions, y) == (1 + 4) / 2
+    try:
+        task_loss("regression", predictions, torch.zeros(2, 3))
+    except ValueError as error:
+        message = str(error)
+    assert "3 outputs" in message
+    message
+
+
+def cell_cbd16f9f():
+    # cell cbd16f9f
+    answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 6.0, 9.0]])
+    classes = torch.eye(3)[[1, 0, 1, 2]]  # the third answer is wrong
+    assert task_score("classification", answers, classes) == 3 / 4
+    answers[1, 2] = math.nan  # no answer is no wrong answer, and no right one
+    assert math.isnan(task_score("classification", answers, classes))
+
+
+def cell_1d9b4c21():
+    # cell 1d9b4c21
+    @register("sentences")
+    class Sentences(Learner):
+        "Prototypes of sentences."
+
+        def __init__(self, words: int, d: int = 4):
+            super().__init__()
+            self.embed = torch.nn.Embedding(words, d)
+
+        def read(self, x):
+            there = x["mask"].to(self.embed.weight)[..., None]
+            return (self.embed(x["tokens"]) * there).sum(1) / there.sum(1)
+
+        def adapt(self, support):
+            return support.y.T @ self.read(support.x) / support.y.sum(0)[:, None]
+
+        def predict(self, state, x):
+            return -(self.read(x)[:, None] - state).square().sum(-1)
+
+    tokens, mask = (
+        torch.randint(0, 9, (2, 4, 5)),
+        torch.arange(5) < torch.tensor([[2], [5], [3], [4]]),
+    )
+    sentences = [{"tokens": t, "mask": mask} for t in tokens]
+    labels = torch.eye(2).repeat(2, 1)
+    learner, support = Sentences(9), Examples(sentences[0], labels)
+    answers = learner(support, sentences[1])
+    padded = sentences[1] | {"tokens": torch.where(mask, sentences[1]["tokens"], 0)}
+    assert answers.shape == (4, 2) and torch.equal(learner(support, padded), answers)
+    batch = Episode(
+        *(Examples({k: t[None] for k, t in x.items()}, labels[None]) for x in sentences)
+    )
+    assert losses(learner, batch, "vmap").allclose(losses(learner, batch, "loop"))
+    try:
+        learner(support._replace(x={"tokens": tokens[0], "mask": mask[1:]}), sentences[1])
+    except ValueError as error:
+        message = str(error)
+    assert "support.x['mask'] (3, 5)" in message
+    message
+
+
+def cell_d1cfa56c():
+    # cell d1cfa56c
+    def four_tasks():
+        "Four tasks in double precision."
+        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
+
+    return four_tasks
+
+
+def cell_03160d73(RidgeWave, by_numpy, four_tasks):
+    # cell 03160d73
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    values = losses(learner, episodes)
+    torch.testing.assert_close(
+        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
+    )
+    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
+    values
+
+
+def cell_6c182fed(RidgeWave, by_numpy, four_tasks):
+    # cell 6c182fed
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    parameters = list(learner.parameters())
+    expected = by_numpy(episodes, learner.omega.item(), 1.0)
+    gradients = {}
+    for way, values in {
+        "loop": losses(learner, episodes, lift="loop"),
+        "vmap": losses(learner, episodes, lift="vmap"),
+        "vmap by hand": vmap(learner.loss)(episodes),
+    }.items():
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=0)
+        gradients[way] = torch.stack(torch.autograd.grad(learner.combine(values), parameters))
+    torch.testing.assert_close(gradients["vmap"], gradients["loop"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients["vmap by hand"], gradients["loop"], rtol=1e-12, atol=0)
+    gradients
+
+
+def cell_581c2635():
+    # cell 581c2635
+    def flaws_of(learner, tasks):
+        "The promises that a learner breaks, besides that it has no name yet."
+        try:
+            check_learner(learner, tasks)
+        except ContractError as error:
+            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
+        return {}
+
+    return flaws_of
+
+
+def cell_f433ae78(RidgeWave, flaws_of):
+    # cell f433ae78
+    class CutWave(RidgeWave):
+        def adapt(self, support):
+            return super().adapt(support).detach()
+
+    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
+    assert set(flaws) == {"gradients_arrive", "gradients_are_true"}
+    print(*flaws.values(), sep="\n\n")
+
+
+def cell_de6b8ddc(RidgeWave, flaws_of):
+    # cell de6b8ddc
+    class Forgetful(RidgeWave):
+        def adapt(self, support):
+            self.latest = super().adapt(support)
+            return self.latest
+
+        def predict(self, phi, x):
+            return self.features(x) @ self.latest
+
+    flaws = flaws_of(Forgetful(), Sinusoids(5, 10))
+    assert "state_is_complete" in flaws
+    print(flaws["state_is_complete"])
+
+
+def cell_9e42fd33(RidgeWave, flaws_of):
+    # cell 9e42fd33
+    class Whispering(RidgeWave):
+        def predict(self, phi, x):
+            raw = super().predict(phi, x)
+            return raw - raw.mean(0)
+
+    class HonestlyWhispering(Whispering):
+        transductive = True
+
+    assert list(flaws_of(Whispering(), Sinusoids(5, 10))) == ["queries_stand_alone"]
+    assert not flaws_of(HonestlyWhispering(), Sinusoids(5, 10))
+
+
 def test_each_part_keeps_its_mode():
     # cell 4401ba57
     frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
@@ -70,39 +313,8 @@ def test_a_learner_is_adapt_then_predict():
 
     assert averages_after(set_parts, frozen, resting) == [True, True]
     assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
-
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell b25f01cd
-    learner = RidgeWave(omega=1.0, ridge=1.0)
-    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
-    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
-
-    phi = learner.adapt(support)
-    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
-    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
-    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
-    phi, learner(support, x)
+    RidgeWave = cell_4122cac2()
+    cell_b25f01cd(RidgeWave)
 
 
 def test_what_is_frozen_is_not_trained():
@@ -128,43 +340,9 @@ def test_what_is_frozen_is_not_trained():
 
     assert averages_after(set_parts, frozen, resting) == [True, True]
     assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
-
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell b25f01cd
-    learner = RidgeWave(omega=1.0, ridge=1.0)
-    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
-    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
-
-    phi = learner.adapt(support)
-    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
-    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
-    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
-    phi, learner(support, x)
-    # cell 4a44eb4e
-    learner = RidgeWave()
-    learner.log_ridge.requires_grad_(False)
-    assert [group["params"] for group in learner.param_groups()] == [[learner.omega]]
+    RidgeWave = cell_4122cac2()
+    cell_b25f01cd(RidgeWave)
+    cell_4a44eb4e(RidgeWave)
 
 
 def test_examples_that_do_not_fit_are_refused():
@@ -190,71 +368,10 @@ def test_examples_that_do_not_fit_are_refused():
 
     assert averages_after(set_parts, frozen, resting) == [True, True]
     assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
-
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell b25f01cd
-    learner = RidgeWave(omega=1.0, ridge=1.0)
-    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
-    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
-
-    phi = learner.adapt(support)
-    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
-    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
-    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
-    phi, learner(support, x)
-    # cell 4a44eb4e
-    learner = RidgeWave()
-    learner.log_ridge.requires_grad_(False)
-    assert [group["params"] for group in learner.param_groups()] == [[learner.omega]]
-    # cell 3eddb1b5
-    learner, x = RidgeWave(), torch.randn(4, 1)
-    wrong = {
-        "make one-hot rows": (Examples(x, torch.tensor([0, 1, 1, 0])), x),
-        "its own row in y": (Examples(x, torch.randn(3, 1)), x),
-        "support set is empty": (Examples(x[:0], torch.randn(0, 1)), x),
-        "both need the same": (Examples(x, torch.randn(4, 1)), torch.randn(4, 2)),
-        "are bytes": (Examples(x.byte(), torch.randn(4, 1)), x.byte()),
-    }
-    messages = []
-    for part, (support, query) in wrong.items():
-        try:
-            learner(support, query)
-        except ValueError as error:
-            messages.append(str(error))
-        assert part in messages[-1]
-    elsewhere = RidgeWave().to("meta")  # a device that holds nothing
-    for part, refusing, support in (
-        ("support set is empty", learner, Examples(torch.randn(0, 1), torch.randn(0, 1))),
-        ("move one of them", elsewhere, Examples(x, torch.randn(4, 1))),
-    ):
-        try:
-            refusing.check(support, support.x)
-        except ValueError as error:
-            messages.append(str(error))
-        assert part in messages[-1]
-    assert len(messages) == len(wrong) + 2
-    messages
+    RidgeWave = cell_4122cac2()
+    cell_b25f01cd(RidgeWave)
+    cell_4a44eb4e(RidgeWave)
+    cell_3eddb1b5(RidgeWave)
 
 
 def test_an_inner_loop_that_cannot_work_is_refused():
@@ -280,71 +397,10 @@ def test_an_inner_loop_that_cannot_work_is_refused():
 
     assert averages_after(set_parts, frozen, resting) == [True, True]
     assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
-
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell b25f01cd
-    learner = RidgeWave(omega=1.0, ridge=1.0)
-    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
-    x = torch.tensor([[math.pi / 2], [0.0], [-math.pi / 2]])
-
-    phi = learner.adapt(support)
-    torch.testing.assert_close(phi, torch.tensor([[1.0], [1.5]]))
-    torch.testing.assert_close(learner(support, x), torch.tensor([[1.0], [1.5], [-1.0]]))
-    torch.testing.assert_close(learner(support, x), learner.predict(phi, x))
-    phi, learner(support, x)
-    # cell 4a44eb4e
-    learner = RidgeWave()
-    learner.log_ridge.requires_grad_(False)
-    assert [group["params"] for group in learner.param_groups()] == [[learner.omega]]
-    # cell 3eddb1b5
-    learner, x = RidgeWave(), torch.randn(4, 1)
-    wrong = {
-        "make one-hot rows": (Examples(x, torch.tensor([0, 1, 1, 0])), x),
-        "its own row in y": (Examples(x, torch.randn(3, 1)), x),
-        "support set is empty": (Examples(x[:0], torch.randn(0, 1)), x),
-        "both need the same": (Examples(x, torch.randn(4, 1)), torch.randn(4, 2)),
-        "are bytes": (Examples(x.byte(), torch.randn(4, 1)), x.byte()),
-    }
-    messages = []
-    for part, (support, query) in wrong.items():
-        try:
-            learner(support, query)
-        except ValueError as error:
-            messages.append(str(error))
-        assert part in messages[-1]
-    elsewhere = RidgeWave().to("meta")  # a device that holds nothing
-    for part, refusing, support in (
-        ("support set is empty", learner, Examples(torch.randn(0, 1), torch.randn(0, 1))),
-        ("move one of them", elsewhere, Examples(x, torch.randn(4, 1))),
-    ):
-        try:
-            refusing.check(support, support.x)
-        except ValueError as error:
-            messages.append(str(error))
-        assert part in messages[-1]
-    assert len(messages) == len(wrong) + 2
-    messages
+    RidgeWave = cell_4122cac2()
+    cell_b25f01cd(RidgeWave)
+    cell_4a44eb4e(RidgeWave)
+    cell_3eddb1b5(RidgeWave)
     # cell d1498452
     refusals = []
     for impossible in (
@@ -366,45 +422,17 @@ def test_an_inner_loop_that_cannot_work_is_refused():
 
 @pytest.mark.proves("eq-cross-entropy")
 def test_cross_entropy_by_hand():
-    # cell a02f42d4
-    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
-    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
-    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
-    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
-    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
-    by_hand
+    cell_a02f42d4()
 
 
 @pytest.mark.proves("eq-squared-error")
 def test_squared_error_by_hand():
-    # cell a02f42d4
-    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
-    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
-    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
-    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
-    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
-    by_hand
-    # cell 5ccc136f
-    predictions, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [4.0]])
-    assert task_loss("regression", predictions, y) == (1 + 4) / 2
-    assert task_score("regression", predictions, y) == (1 + 4) / 2
-    try:
-        task_loss("regression", predictions, torch.zeros(2, 3))
-    except ValueError as error:
-        message = str(error)
-    assert "3 outputs" in message
-    message
+    cell_a02f42d4()
+    cell_5ccc136f()
 
 
 def test_accuracy_by_hand():
-    # cell cbd16f9f
-    answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 6.0, 9.0]])
-    classes = torch.eye(3)[[1, 0, 1, 2]]  # the third answer is wrong
-    assert task_score("classification", answers, classes) == 3 / 4
-    answers[1, 2] = math.nan  # no answer is no wrong answer, and no right one
-    assert math.isnan(task_score("classification", answers, classes))
+    cell_cbd16f9f()
 
 
 def test_a_learner_owns_criterion_and_score():
@@ -437,159 +465,18 @@ def test_a_learner_owns_criterion_and_score():
 
 
 def test_tokens_and_their_mask():
-    # cell a02f42d4
-    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
-    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
-    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
-    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
-    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
-    by_hand
-    # cell 5ccc136f
-    predictions, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [4.0]])
-    assert task_loss("regression", predictions, y) == (1 + 4) / 2
-    assert task_score("regression", predictions, y) == (1 + 4) / 2
-    try:
-        task_loss("regression", predictions, torch.zeros(2, 3))
-    except ValueError as error:
-        message = str(error)
-    assert "3 outputs" in message
-    message
-    # cell cbd16f9f
-    answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 6.0, 9.0]])
-    classes = torch.eye(3)[[1, 0, 1, 2]]  # the third answer is wrong
-    assert task_score("classification", answers, classes) == 3 / 4
-    answers[1, 2] = math.nan  # no answer is no wrong answer, and no right one
-    assert math.isnan(task_score("classification", answers, classes))
-
-    # cell 1d9b4c21
-    @register("sentences")
-    class Sentences(Learner):
-        "Prototypes of sentences."
-
-        def __init__(self, words: int, d: int = 4):
-            super().__init__()
-            self.embed = torch.nn.Embedding(words, d)
-
-        def read(self, x):
-            there = x["mask"].to(self.embed.weight)[..., None]
-            return (self.embed(x["tokens"]) * there).sum(1) / there.sum(1)
-
-        def adapt(self, support):
-            return support.y.T @ self.read(support.x) / support.y.sum(0)[:, None]
-
-        def predict(self, state, x):
-            return -(self.read(x)[:, None] - state).square().sum(-1)
-
-    tokens, mask = (
-        torch.randint(0, 9, (2, 4, 5)),
-        torch.arange(5) < torch.tensor([[2], [5], [3], [4]]),
-    )
-    sentences = [{"tokens": t, "mask": mask} for t in tokens]
-    labels = torch.eye(2).repeat(2, 1)
-    learner, support = Sentences(9), Examples(sentences[0], labels)
-    answers = learner(support, sentences[1])
-    padded = sentences[1] | {"tokens": torch.where(mask, sentences[1]["tokens"], 0)}
-    assert answers.shape == (4, 2) and torch.equal(learner(support, padded), answers)
-    batch = Episode(
-        *(Examples({k: t[None] for k, t in x.items()}, labels[None]) for x in sentences)
-    )
-    assert losses(learner, batch, "vmap").allclose(losses(learner, batch, "loop"))
-    try:
-        learner(support._replace(x={"tokens": tokens[0], "mask": mask[1:]}), sentences[1])
-    except ValueError as error:
-        message = str(error)
-    assert "support.x['mask'] (3, 5)" in message
-    message
+    cell_a02f42d4()
+    cell_5ccc136f()
+    cell_cbd16f9f()
+    cell_1d9b4c21()
 
 
 def test_a_price_falls_as_the_training_goes_on():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell a02f42d4
-    logits = torch.tensor([[0.0, math.log(3)], [0.0, math.log(3)]])
-    y = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    by_hand = (-math.log(3 / 4) - math.log(1 / 4)) / 2
-    assert math.isclose(task_loss("classification", logits, y), by_hand, rel_tol=1e-6)
-    soft = torch.tensor([[0.5, 0.5], [0.5, 0.5]])  # soft labels are fine too
-    assert math.isclose(task_loss("classification", logits, soft), by_hand, rel_tol=1e-6)
-    by_hand
-    # cell 5ccc136f
-    predictions, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [4.0]])
-    assert task_loss("regression", predictions, y) == (1 + 4) / 2
-    assert task_score("regression", predictions, y) == (1 + 4) / 2
-    try:
-        task_loss("regression", predictions, torch.zeros(2, 3))
-    except ValueError as error:
-        message = str(error)
-    assert "3 outputs" in message
-    message
-    # cell cbd16f9f
-    answers = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 2.0], [5.0, 6.0, 9.0]])
-    classes = torch.eye(3)[[1, 0, 1, 2]]  # the third answer is wrong
-    assert task_score("classification", answers, classes) == 3 / 4
-    answers[1, 2] = math.nan  # no answer is no wrong answer, and no right one
-    assert math.isnan(task_score("classification", answers, classes))
-
-    # cell 1d9b4c21
-    @register("sentences")
-    class Sentences(Learner):
-        "Prototypes of sentences."
-
-        def __init__(self, words: int, d: int = 4):
-            super().__init__()
-            self.embed = torch.nn.Embedding(words, d)
-
-        def read(self, x):
-            there = x["mask"].to(self.embed.weight)[..., None]
-            return (self.embed(x["tokens"]) * there).sum(1) / there.sum(1)
-
-        def adapt(self, support):
-            return support.y.T @ self.read(support.x) / support.y.sum(0)[:, None]
-
-        def predict(self, state, x):
-            return -(self.read(x)[:, None] - state).square().sum(-1)
-
-    tokens, mask = (
-        torch.randint(0, 9, (2, 4, 5)),
-        torch.arange(5) < torch.tensor([[2], [5], [3], [4]]),
-    )
-    sentences = [{"tokens": t, "mask": mask} for t in tokens]
-    labels = torch.eye(2).repeat(2, 1)
-    learner, support = Sentences(9), Examples(sentences[0], labels)
-    answers = learner(support, sentences[1])
-    padded = sentences[1] | {"tokens": torch.where(mask, sentences[1]["tokens"], 0)}
-    assert answers.shape == (4, 2) and torch.equal(learner(support, padded), answers)
-    batch = Episode(
-        *(Examples({k: t[None] for k, t in x.items()}, labels[None]) for x in sentences)
-    )
-    assert losses(learner, batch, "vmap").allclose(losses(learner, batch, "loop"))
-    try:
-        learner(support._replace(x={"tokens": tokens[0], "mask": mask[1:]}), sentences[1])
-    except ValueError as error:
-        message = str(error)
-    assert "support.x['mask'] (3, 5)" in message
-    message
+    RidgeWave = cell_4122cac2()
+    cell_a02f42d4()
+    cell_5ccc136f()
+    cell_cbd16f9f()
+    cell_1d9b4c21()
 
     # cell 1d9b4c23
     class Cooling(RidgeWave):
@@ -609,27 +496,7 @@ def test_a_price_falls_as_the_training_goes_on():
 
 @pytest.mark.proves("eq-outer-objective")
 def test_the_objective_is_the_mean_over_tasks():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
+    RidgeWave = cell_4122cac2()
 
     # cell c581f961
     def by_numpy(episodes, omega, ridge):
@@ -643,44 +510,13 @@ def test_the_objective_is_the_mean_over_tasks():
             found.append(np.mean((psi_q @ phi - yq) ** 2))
         return torch.tensor(np.array(found))
 
-    # cell d1cfa56c
-    def four_tasks():
-        "Four tasks in double precision."
-        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
-
-    # cell 03160d73
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    values = losses(learner, episodes)
-    torch.testing.assert_close(
-        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
-    )
-    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
-    values
+    four_tasks = cell_d1cfa56c()
+    cell_03160d73(RidgeWave, by_numpy, four_tasks)
 
 
 @pytest.mark.proves("eq-mean-gradient")
 def test_the_gradient_is_the_mean_of_task_gradients():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
+    RidgeWave = cell_4122cac2()
 
     # cell c581f961
     def by_numpy(episodes, omega, ridge):
@@ -694,19 +530,8 @@ def test_the_gradient_is_the_mean_of_task_gradients():
             found.append(np.mean((psi_q @ phi - yq) ** 2))
         return torch.tensor(np.array(found))
 
-    # cell d1cfa56c
-    def four_tasks():
-        "Four tasks in double precision."
-        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
-
-    # cell 03160d73
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    values = losses(learner, episodes)
-    torch.testing.assert_close(
-        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
-    )
-    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
-    values
+    four_tasks = cell_d1cfa56c()
+    cell_03160d73(RidgeWave, by_numpy, four_tasks)
     # cell 215f5635
     learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
     whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
@@ -725,27 +550,7 @@ def test_the_gradient_is_the_mean_of_task_gradients():
 
 @pytest.mark.proves("eq-lifted-objective")
 def test_loop_and_vmap_agree():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
+    RidgeWave = cell_4122cac2()
 
     # cell c581f961
     def by_numpy(episodes, omega, ridge):
@@ -759,19 +564,8 @@ def test_loop_and_vmap_agree():
             found.append(np.mean((psi_q @ phi - yq) ** 2))
         return torch.tensor(np.array(found))
 
-    # cell d1cfa56c
-    def four_tasks():
-        "Four tasks in double precision."
-        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
-
-    # cell 03160d73
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    values = losses(learner, episodes)
-    torch.testing.assert_close(
-        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
-    )
-    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
-    values
+    four_tasks = cell_d1cfa56c()
+    cell_03160d73(RidgeWave, by_numpy, four_tasks)
     # cell 215f5635
     learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
     whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
@@ -786,46 +580,12 @@ def test_loop_and_vmap_agree():
     up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
     assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
     [g.item() for g in alone], whole.item()
-    # cell 6c182fed
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    parameters = list(learner.parameters())
-    expected = by_numpy(episodes, learner.omega.item(), 1.0)
-    gradients = {}
-    for way, values in {
-        "loop": losses(learner, episodes, lift="loop"),
-        "vmap": losses(learner, episodes, lift="vmap"),
-        "vmap by hand": vmap(learner.loss)(episodes),
-    }.items():
-        torch.testing.assert_close(values, expected, rtol=1e-10, atol=0)
-        gradients[way] = torch.stack(torch.autograd.grad(learner.combine(values), parameters))
-    torch.testing.assert_close(gradients["vmap"], gradients["loop"], rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradients["vmap by hand"], gradients["loop"], rtol=1e-12, atol=0)
-    gradients
+    cell_6c182fed(RidgeWave, by_numpy, four_tasks)
 
 
 @pytest.mark.proves("eq-combine-weights")
 def test_weights_stand_for_combine():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
+    RidgeWave = cell_4122cac2()
 
     # cell c581f961
     def by_numpy(episodes, omega, ridge):
@@ -839,19 +599,8 @@ def test_weights_stand_for_combine():
             found.append(np.mean((psi_q @ phi - yq) ** 2))
         return torch.tensor(np.array(found))
 
-    # cell d1cfa56c
-    def four_tasks():
-        "Four tasks in double precision."
-        return Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
-
-    # cell 03160d73
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    values = losses(learner, episodes)
-    torch.testing.assert_close(
-        values, by_numpy(episodes, learner.omega.item(), 1.0), rtol=1e-9, atol=0
-    )
-    assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
-    values
+    four_tasks = cell_d1cfa56c()
+    cell_03160d73(RidgeWave, by_numpy, four_tasks)
     # cell 215f5635
     learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
     whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
@@ -866,21 +615,7 @@ def test_weights_stand_for_combine():
     up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
     assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
     [g.item() for g in alone], whole.item()
-    # cell 6c182fed
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    parameters = list(learner.parameters())
-    expected = by_numpy(episodes, learner.omega.item(), 1.0)
-    gradients = {}
-    for way, values in {
-        "loop": losses(learner, episodes, lift="loop"),
-        "vmap": losses(learner, episodes, lift="vmap"),
-        "vmap by hand": vmap(learner.loss)(episodes),
-    }.items():
-        torch.testing.assert_close(values, expected, rtol=1e-10, atol=0)
-        gradients[way] = torch.stack(torch.autograd.grad(learner.combine(values), parameters))
-    torch.testing.assert_close(gradients["vmap"], gradients["loop"], rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradients["vmap by hand"], gradients["loop"], rtol=1e-12, atol=0)
-    gradients
+    cell_6c182fed(RidgeWave, by_numpy, four_tasks)
 
     # cell a776b222
     class WorstFirst(RidgeWave):
@@ -933,28 +668,7 @@ def test_centroids_by_hand():
 
 
 def test_only_a_name_is_missing():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
+    RidgeWave = cell_4122cac2()
     # cell 76b3aa0e
     try:
         check_learner(RidgeWave(), Sinusoids(5, 10))
@@ -966,234 +680,32 @@ def test_only_a_name_is_missing():
 
 
 def test_a_cut_graph_is_found():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell 581c2635
-    def flaws_of(learner, tasks):
-        "The promises that a learner breaks, besides that it has no name yet."
-        try:
-            check_learner(learner, tasks)
-        except ContractError as error:
-            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
-        return {}
-
-    # cell f433ae78
-    class CutWave(RidgeWave):
-        def adapt(self, support):
-            return super().adapt(support).detach()
-
-    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
-    assert set(flaws) == {"gradients_arrive", "gradients_are_true"}
-    print(*flaws.values(), sep="\n\n")
+    RidgeWave = cell_4122cac2()
+    flaws_of = cell_581c2635()
+    cell_f433ae78(RidgeWave, flaws_of)
 
 
 def test_a_forgetful_state_is_found():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell 581c2635
-    def flaws_of(learner, tasks):
-        "The promises that a learner breaks, besides that it has no name yet."
-        try:
-            check_learner(learner, tasks)
-        except ContractError as error:
-            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
-        return {}
-
-    # cell f433ae78
-    class CutWave(RidgeWave):
-        def adapt(self, support):
-            return super().adapt(support).detach()
-
-    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
-    assert set(flaws) == {"gradients_arrive", "gradients_are_true"}
-    print(*flaws.values(), sep="\n\n")
-
-    # cell de6b8ddc
-    class Forgetful(RidgeWave):
-        def adapt(self, support):
-            self.latest = super().adapt(support)
-            return self.latest
-
-        def predict(self, phi, x):
-            return self.features(x) @ self.latest
-
-    flaws = flaws_of(Forgetful(), Sinusoids(5, 10))
-    assert "state_is_complete" in flaws
-    print(flaws["state_is_complete"])
+    RidgeWave = cell_4122cac2()
+    flaws_of = cell_581c2635()
+    cell_f433ae78(RidgeWave, flaws_of)
+    cell_de6b8ddc(RidgeWave, flaws_of)
 
 
 def test_whispering_queries_are_found():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell 581c2635
-    def flaws_of(learner, tasks):
-        "The promises that a learner breaks, besides that it has no name yet."
-        try:
-            check_learner(learner, tasks)
-        except ContractError as error:
-            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
-        return {}
-
-    # cell f433ae78
-    class CutWave(RidgeWave):
-        def adapt(self, support):
-            return super().adapt(support).detach()
-
-    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
-    assert set(flaws) == {"gradients_arrive", "gradients_are_true"}
-    print(*flaws.values(), sep="\n\n")
-
-    # cell de6b8ddc
-    class Forgetful(RidgeWave):
-        def adapt(self, support):
-            self.latest = super().adapt(support)
-            return self.latest
-
-        def predict(self, phi, x):
-            return self.features(x) @ self.latest
-
-    flaws = flaws_of(Forgetful(), Sinusoids(5, 10))
-    assert "state_is_complete" in flaws
-    print(flaws["state_is_complete"])
-
-    # cell 9e42fd33
-    class Whispering(RidgeWave):
-        def predict(self, phi, x):
-            raw = super().predict(phi, x)
-            return raw - raw.mean(0)
-
-    class HonestlyWhispering(Whispering):
-        transductive = True
-
-    assert list(flaws_of(Whispering(), Sinusoids(5, 10))) == ["queries_stand_alone"]
-    assert not flaws_of(HonestlyWhispering(), Sinusoids(5, 10))
+    RidgeWave = cell_4122cac2()
+    flaws_of = cell_581c2635()
+    cell_f433ae78(RidgeWave, flaws_of)
+    cell_de6b8ddc(RidgeWave, flaws_of)
+    cell_9e42fd33(RidgeWave, flaws_of)
 
 
 def test_a_far_start_ends_elsewhere():
-    # cell 4122cac2
-    class RidgeWave(Learner):
-        "Across tasks: the frequency.  Within a task: a wave of that frequency, by ridge regression."
-
-        kind = "regression"
-
-        def __init__(self, omega=0.6, ridge=1.0):
-            super().__init__()
-            self.omega = nn.Parameter(torch.tensor(float(omega)))
-            self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
-
-        def features(self, x):  # psi(x) [n, 2]
-            return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
-
-        def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
-
-        def predict(self, phi, x):
-            return self.features(x) @ phi
-
-    # cell 581c2635
-    def flaws_of(learner, tasks):
-        "The promises that a learner breaks, besides that it has no name yet."
-        try:
-            check_learner(learner, tasks)
-        except ContractError as error:
-            return {name: flaw for name, flaw in error.flaws.items() if name != "survives_saving"}
-        return {}
-
-    # cell f433ae78
-    class CutWave(RidgeWave):
-        def adapt(self, support):
-            return super().adapt(support).detach()
-
-    flaws = flaws_of(CutWave(), Sinusoids(5, 10))
-    assert set(flaws) == {"gradients_arrive", "gradients_are_true"}
-    print(*flaws.values(), sep="\n\n")
-
-    # cell de6b8ddc
-    class Forgetful(RidgeWave):
-        def adapt(self, support):
-            self.latest = super().adapt(support)
-            return self.latest
-
-        def predict(self, phi, x):
-            return self.features(x) @ self.latest
-
-    flaws = flaws_of(Forgetful(), Sinusoids(5, 10))
-    assert "state_is_complete" in flaws
-    print(flaws["state_is_complete"])
-
-    # cell 9e42fd33
-    class Whispering(RidgeWave):
-        def predict(self, phi, x):
-            raw = super().predict(phi, x)
-            return raw - raw.mean(0)
-
-    class HonestlyWhispering(Whispering):
-        transductive = True
-
-    assert list(flaws_of(Whispering(), Sinusoids(5, 10))) == ["queries_stand_alone"]
-    assert not flaws_of(HonestlyWhispering(), Sinusoids(5, 10))
+    RidgeWave = cell_4122cac2()
+    flaws_of = cell_581c2635()
+    cell_f433ae78(RidgeWave, flaws_of)
+    cell_de6b8ddc(RidgeWave, flaws_of)
+    cell_9e42fd33(RidgeWave, flaws_of)
     # cell 22804119
     far = RidgeWave(omega=0.3)
     fit(far, Sinusoids(5, 10), steps=300, lr=0.02, seed=0, progress=False)

@@ -25,11 +25,14 @@ from metabook.registry import METHODS
 from metabook.testing import check_learner
 
 
-@pytest.mark.proves("eq-proto-mean")
-def test_means_by_hand():
+def cell_0f9e4c2e():
     # cell 0f9e4c2e
     points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
     labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    return labels, points
+
+
+def cell_6448f4f5(labels, points):
     # cell 6448f4f5
     c = prototypes(points, labels)
     assert torch.equal(c, torch.tensor([[1.0, 0.0], [4.0, 2.0]]))
@@ -39,21 +42,165 @@ def test_means_by_hand():
     by_sums = [sum(w * z for w, z in zip(col, points, strict=True)) / col.sum() for col in uneven.T]
     torch.testing.assert_close(prototypes(points, uneven), torch.stack(by_sums))
     c
+
+
+def cell_c05b8e87(labels, points):
+    # cell c05b8e87
+    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
+    z_query = torch.tensor([[2.0, 1.0]])
+    return two, z_query
+
+
+def cell_ea362412(two, z_query):
+    # cell ea362412
+    by_hand = {
+        squared_euclidean: [2.0, 5.0],
+        euclidean: [math.sqrt(2), math.sqrt(5)],
+        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
+    }
+    for function, expected in by_hand.items():
+        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
+        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
+
+
+def cell_bb2c5cab():
+    # cell bb2c5cab
+    def as_written(z, c):
+        "The formula as it stands: a tensor of shape [n, way, d]."
+        return (z[:, None] - c).square().sum(-1)
+
+    def uncentred(z, c):
+        "The expanded square without the shift."
+        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
+
+    return as_written, uncentred
+
+
+def cell_df6a9d3a(as_written, uncentred):
+    # cell df6a9d3a
+    z, c = 10 + torch.randn(300, 1600), 10 + torch.randn(20, 1600)
+    exact = as_written(z.double(), c.double())
+    error = {
+        f.__name__: (f(z, c).double() - exact).abs().max().item()
+        for f in (as_written, uncentred, squared_euclidean)
+    }
+    assert error["squared_euclidean"] < 3 * error["as_written"]
+    assert error["uncentred"] > 30 * error["squared_euclidean"]
+    print({name: f"{e:.0e}" for name, e in error.items()})
+
+
+def cell_d669c138():
+    # cell d669c138
+    class AsIs(nn.Module):
+        "The input itself, flattened: an embedding that has learned nothing."
+
+        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    return AsIs
+
+
+def cell_683117f5(AsIs, labels, points, z_query):
+    # cell 683117f5
+    root5 = math.sqrt(5)
+    odds = {"squared": 3, "plain": root5 - math.sqrt(2), "cosine": -10 * (1 - 2 / root5)}
+    for distance, log_odds in odds.items():
+        p = ProtoNet(AsIs(), distance)(Examples(points, labels), z_query).softmax(-1)
+        first = 1 / (1 + math.exp(-log_odds))
+        torch.testing.assert_close(p, torch.tensor([[first, 1 - first]]))
+        print(f"{distance:8s} {p[0, 0].item():.3f} {p[0, 1].item():.3f}")
+
+
+def cell_5afc8a13(AsIs):
+    # cell 5afc8a13
+    with pytest.raises(ValueError, match="did you mean 'squared'"):
+        ProtoNet(AsIs(), "square")
+
+
+def cell_08014747(AsIs, two, z_query):
+    # cell 08014747
+    assert torch.equal(F.linear(z_query, 2 * two, -two.square().sum(1)), torch.tensor([[3.0, 0.0]]))
+
+    z, y = torch.randn(30, 8, dtype=torch.float64), one_hot(torch.arange(15) % 5, 5).double()
+    learner = ProtoNet(AsIs())
+    c, _ = state = learner.adapt(Examples(z[:15], y))
+    linear = F.linear(z, weight=2 * c, bias=-c.square().sum(1))
+    torch.testing.assert_close(learner.predict(state, z), linear - z.square().sum(1, keepdim=True))
+    torch.testing.assert_close(learner.predict(state, z).softmax(1), linear.softmax(1))
+
+
+def cell_68bec3c6(AsIs, two):
+    # cell 68bec3c6
+    direction = (two[0] - two[1]).double()
+    far = two[:1].double() + torch.linspace(-1, 100, 50).double()[:, None] * direction
+    state = two.double(), {}
+    gap = direction.norm()
+    lead = [ProtoNet(AsIs(), d).predict(state, far).diff(dim=1).abs() for d in ("plain", "squared")]
+    assert (lead[0] <= gap + 1e-9).all()
+    torch.testing.assert_close(lead[0][-1, 0], gap)  # reached behind the prototype
+    assert lead[1][-1, 0] > 100 * gap
+
+
+def cell_263a6745(two, z_query):
+    # cell 263a6745
+    def is_squared(distance):
+        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
+
+    assert not is_squared(torch.cdist)  # the mistake
+    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
+    assert is_squared(squared_euclidean)
+
+    z = z_query.clone().requires_grad_()
+    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(g.square().sum(), z)
+
+
+def cell_6f227c05(two, z_query):
+    # cell 6f227c05
+    d = squared_euclidean(z_query, two)  # 2 and 5
+    assert (-d).softmax(1)[0, 0] > 0.95
+    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
+
+    y = one_hot(torch.tensor([0]), 5)
+    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
+    p, label = logits.softmax(1), torch.tensor([0])
+    assert F.cross_entropy(logits, y) < 1e-6
+    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
+    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
+    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
+
+    def are_log_probabilities(a):
+        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
+
+    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
+    assert are_log_probabilities(logits.log_softmax(1))
+
+
+def cell_2b3e068d(AsIs):
+    # cell 2b3e068d
+    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
+    learner = ProtoNet(AsIs())
+    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
+
+    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
+    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
+    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
+    assert right.all() and not misled.any()
+
+
+@pytest.mark.proves("eq-proto-mean")
+def test_means_by_hand():
+    labels, points = cell_0f9e4c2e()
+    cell_6448f4f5(labels, points)
 
 
 def test_empty_support():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell 6448f4f5
-    c = prototypes(points, labels)
-    assert torch.equal(c, torch.tensor([[1.0, 0.0], [4.0, 2.0]]))
-
-    # Three examples of one class, one of the other, and a label that is shared between both.
-    uneven = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
-    by_sums = [sum(w * z for w, z in zip(col, points, strict=True)) / col.sum() for col in uneven.T]
-    torch.testing.assert_close(prototypes(points, uneven), torch.stack(by_sums))
-    c
+    labels, points = cell_0f9e4c2e()
+    cell_6448f4f5(labels, points)
     # cell a9933ffa
     with pytest.raises(ValueError, match="every class at least one example"):
         prototypes(points[:0], labels[:0])
@@ -85,81 +232,22 @@ def test_the_mean_is_the_best_representative():
 
 @pytest.mark.proves("eq-proto-squared", "eq-proto-plain", "eq-proto-cosine")
 def test_three_distances_by_hand():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-    # cell ea362412
-    by_hand = {
-        squared_euclidean: [2.0, 5.0],
-        euclidean: [math.sqrt(2), math.sqrt(5)],
-        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
-    }
-    for function, expected in by_hand.items():
-        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
-        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    cell_ea362412(two, z_query)
 
 
 def test_far_from_the_origin():
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
-    # cell df6a9d3a
-    z, c = 10 + torch.randn(300, 1600), 10 + torch.randn(20, 1600)
-    exact = as_written(z.double(), c.double())
-    error = {
-        f.__name__: (f(z, c).double() - exact).abs().max().item()
-        for f in (as_written, uncentred, squared_euclidean)
-    }
-    assert error["squared_euclidean"] < 3 * error["as_written"]
-    assert error["uncentred"] > 30 * error["squared_euclidean"]
-    print({name: f"{e:.0e}" for name, e in error.items()})
+    as_written, uncentred = cell_bb2c5cab()
+    cell_df6a9d3a(as_written, uncentred)
 
 
 def test_twice_differentiable():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-    # cell ea362412
-    by_hand = {
-        squared_euclidean: [2.0, 5.0],
-        euclidean: [math.sqrt(2), math.sqrt(5)],
-        cosine_distance: [1 - 2 / math.sqrt(5), 0.0],
-    }
-    for function, expected in by_hand.items():
-        torch.testing.assert_close(function(z_query, two), torch.tensor([expected]))
-        print(f"{function.__name__:18s}", [f"{d:.3f}" for d in function(z_query, two)[0].tolist()])
-
-    # cell bb2c5cab
-    def as_written(z, c):
-        "The formula as it stands: a tensor of shape [n, way, d]."
-        return (z[:, None] - c).square().sum(-1)
-
-    def uncentred(z, c):
-        "The expanded square without the shift."
-        return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
-
-    # cell df6a9d3a
-    z, c = 10 + torch.randn(300, 1600), 10 + torch.randn(20, 1600)
-    exact = as_written(z.double(), c.double())
-    error = {
-        f.__name__: (f(z, c).double() - exact).abs().max().item()
-        for f in (as_written, uncentred, squared_euclidean)
-    }
-    assert error["squared_euclidean"] < 3 * error["as_written"]
-    assert error["uncentred"] > 30 * error["squared_euclidean"]
-    print({name: f"{e:.0e}" for name, e in error.items()})
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    cell_ea362412(two, z_query)
+    as_written, uncentred = cell_bb2c5cab()
+    cell_df6a9d3a(as_written, uncentred)
     # cell 12ebbcb2
     z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     c = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -180,90 +268,26 @@ def test_twice_differentiable():
 
 @pytest.mark.proves("eq-proto-softmax")
 def test_probabilities_by_hand():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 683117f5
-    root5 = math.sqrt(5)
-    odds = {"squared": 3, "plain": root5 - math.sqrt(2), "cosine": -10 * (1 - 2 / root5)}
-    for distance, log_odds in odds.items():
-        p = ProtoNet(AsIs(), distance)(Examples(points, labels), z_query).softmax(-1)
-        first = 1 / (1 + math.exp(-log_odds))
-        torch.testing.assert_close(p, torch.tensor([[first, 1 - first]]))
-        print(f"{distance:8s} {p[0, 0].item():.3f} {p[0, 1].item():.3f}")
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_683117f5(AsIs, labels, points, z_query)
 
 
 def test_unknown_distance():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 683117f5
-    root5 = math.sqrt(5)
-    odds = {"squared": 3, "plain": root5 - math.sqrt(2), "cosine": -10 * (1 - 2 / root5)}
-    for distance, log_odds in odds.items():
-        p = ProtoNet(AsIs(), distance)(Examples(points, labels), z_query).softmax(-1)
-        first = 1 / (1 + math.exp(-log_odds))
-        torch.testing.assert_close(p, torch.tensor([[first, 1 - first]]))
-        print(f"{distance:8s} {p[0, 0].item():.3f} {p[0, 1].item():.3f}")
-    # cell 5afc8a13
-    with pytest.raises(ValueError, match="did you mean 'squared'"):
-        ProtoNet(AsIs(), "square")
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_683117f5(AsIs, labels, points, z_query)
+    cell_5afc8a13(AsIs)
 
 
 def test_keeps_the_contract(device):
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 683117f5
-    root5 = math.sqrt(5)
-    odds = {"squared": 3, "plain": root5 - math.sqrt(2), "cosine": -10 * (1 - 2 / root5)}
-    for distance, log_odds in odds.items():
-        p = ProtoNet(AsIs(), distance)(Examples(points, labels), z_query).softmax(-1)
-        first = 1 / (1 + math.exp(-log_odds))
-        torch.testing.assert_close(p, torch.tensor([[first, 1 - first]]))
-        print(f"{distance:8s} {p[0, 0].item():.3f} {p[0, 1].item():.3f}")
-    # cell 5afc8a13
-    with pytest.raises(ValueError, match="did you mean 'squared'"):
-        ProtoNet(AsIs(), "square")
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_683117f5(AsIs, labels, points, z_query)
+    cell_5afc8a13(AsIs)
     # cell 1e0b9eb5
     noise = Classes(torch.rand(96, 1, 16, 16), sizes=torch.full((8,), 12))
     for distance, stats in zip(DISTANCES, ("batch", "support", "running"), strict=True):
@@ -275,60 +299,18 @@ def test_keeps_the_contract(device):
 
 @pytest.mark.proves("eq-proto-linear")
 def test_same_as_a_linear_classifier():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 08014747
-    assert torch.equal(F.linear(z_query, 2 * two, -two.square().sum(1)), torch.tensor([[3.0, 0.0]]))
-
-    z, y = torch.randn(30, 8, dtype=torch.float64), one_hot(torch.arange(15) % 5, 5).double()
-    learner = ProtoNet(AsIs())
-    c, _ = state = learner.adapt(Examples(z[:15], y))
-    linear = F.linear(z, weight=2 * c, bias=-c.square().sum(1))
-    torch.testing.assert_close(learner.predict(state, z), linear - z.square().sum(1, keepdim=True))
-    torch.testing.assert_close(learner.predict(state, z).softmax(1), linear.softmax(1))
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_08014747(AsIs, two, z_query)
 
 
 @pytest.mark.proves("eq-proto-gradient")
 def test_gradient_of_the_loss():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 08014747
-    assert torch.equal(F.linear(z_query, 2 * two, -two.square().sum(1)), torch.tensor([[3.0, 0.0]]))
-
-    z, y = torch.randn(30, 8, dtype=torch.float64), one_hot(torch.arange(15) % 5, 5).double()
-    learner = ProtoNet(AsIs())
-    c, _ = state = learner.adapt(Examples(z[:15], y))
-    linear = F.linear(z, weight=2 * c, bias=-c.square().sum(1))
-    torch.testing.assert_close(learner.predict(state, z), linear - z.square().sum(1, keepdim=True))
-    torch.testing.assert_close(learner.predict(state, z).softmax(1), linear.softmax(1))
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_08014747(AsIs, two, z_query)
     # cell b2aeae33
     z, c = z_query.double().requires_grad_(), two.double().requires_grad_()
     learner, y = ProtoNet(AsIs()), torch.tensor([[1.0, 0.0]]).double()
@@ -343,60 +325,18 @@ def test_gradient_of_the_loss():
 
 @pytest.mark.proves("eq-proto-bounded")
 def test_plain_confidence_is_bounded():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 68bec3c6
-    direction = (two[0] - two[1]).double()
-    far = two[:1].double() + torch.linspace(-1, 100, 50).double()[:, None] * direction
-    state = two.double(), {}
-    gap = direction.norm()
-    lead = [ProtoNet(AsIs(), d).predict(state, far).diff(dim=1).abs() for d in ("plain", "squared")]
-    assert (lead[0] <= gap + 1e-9).all()
-    torch.testing.assert_close(lead[0][-1, 0], gap)  # reached behind the prototype
-    assert lead[1][-1, 0] > 100 * gap
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_68bec3c6(AsIs, two)
 
 
 @pytest.mark.proves("eq-proto-floor")
 def test_cosine_loss_has_a_floor():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 68bec3c6
-    direction = (two[0] - two[1]).double()
-    far = two[:1].double() + torch.linspace(-1, 100, 50).double()[:, None] * direction
-    state = two.double(), {}
-    gap = direction.norm()
-    lead = [ProtoNet(AsIs(), d).predict(state, far).diff(dim=1).abs() for d in ("plain", "squared")]
-    assert (lead[0] <= gap + 1e-9).all()
-    torch.testing.assert_close(lead[0][-1, 0], gap)  # reached behind the prototype
-    assert lead[1][-1, 0] > 100 * gap
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_68bec3c6(AsIs, two)
 
     # cell 72bc3fd2
     def lowest(scale, way):
@@ -417,65 +357,16 @@ def test_cosine_loss_has_a_floor():
 
 
 def test_root_instead_of_square():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell 263a6745
-    def is_squared(distance):
-        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
-
-    assert not is_squared(torch.cdist)  # the mistake
-    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
-    assert is_squared(squared_euclidean)
-
-    z = z_query.clone().requires_grad_()
-    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        torch.autograd.grad(g.square().sum(), z)
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    cell_263a6745(two, z_query)
 
 
 def test_what_the_loss_expects():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell 263a6745
-    def is_squared(distance):
-        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
-
-    assert not is_squared(torch.cdist)  # the mistake
-    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
-    assert is_squared(squared_euclidean)
-
-    z = z_query.clone().requires_grad_()
-    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        torch.autograd.grad(g.square().sum(), z)
-    # cell 6f227c05
-    d = squared_euclidean(z_query, two)  # 2 and 5
-    assert (-d).softmax(1)[0, 0] > 0.95
-    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
-
-    y = one_hot(torch.tensor([0]), 5)
-    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
-    p, label = logits.softmax(1), torch.tensor([0])
-    assert F.cross_entropy(logits, y) < 1e-6
-    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
-    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
-    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
-
-    def are_log_probabilities(a):
-        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
-
-    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
-    assert are_log_probabilities(logits.log_softmax(1))
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    cell_263a6745(two, z_query)
+    cell_6f227c05(two, z_query)
 
 
 def test_queries_stand_alone():
@@ -493,121 +384,21 @@ def test_queries_stand_alone():
 
 
 def test_labels_are_only_names():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 263a6745
-    def is_squared(distance):
-        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
-
-    assert not is_squared(torch.cdist)  # the mistake
-    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
-    assert is_squared(squared_euclidean)
-
-    z = z_query.clone().requires_grad_()
-    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        torch.autograd.grad(g.square().sum(), z)
-    # cell 6f227c05
-    d = squared_euclidean(z_query, two)  # 2 and 5
-    assert (-d).softmax(1)[0, 0] > 0.95
-    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
-
-    y = one_hot(torch.tensor([0]), 5)
-    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
-    p, label = logits.softmax(1), torch.tensor([0])
-    assert F.cross_entropy(logits, y) < 1e-6
-    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
-    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
-    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
-
-    def are_log_probabilities(a):
-        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
-
-    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
-    assert are_log_probabilities(logits.log_softmax(1))
-    # cell 2b3e068d
-    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
-    learner = ProtoNet(AsIs())
-    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
-
-    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
-    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
-    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
-    assert right.all() and not misled.any()
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_2b3e068d(AsIs)
 
 
 def test_forgotten_class():
-    # cell 0f9e4c2e
-    points = torch.tensor([[0.0, 0.0], [2.0, 0.0], [3.0, 2.0], [5.0, 2.0]])
-    labels = one_hot(torch.tensor([0, 0, 1, 1]), 2)
-    # cell c05b8e87
-    two = prototypes(points, labels)  # the prototypes (1, 0) and (4, 2)
-    z_query = torch.tensor([[2.0, 1.0]])
-
-    # cell d669c138
-    class AsIs(nn.Module):
-        "The input itself, flattened: an embedding that has learned nothing."
-
-        config = {"name": "as-is", "args": {}}  # how a trained folder would call it
-
-        def forward(self, x):
-            return x.flatten(1)
-
-    # cell 263a6745
-    def is_squared(distance):
-        return torch.allclose(distance(z_query, two), torch.tensor([[2.0, 5.0]]))
-
-    assert not is_squared(torch.cdist)  # the mistake
-    assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
-    assert is_squared(squared_euclidean)
-
-    z = z_query.clone().requires_grad_()
-    (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        torch.autograd.grad(g.square().sum(), z)
-    # cell 6f227c05
-    d = squared_euclidean(z_query, two)  # 2 and 5
-    assert (-d).softmax(1)[0, 0] > 0.95
-    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
-
-    y = one_hot(torch.tensor([0]), 5)
-    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
-    p, label = logits.softmax(1), torch.tensor([0])
-    assert F.cross_entropy(logits, y) < 1e-6
-    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
-    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
-    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
-
-    def are_log_probabilities(a):
-        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
-
-    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
-    assert are_log_probabilities(logits.log_softmax(1))
-    # cell 2b3e068d
-    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
-    learner = ProtoNet(AsIs())
-    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
-
-    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
-    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
-    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
-    assert right.all() and not misled.any()
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_2b3e068d(AsIs)
     # cell 688f2662
     y = one_hot(torch.tensor([0, 0, 1, 1]), 3)  # three classes, two of them shown
     support = Examples(points, y)

@@ -20,8 +20,7 @@ from metabook.scores import Score
 from metabook.training import VALIDATION_TASKS, Outer, fit
 
 
-@pytest.mark.proves("eq-outer-update")
-def test_one_outer_step_by_hand():
+def cell_0e416f25():
     # cell 0e416f25
     class Shrink(Learner):
         "Answers theta times the mean of the support targets: the smallest learner of the book."
@@ -58,6 +57,10 @@ def test_one_outer_step_by_hand():
             y = indices.cpu().split([self.shot, self.query], 1)
             return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
 
+    return Shrink, Sightings
+
+
+def cell_732608c8(Shrink):
     # cell 732608c8
     def two_tasks():
         "The two tasks of the worked example."
@@ -71,6 +74,10 @@ def test_one_outer_step_by_hand():
         outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
         return learner, outer, outer.step(two_tasks())
 
+    return one_step, two_tasks
+
+
+def cell_3733d06d(one_step, two_tasks):
     # cell 3733d06d
     for lift in ("loop", "vmap"):
         learner, outer, values = one_step(lift=lift)
@@ -79,67 +86,146 @@ def test_one_outer_step_by_hand():
         assert learner.theta.item() == pytest.approx(0.2)
         outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
         assert learner.theta.item() == pytest.approx(0.3)
+
+
+def cell_7073776a(Shrink, Sightings):
+    # cell 7073776a
+    class Listening(Sightings):
+        "Keeps what it is told."
+
+        def feedback(self, report):
+            reports.append(report)
+
+    reports, learner = [], Shrink()
+    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
+    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
+    first = reports[0]  # theta was zero, and so were the answers
+    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
+    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
+
+
+def cell_f5827b51(Shrink, Sightings):
+    # cell f5827b51
+    def trained(shot):
+        "What the smallest learner learns from tasks with so many sightings."
+        learner = Shrink()
+        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
+        fit(
+            learner,
+            Sightings(shot),
+            steps=200,
+            meta_batch=128,
+            lr=0.2,
+            schedule=decay,
+            progress=False,
+        )
+        return learner.theta.item()
+
+    for shot in (1, 2, 5):
+        theta = trained(shot)
+        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
+        assert abs(theta - shot / (shot + 1)) < 0.05
+
+
+def cell_254f7d93(Shrink, Sightings):
+    # cell 254f7d93
+    def kept(metric, scores):
+        "The parameter that a run keeps when the validation scores after each step are these."
+        learner = Shrink()
+        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
+        for step, value in enumerate(scores):
+            learner.theta.data.fill_(step)
+            consider(run, Score(torch.full((2,), value), metric))
+        finish(run)
+        return learner.theta.item()
+
+    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
+    assert kept("mse", [0.5, 0.3, 0.4]) == 1
+    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
+    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
+
+
+def cell_0f941697(Shrink, Sightings):
+    # cell 0f941697
+    modes = {"loss": set(), "predict": set()}
+
+    class Watched(Shrink):
+        "Keeps a record of its mode."
+
+        def loss(self, episode):
+            modes["loss"].add(self.training)
+            return super().loss(episode)
+
+        def predict(self, state, x):
+            modes["predict"].add(self.training)
+            return super().predict(state, x)
+
+    run = fit(
+        Watched().eval(),
+        Sightings(),
+        steps=2,
+        meta_batch=4,
+        validate=Sightings(),
+        every=1,
+        progress=False,
+    )
+    assert modes == {"loss": {True}, "predict": {True, False}} and not run.learner.training
+
+
+def cell_3a5e0001():
+    # cell 3a5e0001
+    def wave_run(steps=4, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), **how)
+
+    return wave_run
+
+
+def cell_f7852066(wave_run):
+    # cell f7852066
+    naive = Sinusoids().sample(25, torch.Generator().manual_seed(0))
+    assert torch.equal(
+        naive.support.x, next(Sinusoids().freeze(600, seed=0).episodes(25)).support.x
+    )  # !
+
+    seen = []
+
+    class Recorded(Sinusoids):
+        "Sinusoids that keep a record of what was drawn."
+
+        def gather(self, indices):
+            seen.extend(indices.task[:, 0].tolist())
+            return super().gather(indices)
+
+    run = wave_run(steps=6)
+    fit(
+        run.learner,
+        Recorded(),
+        steps=30,
+        meta_batch=25,
+        validate=Recorded(),
+        every=15,
+        progress=False,
+    )
+    tested = Sinusoids().freeze(600, seed=0).groups[0].task[:, 0].tolist()
+    assert len(seen) > 30 * 25 + 2 * VALIDATION_TASKS and not set(seen) & set(tested)
+
+
+@pytest.mark.proves("eq-outer-update")
+def test_one_outer_step_by_hand():
+    Shrink, Sightings = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    cell_3733d06d(one_step, two_tasks)
 
 
 @pytest.mark.proves("eq-clip")
 def test_one_clipped_step_by_hand():
-    # cell 0e416f25
-    class Shrink(Learner):
-        "Answers theta times the mean of the support targets: the smallest learner of the book."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Sightings(Tasks):
-        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
-
-        kind = "regression"
-
-        def __init__(self, shot=2, query=2):
-            self.shot, self.query = shot, query
-
-        def __repr__(self):
-            return f"Sightings(shot={self.shot}, query={self.query})"
-
-        def draw(self, n, generator=None):
-            device = generator.device if generator else None
-            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            y = indices.cpu().split([self.shot, self.query], 1)
-            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
-
-    # cell 732608c8
-    def two_tasks():
-        "The two tasks of the worked example."
-        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
-        query = torch.tensor([[[1.0]], [[0.0]]])
-        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
-
-    def one_step(**how):
-        "Where one step of plain gradient descent with rate 0.1 leads from zero."
-        learner = Shrink()
-        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
-        return learner, outer, outer.step(two_tasks())
-
-    # cell 3733d06d
-    for lift in ("loop", "vmap"):
-        learner, outer, values = one_step(lift=lift)
-        assert values.tolist() == [1.0, 0.0] and outer.norm == pytest.approx(2)
-        assert not values.requires_grad
-        assert learner.theta.item() == pytest.approx(0.2)
-        outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
-        assert learner.theta.item() == pytest.approx(0.3)
+    Shrink, Sightings = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    cell_3733d06d(one_step, two_tasks)
     # cell 89daeaac
     for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
         learner, outer, _ = one_step(clip=clip)
@@ -149,510 +235,44 @@ def test_one_clipped_step_by_hand():
 
 
 def test_tasks_are_told_how_it_went():
-    # cell 0e416f25
-    class Shrink(Learner):
-        "Answers theta times the mean of the support targets: the smallest learner of the book."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Sightings(Tasks):
-        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
-
-        kind = "regression"
-
-        def __init__(self, shot=2, query=2):
-            self.shot, self.query = shot, query
-
-        def __repr__(self):
-            return f"Sightings(shot={self.shot}, query={self.query})"
-
-        def draw(self, n, generator=None):
-            device = generator.device if generator else None
-            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            y = indices.cpu().split([self.shot, self.query], 1)
-            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
-
-    # cell 732608c8
-    def two_tasks():
-        "The two tasks of the worked example."
-        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
-        query = torch.tensor([[[1.0]], [[0.0]]])
-        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
-
-    def one_step(**how):
-        "Where one step of plain gradient descent with rate 0.1 leads from zero."
-        learner = Shrink()
-        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
-        return learner, outer, outer.step(two_tasks())
-
-    # cell 7073776a
-    class Listening(Sightings):
-        "Keeps what it is told."
-
-        def feedback(self, report):
-            reports.append(report)
-
-    reports, learner = [], Shrink()
-    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
-    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
-    first = reports[0]  # theta was zero, and so were the answers
-    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
-    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
+    Shrink, Sightings = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    cell_7073776a(Shrink, Sightings)
 
 
 @pytest.mark.proves("eq-shrinkage")
 def test_fit_finds_what_the_pencil_found():
-    # cell 0e416f25
-    class Shrink(Learner):
-        "Answers theta times the mean of the support targets: the smallest learner of the book."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Sightings(Tasks):
-        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
-
-        kind = "regression"
-
-        def __init__(self, shot=2, query=2):
-            self.shot, self.query = shot, query
-
-        def __repr__(self):
-            return f"Sightings(shot={self.shot}, query={self.query})"
-
-        def draw(self, n, generator=None):
-            device = generator.device if generator else None
-            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            y = indices.cpu().split([self.shot, self.query], 1)
-            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
-
-    # cell 732608c8
-    def two_tasks():
-        "The two tasks of the worked example."
-        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
-        query = torch.tensor([[[1.0]], [[0.0]]])
-        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
-
-    def one_step(**how):
-        "Where one step of plain gradient descent with rate 0.1 leads from zero."
-        learner = Shrink()
-        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
-        return learner, outer, outer.step(two_tasks())
-
-    # cell 7073776a
-    class Listening(Sightings):
-        "Keeps what it is told."
-
-        def feedback(self, report):
-            reports.append(report)
-
-    reports, learner = [], Shrink()
-    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
-    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
-    first = reports[0]  # theta was zero, and so were the answers
-    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
-    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
-
-    # cell f5827b51
-    def trained(shot):
-        "What the smallest learner learns from tasks with so many sightings."
-        learner = Shrink()
-        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
-        fit(
-            learner,
-            Sightings(shot),
-            steps=200,
-            meta_batch=128,
-            lr=0.2,
-            schedule=decay,
-            progress=False,
-        )
-        return learner.theta.item()
-
-    for shot in (1, 2, 5):
-        theta = trained(shot)
-        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
-        assert abs(theta - shot / (shot + 1)) < 0.05
+    Shrink, Sightings = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    cell_7073776a(Shrink, Sightings)
+    cell_f5827b51(Shrink, Sightings)
 
 
 @pytest.mark.proves("eq-selection")
 def test_the_best_parameters_are_kept():
-    # cell 0e416f25
-    class Shrink(Learner):
-        "Answers theta times the mean of the support targets: the smallest learner of the book."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Sightings(Tasks):
-        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
-
-        kind = "regression"
-
-        def __init__(self, shot=2, query=2):
-            self.shot, self.query = shot, query
-
-        def __repr__(self):
-            return f"Sightings(shot={self.shot}, query={self.query})"
-
-        def draw(self, n, generator=None):
-            device = generator.device if generator else None
-            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            y = indices.cpu().split([self.shot, self.query], 1)
-            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
-
-    # cell 732608c8
-    def two_tasks():
-        "The two tasks of the worked example."
-        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
-        query = torch.tensor([[[1.0]], [[0.0]]])
-        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
-
-    def one_step(**how):
-        "Where one step of plain gradient descent with rate 0.1 leads from zero."
-        learner = Shrink()
-        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
-        return learner, outer, outer.step(two_tasks())
-
-    # cell 7073776a
-    class Listening(Sightings):
-        "Keeps what it is told."
-
-        def feedback(self, report):
-            reports.append(report)
-
-    reports, learner = [], Shrink()
-    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
-    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
-    first = reports[0]  # theta was zero, and so were the answers
-    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
-    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
-
-    # cell f5827b51
-    def trained(shot):
-        "What the smallest learner learns from tasks with so many sightings."
-        learner = Shrink()
-        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
-        fit(
-            learner,
-            Sightings(shot),
-            steps=200,
-            meta_batch=128,
-            lr=0.2,
-            schedule=decay,
-            progress=False,
-        )
-        return learner.theta.item()
-
-    for shot in (1, 2, 5):
-        theta = trained(shot)
-        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
-        assert abs(theta - shot / (shot + 1)) < 0.05
-
-    # cell 254f7d93
-    def kept(metric, scores):
-        "The parameter that a run keeps when the validation scores after each step are these."
-        learner = Shrink()
-        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
-        for step, value in enumerate(scores):
-            learner.theta.data.fill_(step)
-            consider(run, Score(torch.full((2,), value), metric))
-        finish(run)
-        return learner.theta.item()
-
-    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
-    assert kept("mse", [0.5, 0.3, 0.4]) == 1
-    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
-    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
+    Shrink, Sightings = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    cell_7073776a(Shrink, Sightings)
+    cell_f5827b51(Shrink, Sightings)
+    cell_254f7d93(Shrink, Sightings)
 
 
 def test_each_phase_has_its_mode():
-    # cell 0e416f25
-    class Shrink(Learner):
-        "Answers theta times the mean of the support targets: the smallest learner of the book."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Sightings(Tasks):
-        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
-
-        kind = "regression"
-
-        def __init__(self, shot=2, query=2):
-            self.shot, self.query = shot, query
-
-        def __repr__(self):
-            return f"Sightings(shot={self.shot}, query={self.query})"
-
-        def draw(self, n, generator=None):
-            device = generator.device if generator else None
-            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            y = indices.cpu().split([self.shot, self.query], 1)
-            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
-
-    # cell 732608c8
-    def two_tasks():
-        "The two tasks of the worked example."
-        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
-        query = torch.tensor([[[1.0]], [[0.0]]])
-        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
-
-    def one_step(**how):
-        "Where one step of plain gradient descent with rate 0.1 leads from zero."
-        learner = Shrink()
-        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
-        return learner, outer, outer.step(two_tasks())
-
-    # cell 7073776a
-    class Listening(Sightings):
-        "Keeps what it is told."
-
-        def feedback(self, report):
-            reports.append(report)
-
-    reports, learner = [], Shrink()
-    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
-    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
-    first = reports[0]  # theta was zero, and so were the answers
-    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
-    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
-
-    # cell f5827b51
-    def trained(shot):
-        "What the smallest learner learns from tasks with so many sightings."
-        learner = Shrink()
-        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
-        fit(
-            learner,
-            Sightings(shot),
-            steps=200,
-            meta_batch=128,
-            lr=0.2,
-            schedule=decay,
-            progress=False,
-        )
-        return learner.theta.item()
-
-    for shot in (1, 2, 5):
-        theta = trained(shot)
-        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
-        assert abs(theta - shot / (shot + 1)) < 0.05
-
-    # cell 254f7d93
-    def kept(metric, scores):
-        "The parameter that a run keeps when the validation scores after each step are these."
-        learner = Shrink()
-        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
-        for step, value in enumerate(scores):
-            learner.theta.data.fill_(step)
-            consider(run, Score(torch.full((2,), value), metric))
-        finish(run)
-        return learner.theta.item()
-
-    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
-    assert kept("mse", [0.5, 0.3, 0.4]) == 1
-    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
-    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
-    # cell 0f941697
-    modes = {"loss": set(), "predict": set()}
-
-    class Watched(Shrink):
-        "Keeps a record of its mode."
-
-        def loss(self, episode):
-            modes["loss"].add(self.training)
-            return super().loss(episode)
-
-        def predict(self, state, x):
-            modes["predict"].add(self.training)
-            return super().predict(state, x)
-
-    run = fit(
-        Watched().eval(),
-        Sightings(),
-        steps=2,
-        meta_batch=4,
-        validate=Sightings(),
-        every=1,
-        progress=False,
-    )
-    assert modes == {"loss": {True}, "predict": {True, False}} and not run.learner.training
+    Shrink, Sightings = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    cell_7073776a(Shrink, Sightings)
+    cell_f5827b51(Shrink, Sightings)
+    cell_254f7d93(Shrink, Sightings)
+    cell_0f941697(Shrink, Sightings)
 
 
 def test_a_bad_run_is_refused_before_it_begins():
-    # cell 0e416f25
-    class Shrink(Learner):
-        "Answers theta times the mean of the support targets: the smallest learner of the book."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Sightings(Tasks):
-        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
-
-        kind = "regression"
-
-        def __init__(self, shot=2, query=2):
-            self.shot, self.query = shot, query
-
-        def __repr__(self):
-            return f"Sightings(shot={self.shot}, query={self.query})"
-
-        def draw(self, n, generator=None):
-            device = generator.device if generator else None
-            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            y = indices.cpu().split([self.shot, self.query], 1)
-            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
-
-    # cell 732608c8
-    def two_tasks():
-        "The two tasks of the worked example."
-        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
-        query = torch.tensor([[[1.0]], [[0.0]]])
-        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
-
-    def one_step(**how):
-        "Where one step of plain gradient descent with rate 0.1 leads from zero."
-        learner = Shrink()
-        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
-        return learner, outer, outer.step(two_tasks())
-
-    # cell 7073776a
-    class Listening(Sightings):
-        "Keeps what it is told."
-
-        def feedback(self, report):
-            reports.append(report)
-
-    reports, learner = [], Shrink()
-    run = fit(learner, Listening(query=3), steps=2, meta_batch=4, log_every=1, progress=False)
-    assert [report.losses.mean().item() for report in reports] == run.curve("loss")[1]
-    first = reports[0]  # theta was zero, and so were the answers
-    assert torch.equal(first.answers, torch.zeros(4, 3, 1))
-    torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
-
-    # cell f5827b51
-    def trained(shot):
-        "What the smallest learner learns from tasks with so many sightings."
-        learner = Shrink()
-        decay = lambda step: 1 / (1 + step / 20)  # noqa: E731
-        fit(
-            learner,
-            Sightings(shot),
-            steps=200,
-            meta_batch=128,
-            lr=0.2,
-            schedule=decay,
-            progress=False,
-        )
-        return learner.theta.item()
-
-    for shot in (1, 2, 5):
-        theta = trained(shot)
-        print(f"{shot} sightings: learned {theta:.3f}, exact {shot / (shot + 1):.3f}")
-        assert abs(theta - shot / (shot + 1)) < 0.05
-
-    # cell 254f7d93
-    def kept(metric, scores):
-        "The parameter that a run keeps when the validation scores after each step are these."
-        learner = Shrink()
-        run = Run(learner, Sightings(), Outer(learner, torch.optim.SGD(learner.param_groups())))
-        for step, value in enumerate(scores):
-            learner.theta.data.fill_(step)
-            consider(run, Score(torch.full((2,), value), metric))
-        finish(run)
-        return learner.theta.item()
-
-    assert kept("accuracy", [0.3, 0.5, 0.4]) == 1
-    assert kept("mse", [0.5, 0.3, 0.4]) == 1
-    assert kept("mse", [math.nan, 0.5, math.nan]) == 1
-    assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
-    # cell 0f941697
-    modes = {"loss": set(), "predict": set()}
-
-    class Watched(Shrink):
-        "Keeps a record of its mode."
-
-        def loss(self, episode):
-            modes["loss"].add(self.training)
-            return super().loss(episode)
-
-        def predict(self, state, x):
-            modes["predict"].add(self.training)
-            return super().predict(state, x)
-
-    run = fit(
-        Watched().eval(),
-        Sightings(),
-        steps=2,
-        meta_batch=4,
-        validate=Sightings(),
-        every=1,
-        progress=False,
-    )
-    assert modes == {"loss": {True}, "predict": {True, False}} and not run.learner.training
+    Shrink, Sightings = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    cell_7073776a(Shrink, Sightings)
+    cell_f5827b51(Shrink, Sightings)
+    cell_254f7d93(Shrink, Sightings)
+    cell_0f941697(Shrink, Sightings)
     # cell b8bb18a5
     pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 8, 8) for i in range(5)}), 3, 1, 5)
     for wrong, message in [
@@ -673,128 +293,15 @@ def test_a_bad_run_is_refused_before_it_begins():
 
 
 def test_training_never_meets_the_test_tasks():
-    # cell 3a5e0001
-    def wave_run(steps=4, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), **how)
-
-    # cell f7852066
-    naive = Sinusoids().sample(25, torch.Generator().manual_seed(0))
-    assert torch.equal(
-        naive.support.x, next(Sinusoids().freeze(600, seed=0).episodes(25)).support.x
-    )  # !
-
-    seen = []
-
-    class Recorded(Sinusoids):
-        "Sinusoids that keep a record of what was drawn."
-
-        def gather(self, indices):
-            seen.extend(indices.task[:, 0].tolist())
-            return super().gather(indices)
-
-    run = wave_run(steps=6)
-    fit(
-        run.learner,
-        Recorded(),
-        steps=30,
-        meta_batch=25,
-        validate=Recorded(),
-        every=15,
-        progress=False,
-    )
-    tested = Sinusoids().freeze(600, seed=0).groups[0].task[:, 0].tolist()
-    assert len(seen) > 30 * 25 + 2 * VALIDATION_TASKS and not set(seen) & set(tested)
+    wave_run = cell_3a5e0001()
+    cell_f7852066(wave_run)
 
 
 def test_equal_runs_are_equal(device):
-    # cell 0e416f25
-    class Shrink(Learner):
-        "Answers theta times the mean of the support targets: the smallest learner of the book."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Sightings(Tasks):
-        "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
-
-        kind = "regression"
-
-        def __init__(self, shot=2, query=2):
-            self.shot, self.query = shot, query
-
-        def __repr__(self):
-            return f"Sightings(shot={self.shot}, query={self.query})"
-
-        def draw(self, n, generator=None):
-            device = generator.device if generator else None
-            z = torch.randn(n, 1 + self.shot + self.query, 1, generator=generator, device=device)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            y = indices.cpu().split([self.shot, self.query], 1)
-            return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
-
-    # cell 732608c8
-    def two_tasks():
-        "The two tasks of the worked example."
-        support = torch.tensor([[[1.0], [3.0]], [[-1.0], [-1.0]]])
-        query = torch.tensor([[[1.0]], [[0.0]]])
-        return Episode(*(Examples(torch.zeros_like(y), y) for y in (support, query)))
-
-    def one_step(**how):
-        "Where one step of plain gradient descent with rate 0.1 leads from zero."
-        learner = Shrink()
-        outer = Outer(learner, torch.optim.SGD(learner.param_groups(), lr=0.1), **how)
-        return learner, outer, outer.step(two_tasks())
-
-    # cell 3a5e0001
-    def wave_run(steps=4, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), **how)
-
-    # cell f7852066
-    naive = Sinusoids().sample(25, torch.Generator().manual_seed(0))
-    assert torch.equal(
-        naive.support.x, next(Sinusoids().freeze(600, seed=0).episodes(25)).support.x
-    )  # !
-
-    seen = []
-
-    class Recorded(Sinusoids):
-        "Sinusoids that keep a record of what was drawn."
-
-        def gather(self, indices):
-            seen.extend(indices.task[:, 0].tolist())
-            return super().gather(indices)
-
-    run = wave_run(steps=6)
-    fit(
-        run.learner,
-        Recorded(),
-        steps=30,
-        meta_batch=25,
-        validate=Recorded(),
-        every=15,
-        progress=False,
-    )
-    tested = Sinusoids().freeze(600, seed=0).groups[0].task[:, 0].tolist()
-    assert len(seen) > 30 * 25 + 2 * VALIDATION_TASKS and not set(seen) & set(tested)
+    Shrink, Sightings = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    wave_run = cell_3a5e0001()
+    cell_f7852066(wave_run)
 
     # cell 83b5715b
     def state_after(**how):

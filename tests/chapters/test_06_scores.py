@@ -18,10 +18,148 @@ from metabook.scores import Calibration, Score, answers, binned, calibration, ev
 from metabook.training import fit
 
 
-@pytest.mark.proves("eq-standard-error")
-def test_the_worked_example():
+def cell_2a12a91c():
+    # cell 2a12a91c
+    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
+        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
+        rng = np.random.default_rng(seed)
+        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
+        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
+        return torch.tensor(rng.binomial(queries, of_task) / queries)
+
+    return accuracies
+
+
+def cell_27d2e460():
     # cell 27d2e460
     print(Score(torch.tensor([0.2, 0.4, 0.4, 0.6])))
+
+
+def cell_53f5d5e5(accuracies):
+    # cell 53f5d5e5
+    def coverage(half_width, n=600, repeats=2000):
+        "How often mean ± half_width(accuracies) covers the true 50%."
+        a = accuracies(n, repeats=repeats, seed=1)
+        return (
+            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
+            .double()
+            .mean()
+            .item()
+        )
+
+    return coverage
+
+
+def cell_56d0bf14(coverage):
+    # cell 56d0bf14
+    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
+
+
+def cell_c2b809e7(accuracies):
+    # cell c2b809e7
+    for m in (5, 75, 1000):
+        variance = 0.08**2 + (0.25 - 0.08**2) / m
+        measured = Score(accuracies(100_000, queries=m)[0].float()).standard_error ** 2 * 100_000
+        assert abs(measured / variance - 1) < 0.03
+
+
+def cell_e6c7453f():
+    # cell e6c7453f
+    def images(n_classes=8, each=12, size=16, seed=0):
+        "Classes of noisy images around a random mean."
+        g = torch.Generator().manual_seed(seed)
+        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
+        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
+        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
+
+    def small_net(stats):
+        "A prototypical network on a small convolutional one."
+        torch.manual_seed(0)
+        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
+
+    return images, small_net
+
+
+def cell_c886e8de(images, small_net):
+    # cell c886e8de
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
+        learner = small_net(stats).eval()
+        episodes = next(tasks.freeze(1).episodes())
+        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
+        phi = learner.adapt(S)
+        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
+        [(single, _)] = answers(learner, tasks.freeze(1), "single")
+        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
+        assert torch.allclose(single[0], by_hand, atol=1e-4)
+        assert by_hand.requires_grad and not single.requires_grad
+        assert torch.allclose(single, joint, atol=1e-4) == alone
+        assert learner.transductive != alone
+
+
+def cell_ad4a388a(device, images, small_net):
+    # cell ad4a388a
+    learner = small_net("running").to(device)
+    before = {k: v.clone() for k, v in learner.state_dict().items()}
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    expected = evaluate(learner.eval(), tasks, 20)
+    first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
+    torch.manual_seed(123)  # whatever else drew random numbers in the meantime
+    second = evaluate(learner, tasks, 20, engine=Engine(lift="loop"), batch=7)
+    assert torch.equal(first.per_task, expected.per_task)
+    assert first.episodes == second.episodes
+    assert torch.allclose(first.per_task, second.per_task)
+    assert learner.training and all(p.grad is None for p in learner.parameters())
+    for name, value in learner.state_dict().items():
+        assert torch.equal(before[name], value)
+
+
+def cell_fe2b3ecc():
+    # cell fe2b3ecc
+    def an_answer(confidence, right):
+        "Logits of three classes for one answer, whose target is class 0."
+        p = torch.full((3,), (1 - confidence) / 2)
+        p[0 if right else 1] = confidence
+        return p.log()
+
+    said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
+    logits = torch.stack([an_answer(*one) for one in said])[None]
+    by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
+    assert by_hand.ece == pytest.approx(0.12)
+    confidence, accuracy, share = by_hand.curve()
+    assert torch.allclose(confidence, torch.tensor([0.4, 0.8])) and share.tolist() == pytest.approx(
+        [0.4, 0.6]
+    )
+    assert torch.allclose(accuracy, torch.tensor([1 / 2, 2 / 3]))
+
+
+def cell_24d67be0(images, small_net):
+    # cell 24d67be0
+    task = next(FewShot(images(), way=3, shot=1, query=5).freeze(1).episodes())
+    S, Q = (Examples(side.x[0], side.y[0]) for side in task)
+    for stats, depends in [("batch", True), ("support", False)]:
+        learner = small_net(stats).eval()
+        among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
+        assert torch.allclose(among_15, among_3, atol=1e-4) != depends
+
+
+def cell_8e2f60a3(images, small_net):
+    # cell 8e2f60a3
+    broken = small_net("support")
+    for p in broken.parameters():
+        p.data.fill_(math.nan)
+    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
+    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
+    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
+    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
+    print(score)
+    assert math.isnan(score.mean) and score.lost == 20
+    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
+
+
+@pytest.mark.proves("eq-standard-error")
+def test_the_worked_example():
+    cell_27d2e460()
     # cell 85d7b36a
     by_hand = Score(torch.tensor([0.2, 0.4, 0.4, 0.6]))
     assert by_hand.n == 4 and abs(by_hand.mean - 0.4) < 1e-6
@@ -35,95 +173,27 @@ def test_the_worked_example():
 
 @pytest.mark.proves("eq-interval")
 def test_the_interval_covers_95_of_100():
-    # cell 2a12a91c
-    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
-        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
-        rng = np.random.default_rng(seed)
-        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
-        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
-        return torch.tensor(rng.binomial(queries, of_task) / queries)
-
-    # cell 27d2e460
-    print(Score(torch.tensor([0.2, 0.4, 0.4, 0.6])))
-
-    # cell 53f5d5e5
-    def coverage(half_width, n=600, repeats=2000):
-        "How often mean ± half_width(accuracies) covers the true 50%."
-        a = accuracies(n, repeats=repeats, seed=1)
-        return (
-            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
-            .double()
-            .mean()
-            .item()
-        )
-
-    # cell 56d0bf14
-    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
+    accuracies = cell_2a12a91c()
+    cell_27d2e460()
+    coverage = cell_53f5d5e5(accuracies)
+    cell_56d0bf14(coverage)
 
 
 @pytest.mark.proves("eq-task-variance")
 def test_tasks_and_queries_share_the_spread():
-    # cell 2a12a91c
-    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
-        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
-        rng = np.random.default_rng(seed)
-        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
-        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
-        return torch.tensor(rng.binomial(queries, of_task) / queries)
-
-    # cell 27d2e460
-    print(Score(torch.tensor([0.2, 0.4, 0.4, 0.6])))
-
-    # cell 53f5d5e5
-    def coverage(half_width, n=600, repeats=2000):
-        "How often mean ± half_width(accuracies) covers the true 50%."
-        a = accuracies(n, repeats=repeats, seed=1)
-        return (
-            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
-            .double()
-            .mean()
-            .item()
-        )
-
-    # cell 56d0bf14
-    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
-    # cell c2b809e7
-    for m in (5, 75, 1000):
-        variance = 0.08**2 + (0.25 - 0.08**2) / m
-        measured = Score(accuracies(100_000, queries=m)[0].float()).standard_error ** 2 * 100_000
-        assert abs(measured / variance - 1) < 0.03
+    accuracies = cell_2a12a91c()
+    cell_27d2e460()
+    coverage = cell_53f5d5e5(accuracies)
+    cell_56d0bf14(coverage)
+    cell_c2b809e7(accuracies)
 
 
 def test_only_one_of_three_intervals_is_right():
-    # cell 2a12a91c
-    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
-        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
-        rng = np.random.default_rng(seed)
-        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
-        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
-        return torch.tensor(rng.binomial(queries, of_task) / queries)
-
-    # cell 27d2e460
-    print(Score(torch.tensor([0.2, 0.4, 0.4, 0.6])))
-
-    # cell 53f5d5e5
-    def coverage(half_width, n=600, repeats=2000):
-        "How often mean ± half_width(accuracies) covers the true 50%."
-        a = accuracies(n, repeats=repeats, seed=1)
-        return (
-            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
-            .double()
-            .mean()
-            .item()
-        )
-
-    # cell 56d0bf14
-    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
-    # cell c2b809e7
-    for m in (5, 75, 1000):
-        variance = 0.08**2 + (0.25 - 0.08**2) / m
-        measured = Score(accuracies(100_000, queries=m)[0].float()).standard_error ** 2 * 100_000
-        assert abs(measured / variance - 1) < 0.03
+    accuracies = cell_2a12a91c()
+    cell_27d2e460()
+    coverage = cell_53f5d5e5(accuracies)
+    cell_56d0bf14(coverage)
+    cell_c2b809e7(accuracies)
     # cell 7e89ac29
     over_tasks_ = coverage(lambda a: 1.96 * a.std() / 600**0.5)
     standard_deviation = coverage(lambda a: a.std())
@@ -139,25 +209,8 @@ def test_only_one_of_three_intervals_is_right():
 
 @pytest.mark.proves("eq-paired-variance")
 def test_a_paired_difference_subtracts_the_covariance():
-    # cell 2a12a91c
-    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
-        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
-        rng = np.random.default_rng(seed)
-        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
-        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
-        return torch.tensor(rng.binomial(queries, of_task) / queries)
-
-    # cell 53f5d5e5
-    def coverage(half_width, n=600, repeats=2000):
-        "How often mean ± half_width(accuracies) covers the true 50%."
-        a = accuracies(n, repeats=repeats, seed=1)
-        return (
-            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
-            .double()
-            .mean()
-            .item()
-        )
-
+    accuracies = cell_2a12a91c()
+    coverage = cell_53f5d5e5(accuracies)
     # cell 8ad74ca9
     torch.manual_seed(0)
     hard = accuracies(600)[0].float()  # shared by both methods
@@ -181,77 +234,14 @@ def test_a_paired_difference_subtracts_the_covariance():
 
 @pytest.mark.proves("eq-single-query")
 def test_joint_and_single_queries():
-    # cell e6c7453f
-    def images(n_classes=8, each=12, size=16, seed=0):
-        "Classes of noisy images around a random mean."
-        g = torch.Generator().manual_seed(seed)
-        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
-        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
-        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
-
-    def small_net(stats):
-        "A prototypical network on a small convolutional one."
-        torch.manual_seed(0)
-        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
-
-    # cell c886e8de
-    tasks = FewShot(images(), way=3, shot=1, query=5)
-    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
-        learner = small_net(stats).eval()
-        episodes = next(tasks.freeze(1).episodes())
-        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
-        phi = learner.adapt(S)
-        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
-        [(single, _)] = answers(learner, tasks.freeze(1), "single")
-        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
-        assert torch.allclose(single[0], by_hand, atol=1e-4)
-        assert by_hand.requires_grad and not single.requires_grad
-        assert torch.allclose(single, joint, atol=1e-4) == alone
-        assert learner.transductive != alone
+    images, small_net = cell_e6c7453f()
+    cell_c886e8de(images, small_net)
 
 
 def test_evaluation_changes_nothing(device):
-    # cell e6c7453f
-    def images(n_classes=8, each=12, size=16, seed=0):
-        "Classes of noisy images around a random mean."
-        g = torch.Generator().manual_seed(seed)
-        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
-        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
-        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
-
-    def small_net(stats):
-        "A prototypical network on a small convolutional one."
-        torch.manual_seed(0)
-        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
-
-    # cell c886e8de
-    tasks = FewShot(images(), way=3, shot=1, query=5)
-    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
-        learner = small_net(stats).eval()
-        episodes = next(tasks.freeze(1).episodes())
-        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
-        phi = learner.adapt(S)
-        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
-        [(single, _)] = answers(learner, tasks.freeze(1), "single")
-        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
-        assert torch.allclose(single[0], by_hand, atol=1e-4)
-        assert by_hand.requires_grad and not single.requires_grad
-        assert torch.allclose(single, joint, atol=1e-4) == alone
-        assert learner.transductive != alone
-    # cell ad4a388a
-    learner = small_net("running").to(device)
-    before = {k: v.clone() for k, v in learner.state_dict().items()}
-    tasks = FewShot(images(), way=3, shot=1, query=5)
-    expected = evaluate(learner.eval(), tasks, 20)
-    first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
-    torch.manual_seed(123)  # whatever else drew random numbers in the meantime
-    second = evaluate(learner, tasks, 20, engine=Engine(lift="loop"), batch=7)
-    assert torch.equal(first.per_task, expected.per_task)
-    assert first.episodes == second.episodes
-    assert torch.allclose(first.per_task, second.per_task)
-    assert learner.training and all(p.grad is None for p in learner.parameters())
-    for name, value in learner.state_dict().items():
-        assert torch.equal(before[name], value)
+    images, small_net = cell_e6c7453f()
+    cell_c886e8de(images, small_net)
+    cell_ad4a388a(device, images, small_net)
 
 
 def test_answers_come_in_the_precision_asked_for(device):
@@ -266,47 +256,9 @@ def test_answers_come_in_the_precision_asked_for(device):
 
 
 def test_what_does_not_fit_is_refused(device):
-    # cell e6c7453f
-    def images(n_classes=8, each=12, size=16, seed=0):
-        "Classes of noisy images around a random mean."
-        g = torch.Generator().manual_seed(seed)
-        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
-        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
-        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
-
-    def small_net(stats):
-        "A prototypical network on a small convolutional one."
-        torch.manual_seed(0)
-        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
-
-    # cell c886e8de
-    tasks = FewShot(images(), way=3, shot=1, query=5)
-    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
-        learner = small_net(stats).eval()
-        episodes = next(tasks.freeze(1).episodes())
-        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
-        phi = learner.adapt(S)
-        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
-        [(single, _)] = answers(learner, tasks.freeze(1), "single")
-        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
-        assert torch.allclose(single[0], by_hand, atol=1e-4)
-        assert by_hand.requires_grad and not single.requires_grad
-        assert torch.allclose(single, joint, atol=1e-4) == alone
-        assert learner.transductive != alone
-    # cell ad4a388a
-    learner = small_net("running").to(device)
-    before = {k: v.clone() for k, v in learner.state_dict().items()}
-    tasks = FewShot(images(), way=3, shot=1, query=5)
-    expected = evaluate(learner.eval(), tasks, 20)
-    first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
-    torch.manual_seed(123)  # whatever else drew random numbers in the meantime
-    second = evaluate(learner, tasks, 20, engine=Engine(lift="loop"), batch=7)
-    assert torch.equal(first.per_task, expected.per_task)
-    assert first.episodes == second.episodes
-    assert torch.allclose(first.per_task, second.per_task)
-    assert learner.training and all(p.grad is None for p in learner.parameters())
-    for name, value in learner.state_dict().items():
-        assert torch.equal(before[name], value)
+    images, small_net = cell_e6c7453f()
+    cell_c886e8de(images, small_net)
+    cell_ad4a388a(device, images, small_net)
     # cell 790969cf
     tasks = FewShot(images(), way=3, shot=1, query=5)
     with pytest.raises(
@@ -322,22 +274,7 @@ def test_what_does_not_fit_is_refused(device):
 
 @pytest.mark.proves("eq-ece")
 def test_the_calibration_error_by_hand():
-    # cell fe2b3ecc
-    def an_answer(confidence, right):
-        "Logits of three classes for one answer, whose target is class 0."
-        p = torch.full((3,), (1 - confidence) / 2)
-        p[0 if right else 1] = confidence
-        return p.log()
-
-    said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
-    logits = torch.stack([an_answer(*one) for one in said])[None]
-    by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
-    assert by_hand.ece == pytest.approx(0.12)
-    confidence, accuracy, share = by_hand.curve()
-    assert torch.allclose(confidence, torch.tensor([0.4, 0.8])) and share.tolist() == pytest.approx(
-        [0.4, 0.6]
-    )
-    assert torch.allclose(accuracy, torch.tensor([1 / 2, 2 / 3]))
+    cell_fe2b3ecc()
 
 
 @pytest.mark.proves("eq-jackknife")
@@ -367,35 +304,8 @@ def test_the_jackknife_agrees_with_what_it_replaces():
 
 @pytest.mark.proves("eq-temperature")
 def test_temperature_changes_confidence_only():
-    # cell e6c7453f
-    def images(n_classes=8, each=12, size=16, seed=0):
-        "Classes of noisy images around a random mean."
-        g = torch.Generator().manual_seed(seed)
-        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
-        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
-        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
-
-    def small_net(stats):
-        "A prototypical network on a small convolutional one."
-        torch.manual_seed(0)
-        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
-
-    # cell fe2b3ecc
-    def an_answer(confidence, right):
-        "Logits of three classes for one answer, whose target is class 0."
-        p = torch.full((3,), (1 - confidence) / 2)
-        p[0 if right else 1] = confidence
-        return p.log()
-
-    said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
-    logits = torch.stack([an_answer(*one) for one in said])[None]
-    by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
-    assert by_hand.ece == pytest.approx(0.12)
-    confidence, accuracy, share = by_hand.curve()
-    assert torch.allclose(confidence, torch.tensor([0.4, 0.8])) and share.tolist() == pytest.approx(
-        [0.4, 0.6]
-    )
-    assert torch.allclose(accuracy, torch.tensor([1 / 2, 2 / 3]))
+    images, small_net = cell_e6c7453f()
+    cell_fe2b3ecc()
 
     # cell 0d9c31e0
     class Sure(Learner):
@@ -419,25 +329,8 @@ def test_temperature_changes_confidence_only():
 
 
 def test_the_best_of_twenty_is_lucky():
-    # cell 2a12a91c
-    def accuracies(n, skill=0.5, queries=75, spread=0.08, repeats=1, seed=0):
-        "Accuracies [repeats, n] of a simulated learner: every task has its own difficulty."
-        rng = np.random.default_rng(seed)
-        a = skill * (1 - skill) / spread**2 - 1  # of a Beta distribution with this mean and spread
-        of_task = rng.beta(skill * a, (1 - skill) * a, (repeats, n))
-        return torch.tensor(rng.binomial(queries, of_task) / queries)
-
-    # cell 53f5d5e5
-    def coverage(half_width, n=600, repeats=2000):
-        "How often mean ± half_width(accuracies) covers the true 50%."
-        a = accuracies(n, repeats=repeats, seed=1)
-        return (
-            ((a.mean(1) - 0.5).abs() <= torch.tensor([half_width(row) for row in a]))
-            .double()
-            .mean()
-            .item()
-        )
-
+    accuracies = cell_2a12a91c()
+    coverage = cell_53f5d5e5(accuracies)
     # cell 685bdaab
     validation, test = (
         accuracies(100, repeats=20 * 200, seed=s).mean(1).reshape(200, 20) for s in (6, 7)
@@ -484,94 +377,20 @@ def test_sealed_test_tasks_catch_a_peek():
 
 
 def test_company_changes_a_transductive_score():
-    # cell e6c7453f
-    def images(n_classes=8, each=12, size=16, seed=0):
-        "Classes of noisy images around a random mean."
-        g = torch.Generator().manual_seed(seed)
-        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
-        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
-        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
-
-    def small_net(stats):
-        "A prototypical network on a small convolutional one."
-        torch.manual_seed(0)
-        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
-
-    # cell 24d67be0
-    task = next(FewShot(images(), way=3, shot=1, query=5).freeze(1).episodes())
-    S, Q = (Examples(side.x[0], side.y[0]) for side in task)
-    for stats, depends in [("batch", True), ("support", False)]:
-        learner = small_net(stats).eval()
-        among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
-        assert torch.allclose(among_15, among_3, atol=1e-4) != depends
+    images, small_net = cell_e6c7453f()
+    cell_24d67be0(images, small_net)
 
 
 def test_no_answer_is_no_wrong_answer():
-    # cell e6c7453f
-    def images(n_classes=8, each=12, size=16, seed=0):
-        "Classes of noisy images around a random mean."
-        g = torch.Generator().manual_seed(seed)
-        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
-        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
-        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
-
-    def small_net(stats):
-        "A prototypical network on a small convolutional one."
-        torch.manual_seed(0)
-        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
-
-    # cell 24d67be0
-    task = next(FewShot(images(), way=3, shot=1, query=5).freeze(1).episodes())
-    S, Q = (Examples(side.x[0], side.y[0]) for side in task)
-    for stats, depends in [("batch", True), ("support", False)]:
-        learner = small_net(stats).eval()
-        among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
-        assert torch.allclose(among_15, among_3, atol=1e-4) != depends
-    # cell 8e2f60a3
-    broken = small_net("support")
-    for p in broken.parameters():
-        p.data.fill_(math.nan)
-    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
-    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
-    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
-    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
-    print(score)
-    assert math.isnan(score.mean) and score.lost == 20
-    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
+    images, small_net = cell_e6c7453f()
+    cell_24d67be0(images, small_net)
+    cell_8e2f60a3(images, small_net)
 
 
 def test_adaptation_lowers_the_loss_that_it_descends():
-    # cell e6c7453f
-    def images(n_classes=8, each=12, size=16, seed=0):
-        "Classes of noisy images around a random mean."
-        g = torch.Generator().manual_seed(seed)
-        means = torch.randn(n_classes, 1, 1, size, size, generator=g)
-        x = means + 1.5 * torch.randn(n_classes, each, 1, size, size, generator=g)
-        return Classes.of({f"class {i}": x[i] for i in range(n_classes)})
-
-    def small_net(stats):
-        "A prototypical network on a small convolutional one."
-        torch.manual_seed(0)
-        return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
-
-    # cell 24d67be0
-    task = next(FewShot(images(), way=3, shot=1, query=5).freeze(1).episodes())
-    S, Q = (Examples(side.x[0], side.y[0]) for side in task)
-    for stats, depends in [("batch", True), ("support", False)]:
-        learner = small_net(stats).eval()
-        among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
-        assert torch.allclose(among_15, among_3, atol=1e-4) != depends
-    # cell 8e2f60a3
-    broken = small_net("support")
-    for p in broken.parameters():
-        p.data.fill_(math.nan)
-    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
-    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
-    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
-    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
-    print(score)
-    assert math.isnan(score.mean) and score.lost == 20
-    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
+    images, small_net = cell_e6c7453f()
+    cell_24d67be0(images, small_net)
+    cell_8e2f60a3(images, small_net)
     # cell 9afa356c
     learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
     fit(learner, Sinusoids(5, 10), steps=4, meta_batch=4, progress=False)

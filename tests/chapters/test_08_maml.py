@@ -21,6 +21,350 @@ from metabook.testing import check_learner
 from metabook.training import fit
 
 
+def cell_cf1757cc():
+    # cell cf1757cc
+    class Valley(NamedTuple):
+        "A task with loss 1/2 (theta - m)^T H (theta - m)."
+
+        H: torch.Tensor  # [2, 2] curvature
+        m: torch.Tensor  # [2] where the minimum is
+
+        def episode(self):
+            "Four points of a plane y = m . x whose mean squared error is that loss."
+            r = torch.linalg.cholesky(self.H).T  # H = R^T R
+            x = torch.cat([r, -r])
+            side = Examples(x, x @ self.m[:, None])
+            return Episode(side, side)
+
+    def valley(steep, shallow, m):
+        "The task with these curvatures along the two axes, in double precision."
+        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
+
+    def left_over(task, alpha, steps):
+        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
+        one = torch.eye(2, dtype=task.H.dtype)
+        return torch.linalg.matrix_power(one - alpha * task.H, steps)
+
+    def curvature_after(task, alpha, steps):
+        "The curvature of the loss after the steps, as a function of the start."
+        p = left_over(task, alpha, steps)
+        return p @ task.H @ p
+
+    def best_start(tasks, alpha, steps):
+        "Where the mean loss after the steps is lowest."
+        c = [curvature_after(task, alpha, steps) for task in tasks]
+        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
+        return torch.linalg.solve(sum(c), pull)
+
+    return Valley, best_start, curvature_after, valley
+
+
+def cell_7b5041da(valley):
+    # cell 7b5041da
+    def plane(theta, **options):
+        "MAML on the network f(x) = theta . x, started at theta."
+        net = MLP([2, 1]).double()
+        with torch.no_grad():
+            net.layers[0].weight.copy_(torch.as_tensor(theta))
+            net.layers[0].bias.zero_()
+        return MAML(net, kind="regression", **options)
+
+    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
+
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    return SMALL, close, plane
+
+
+def cell_76a7ae4a(SMALL, close, plane):
+    # cell 76a7ae4a
+    support = SMALL.episode().support
+    for steps, expected in [(0, (0.0, 0.0)), (1, (0.4, 0.2)), (2, (0.64, 0.38))]:
+        phi, _ = plane((0.0, 0.0), lr=0.1, steps=steps).adapt(support)
+        close(phi["layers.0.weight"], *expected)
+        close(phi["layers.0.bias"], 0.0)
+
+
+def cell_f8e51e37(SMALL, close, plane, valley):
+    # cell f8e51e37
+    learner = plane((0.0, 0.0), lr=0.1, steps=1, test_steps=2)
+    easy = valley(4.0, 1.0, [0.0, 0.0])
+    each = torch.stack([learner.loss(task.episode()) for task in (SMALL, easy)])
+    close(each, 2.34, 0.0)
+    close(learner.combine(each), 1.17)
+    after_two = 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2
+    close(learner.eval().loss(SMALL.episode()), after_two)
+    close(plane((0.0, 0.0), lr=0.1, steps=2).eval().loss(SMALL.episode()), after_two)
+
+
+def cell_cec0cbea():
+    # cell cec0cbea
+    def meta_gradient(learner, *tasks):
+        "The gradient of the mean query loss with respect to the start, [2]."
+        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
+        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
+
+    return meta_gradient
+
+
+def cell_6b044aa9():
+    # cell 6b044aa9
+    torch.manual_seed(0)
+    small = MAML(MLP([1, 5, 5, 1]), lr=0.1, steps=3, kind="regression").double()
+    sines = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(2)).to(dtype=torch.float64)
+    wave = Episode(*(Examples(side.x[0], side.y[0]) for side in sines))
+    start = dict(small.net.named_parameters())
+
+    def flat(phi):
+        return torch.cat([p.flatten() for p in phi.values()])
+
+    def named(vector):
+        parts = vector.split([p.numel() for p in start.values()])
+        return {k: v.view_as(p) for (k, p), v in zip(start.items(), parts, strict=True)}
+
+    def loss_of(vector, side):
+        "The loss on the support or query set as a function of the flat parameters."
+        return small.support_loss(named(vector), side)
+
+    visited = [flat(start).detach()]  # phi_0, phi_1, phi_2, phi_3
+    for _ in range(3):
+        visited.append(flat(small.step(named(visited[-1]), wave.support)).detach())
+    wish = grad(loss_of)(visited[-1], wave.query)  # the gradient of L_Q at the end
+    return loss_of, small, start, visited, wave, wish
+
+
+def cell_114ee12d(loss_of, small, start, visited, wave, wish):
+    # cell 114ee12d
+    v = wish
+    for phi in reversed(visited[:-1]):  # the last step is nearest to the gradient
+        H = hessian(loss_of)(phi, wave.support)
+        v = (torch.eye(len(v)).double() - small.lr * H) @ v
+    exact = torch.autograd.grad(small.loss(wave), list(start.values()))
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), v)
+    print(f"{len(v)} parameters, Hessians of {len(v) ** 2} numbers each")
+
+
+def cell_17cd5a08(SMALL, close, meta_gradient, plane):
+    # cell 17cd5a08
+    first = plane((0.0, 0.0), lr=0.1, first_order=True)
+    close(meta_gradient(first, SMALL), -2.4, -1.8)
+    end = plane((0.4, 0.2), lr=0.1, steps=0)  # phi_1 as a start, no steps: the plain query gradient
+    torch.testing.assert_close(meta_gradient(first, SMALL), meta_gradient(end, SMALL))
+    close(meta_gradient(plane((0.0, 0.0), lr=0.1, steps=2, first_order=True), SMALL), -1.44, -1.62)
+    twin = plane((0.0, 0.0), lr=0.1)  # adaptation itself is the same
+    torch.testing.assert_close(
+        first.adapt(SMALL.episode().support), twin.adapt(SMALL.episode().support)
+    )
+
+
+def cell_be0806b9(SMALL):
+    # cell be0806b9
+    small_support = SMALL.episode().support
+
+    def small_loss(theta):
+        "The loss of the small task; theta is a column."
+        return task_loss("regression", small_support.x @ theta, small_support.y)
+
+    def right(theta):
+        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
+        return theta - 0.1 * g
+
+    def forgets_create_graph(theta):
+        (g,) = torch.autograd.grad(small_loss(theta), theta)
+        return theta - 0.1 * g
+
+    def steps_in_place(theta):
+        (g,) = torch.autograd.grad(small_loss(theta), theta)
+        theta.data -= 0.1 * g
+        return theta
+
+    def steps_under_no_grad(theta):
+        (g,) = torch.autograd.grad(small_loss(theta), theta)
+        with torch.no_grad():
+            phi = theta - 0.1 * g
+        return phi.requires_grad_()  # "or else backward raises"
+
+    def outer(step):
+        "The gradient that reaches the start, and where the start is afterwards."
+        theta = torch.zeros(2, 1).double().requires_grad_()
+        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
+        return torch.zeros(2, 1).double() if g is None else g, theta
+
+    return (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    )
+
+
+def cell_d77bfb21(
+    SMALL,
+    close,
+    forgets_create_graph,
+    meta_gradient,
+    outer,
+    plane,
+    right,
+    steps_in_place,
+    steps_under_no_grad,
+):
+    # cell d77bfb21
+    close(outer(right)[0], -1.44, -1.62)
+    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
+        with pytest.raises(AssertionError):
+            close(outer(step)[0], -1.44, -1.62)
+
+    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
+    close(
+        outer(steps_in_place)[1], 0.4, 0.2
+    )  # the start itself has moved: the next task begins there
+    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
+    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
+
+
+def cell_d24a95c1(plane, small_loss, small_support):
+    # cell d24a95c1
+    def adapt_by_rate(theta, alpha):
+        for _ in range(int(alpha)):  # meant: the number of steps
+            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
+            theta = theta - alpha * g
+        return theta
+
+    start = torch.zeros(2, 1).double().requires_grad_()
+    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
+    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
+    assert (phi["layers.0.weight"] != 0).all()
+
+
+def cell_78a83895(SMALL, close, plane):
+    # cell 78a83895
+    def outer_step_on_copy(net, episode, alpha, beta):
+        fast = copy.deepcopy(net)
+        for side, rate in ((episode.support, alpha), (episode.query, beta)):
+            loss = task_loss("regression", fast(side.x), side.y)
+            fast.zero_grad()
+            loss.backward()
+            torch.optim.SGD(fast.parameters(), lr=rate).step()
+        return fast  # the next network
+
+    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
+    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
+    close(
+        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
+    )  # plain training: phi - beta * gradient
+
+    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
+    learner.loss(episode).backward()
+    optimizer.step()
+    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
+
+
+def cell_c08ec8a2(SMALL, plane, valley):
+    # cell c08ec8a2
+    def adapt_with(optimizer, theta, episode):
+        "Three steps from zero with an optimiser that may have been used before."
+        theta.data.zero_()
+        for _ in range(3):
+            optimizer.zero_grad()
+            task_loss("regression", episode.support.x @ theta, episode.support.y).backward()
+            optimizer.step()
+        return theta.detach().clone()
+
+    other, episode = valley(1.0, 3.0, [-2.0, 1.0]).episode(), SMALL.episode()
+    theta = torch.zeros(2, 1).double().requires_grad_()
+    shared = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
+    alone = adapt_with(shared, theta, episode)
+    adapt_with(shared, theta, other)
+    assert not torch.allclose(adapt_with(shared, theta, episode), alone)  # the mistake
+
+    learner = plane((0.0, 0.0), lr=0.1, steps=3)  # no optimiser in the inner loop: nothing to leak
+    alone = learner.adapt(episode.support)
+    learner.adapt(other.support)
+    torch.testing.assert_close(learner.adapt(episode.support), alone, rtol=0, atol=0)
+
+
+def cell_06299d39(close, plane, small_loss, small_support):
+    # cell 06299d39
+    theta = torch.zeros(2, 1).double().requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr=0.1)
+    assert optimizer.state_dict()["param_groups"][0]["params"] == [0]  # a number, no tensor
+    assert optimizer.param_groups[0]["params"][0] is theta  # what was meant
+
+    with torch.no_grad():
+        loss = small_loss(theta)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+
+    learner = plane((0.0, 0.0), lr=0.1).eval()
+    with (
+        torch.no_grad()
+    ):  # as `evaluate` does: inner gradients work here, and no outer graph is kept
+        phi, _ = learner.adapt(small_support)
+    assert not phi["layers.0.weight"].requires_grad
+    close(phi["layers.0.weight"], 0.4, 0.2)
+
+
+def cell_742357d4():
+    # cell 742357d4
+    way, shot, authors_rate = 5, 3, 0.4
+    torch.manual_seed(0)
+    net = MLP([4, 16, way]).double()
+    x, labels = torch.randn(way * shot, 4).double(), torch.arange(way * shot) % way
+    query = Examples.of(torch.randn(10, 4).double(), torch.arange(10) % way, way)
+
+    def authors_step(phi):
+        each = F.cross_entropy(functional_call(net, phi, (x,)), labels, reduction="none") / shot
+        gradients = torch.autograd.grad(each.sum(), list(phi.values()), create_graph=True)
+        return {k: p - authors_rate * g for (k, p), g in zip(phi.items(), gradients, strict=True)}
+
+    support = Examples(x, F.one_hot(labels, way).double())
+    theirs = authors_step(authors_step(dict(net.named_parameters())))
+    learner = MAML(net, lr=way * authors_rate, steps=2)
+    ours, _ = learner.adapt(support)
+    torch.testing.assert_close(ours, theirs)
+
+    their_loss = task_loss("classification", functional_call(net, theirs, (query.x,)), query.y)
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(Episode(support, query)), parameters),
+        torch.autograd.grad(their_loss, parameters),
+    )
+    copied, _ = MAML(net, lr=authors_rate, steps=2).adapt(support)  # the mistake: another step
+    assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
+
+
+def cell_0fe2da6c():
+    # cell 0fe2da6c
+    def adapted_to_images(stats):
+        torch.manual_seed(0)
+        learner = MAML(
+            Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats), lr=0.4
+        ).double()
+        images = torch.randn(9, 1, 16, 16).double()
+        support = Examples(images[:3], torch.eye(3).double())
+        return learner, learner.adapt(support), support.x, images[3:]
+
+    def together_and_alone(stats):
+        learner, state, _, queries = adapted_to_images(stats)
+        alone = torch.cat([learner.predict(state, image[None]) for image in queries])
+        return learner.predict(state, queries), alone
+
+    together, alone = together_and_alone("batch")
+    assert not torch.allclose(together, alone)  # transductive
+    torch.testing.assert_close(*together_and_alone("support"))  # each query stands alone
+
+    learner, state, seen, _ = adapted_to_images("support")
+    phi, _ = state
+    torch.testing.assert_close(learner.predict(state, seen), call(learner.net, phi, seen))
+
+
 def test_maml_in_use():
     # cell 23f520b2
     torch.manual_seed(0)
@@ -35,40 +379,7 @@ def test_maml_in_use():
 
 @pytest.mark.proves("eq-maml-inner")
 def test_inner_update():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
     # cell 23f520b2
     torch.manual_seed(0)
     learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
@@ -78,67 +389,13 @@ def test_inner_update():
     assert learner(task.support, task.query.x).shape == (10, 1)
     assert losses(learner, episodes).shape == (3,)
     assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell 76a7ae4a
-    support = SMALL.episode().support
-    for steps, expected in [(0, (0.0, 0.0)), (1, (0.4, 0.2)), (2, (0.64, 0.38))]:
-        phi, _ = plane((0.0, 0.0), lr=0.1, steps=steps).adapt(support)
-        close(phi["layers.0.weight"], *expected)
-        close(phi["layers.0.bias"], 0.0)
+    SMALL, close, plane = cell_7b5041da(valley)
+    cell_76a7ae4a(SMALL, close, plane)
 
 
 @pytest.mark.proves("eq-maml-objective")
 def test_objective():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
     # cell 23f520b2
     torch.manual_seed(0)
     learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
@@ -148,75 +405,13 @@ def test_objective():
     assert learner(task.support, task.query.x).shape == (10, 1)
     assert losses(learner, episodes).shape == (3,)
     assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell 76a7ae4a
-    support = SMALL.episode().support
-    for steps, expected in [(0, (0.0, 0.0)), (1, (0.4, 0.2)), (2, (0.64, 0.38))]:
-        phi, _ = plane((0.0, 0.0), lr=0.1, steps=steps).adapt(support)
-        close(phi["layers.0.weight"], *expected)
-        close(phi["layers.0.bias"], 0.0)
-    # cell f8e51e37
-    learner = plane((0.0, 0.0), lr=0.1, steps=1, test_steps=2)
-    easy = valley(4.0, 1.0, [0.0, 0.0])
-    each = torch.stack([learner.loss(task.episode()) for task in (SMALL, easy)])
-    close(each, 2.34, 0.0)
-    close(learner.combine(each), 1.17)
-    after_two = 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2
-    close(learner.eval().loss(SMALL.episode()), after_two)
-    close(plane((0.0, 0.0), lr=0.1, steps=2).eval().loss(SMALL.episode()), after_two)
+    SMALL, close, plane = cell_7b5041da(valley)
+    cell_76a7ae4a(SMALL, close, plane)
+    cell_f8e51e37(SMALL, close, plane, valley)
 
 
 def test_errors_say_what_to_do():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
     # cell 23f520b2
     torch.manual_seed(0)
     learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
@@ -226,38 +421,9 @@ def test_errors_say_what_to_do():
     assert learner(task.support, task.query.x).shape == (10, 1)
     assert losses(learner, episodes).shape == (3,)
     assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell 76a7ae4a
-    support = SMALL.episode().support
-    for steps, expected in [(0, (0.0, 0.0)), (1, (0.4, 0.2)), (2, (0.64, 0.38))]:
-        phi, _ = plane((0.0, 0.0), lr=0.1, steps=steps).adapt(support)
-        close(phi["layers.0.weight"], *expected)
-        close(phi["layers.0.bias"], 0.0)
-    # cell f8e51e37
-    learner = plane((0.0, 0.0), lr=0.1, steps=1, test_steps=2)
-    easy = valley(4.0, 1.0, [0.0, 0.0])
-    each = torch.stack([learner.loss(task.episode()) for task in (SMALL, easy)])
-    close(each, 2.34, 0.0)
-    close(learner.combine(each), 1.17)
-    after_two = 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2
-    close(learner.eval().loss(SMALL.episode()), after_two)
-    close(plane((0.0, 0.0), lr=0.1, steps=2).eval().loss(SMALL.episode()), after_two)
+    SMALL, close, plane = cell_7b5041da(valley)
+    cell_76a7ae4a(SMALL, close, plane)
+    cell_f8e51e37(SMALL, close, plane, valley)
     # cell fe845ec6
     for rate in (-0.1, 0.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"lr={rate}, expected a positive inner rate"):
@@ -288,62 +454,9 @@ def test_keeps_the_contract():
 
 @pytest.mark.proves("eq-maml-meta-gradient")
 def test_meta_gradient_by_hand():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
     # cell 26f055c3
     g = meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL)
     print("meta-gradient", g.tolist())
@@ -380,70 +493,14 @@ def test_meta_gradient_against_finite_differences(device):
 
 @pytest.mark.proves("eq-maml-product")
 def test_product_of_all_steps():
-    # cell 6b044aa9
-    torch.manual_seed(0)
-    small = MAML(MLP([1, 5, 5, 1]), lr=0.1, steps=3, kind="regression").double()
-    sines = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(2)).to(dtype=torch.float64)
-    wave = Episode(*(Examples(side.x[0], side.y[0]) for side in sines))
-    start = dict(small.net.named_parameters())
-
-    def flat(phi):
-        return torch.cat([p.flatten() for p in phi.values()])
-
-    def named(vector):
-        parts = vector.split([p.numel() for p in start.values()])
-        return {k: v.view_as(p) for (k, p), v in zip(start.items(), parts, strict=True)}
-
-    def loss_of(vector, side):
-        "The loss on the support or query set as a function of the flat parameters."
-        return small.support_loss(named(vector), side)
-
-    visited = [flat(start).detach()]  # phi_0, phi_1, phi_2, phi_3
-    for _ in range(3):
-        visited.append(flat(small.step(named(visited[-1]), wave.support)).detach())
-    wish = grad(loss_of)(visited[-1], wave.query)  # the gradient of L_Q at the end
-    # cell 114ee12d
-    v = wish
-    for phi in reversed(visited[:-1]):  # the last step is nearest to the gradient
-        H = hessian(loss_of)(phi, wave.support)
-        v = (torch.eye(len(v)).double() - small.lr * H) @ v
-    exact = torch.autograd.grad(small.loss(wave), list(start.values()))
-    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), v)
-    print(f"{len(v)} parameters, Hessians of {len(v) ** 2} numbers each")
+    loss_of, small, start, visited, wave, wish = cell_6b044aa9()
+    cell_114ee12d(loss_of, small, start, visited, wave, wish)
 
 
 @pytest.mark.proves("eq-maml-hvp")
 def test_hessian_vector_products():
-    # cell 6b044aa9
-    torch.manual_seed(0)
-    small = MAML(MLP([1, 5, 5, 1]), lr=0.1, steps=3, kind="regression").double()
-    sines = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(2)).to(dtype=torch.float64)
-    wave = Episode(*(Examples(side.x[0], side.y[0]) for side in sines))
-    start = dict(small.net.named_parameters())
-
-    def flat(phi):
-        return torch.cat([p.flatten() for p in phi.values()])
-
-    def named(vector):
-        parts = vector.split([p.numel() for p in start.values()])
-        return {k: v.view_as(p) for (k, p), v in zip(start.items(), parts, strict=True)}
-
-    def loss_of(vector, side):
-        "The loss on the support or query set as a function of the flat parameters."
-        return small.support_loss(named(vector), side)
-
-    visited = [flat(start).detach()]  # phi_0, phi_1, phi_2, phi_3
-    for _ in range(3):
-        visited.append(flat(small.step(named(visited[-1]), wave.support)).detach())
-    wish = grad(loss_of)(visited[-1], wave.query)  # the gradient of L_Q at the end
-    # cell 114ee12d
-    v = wish
-    for phi in reversed(visited[:-1]):  # the last step is nearest to the gradient
-        H = hessian(loss_of)(phi, wave.support)
-        v = (torch.eye(len(v)).double() - small.lr * H) @ v
-    exact = torch.autograd.grad(small.loss(wave), list(start.values()))
-    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), v)
-    print(f"{len(v)} parameters, Hessians of {len(v) ** 2} numbers each")
+    loss_of, small, start, visited, wave, wish = cell_6b044aa9()
+    cell_114ee12d(loss_of, small, start, visited, wave, wish)
 
     # cell 0035a5d9
     def along(phi, v):
@@ -459,61 +516,9 @@ def test_hessian_vector_products():
 
 @pytest.mark.proves("eq-maml-quadratic")
 def test_closed_form():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
 
     # cell 528300aa
     def random_valley(generator):
@@ -539,142 +544,18 @@ def test_closed_form():
 
 @pytest.mark.proves("eq-maml-first-order")
 def test_first_order_gradient():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell 17cd5a08
-    first = plane((0.0, 0.0), lr=0.1, first_order=True)
-    close(meta_gradient(first, SMALL), -2.4, -1.8)
-    end = plane((0.4, 0.2), lr=0.1, steps=0)  # phi_1 as a start, no steps: the plain query gradient
-    torch.testing.assert_close(meta_gradient(first, SMALL), meta_gradient(end, SMALL))
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1, steps=2, first_order=True), SMALL), -1.44, -1.62)
-    twin = plane((0.0, 0.0), lr=0.1)  # adaptation itself is the same
-    torch.testing.assert_close(
-        first.adapt(SMALL.episode().support), twin.adapt(SMALL.episode().support)
-    )
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    cell_17cd5a08(SMALL, close, meta_gradient, plane)
 
 
 @pytest.mark.proves("eq-maml-first-order-error")
 def test_first_order_error():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell 17cd5a08
-    first = plane((0.0, 0.0), lr=0.1, first_order=True)
-    close(meta_gradient(first, SMALL), -2.4, -1.8)
-    end = plane((0.4, 0.2), lr=0.1, steps=0)  # phi_1 as a start, no steps: the plain query gradient
-    torch.testing.assert_close(meta_gradient(first, SMALL), meta_gradient(end, SMALL))
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1, steps=2, first_order=True), SMALL), -1.44, -1.62)
-    twin = plane((0.0, 0.0), lr=0.1)  # adaptation itself is the same
-    torch.testing.assert_close(
-        first.adapt(SMALL.episode().support), twin.adapt(SMALL.episode().support)
-    )
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    cell_17cd5a08(SMALL, close, meta_gradient, plane)
     # cell 0e9ff8d3
     exact, first = (
         meta_gradient(plane((0.0, 0.0), lr=0.1, first_order=f), SMALL) for f in (False, True)
@@ -768,1295 +649,237 @@ def test_permutation_of_labels():
 
 
 def test_a_cut_graph_is_found():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell be0806b9
-    small_support = SMALL.episode().support
-
-    def small_loss(theta):
-        "The loss of the small task; theta is a column."
-        return task_loss("regression", small_support.x @ theta, small_support.y)
-
-    def right(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-        return theta - 0.1 * g
-
-    def forgets_create_graph(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        return theta - 0.1 * g
-
-    def steps_in_place(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        theta.data -= 0.1 * g
-        return theta
-
-    def steps_under_no_grad(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        with torch.no_grad():
-            phi = theta - 0.1 * g
-        return phi.requires_grad_()  # "or else backward raises"
-
-    def outer(step):
-        "The gradient that reaches the start, and where the start is afterwards."
-        theta = torch.zeros(2, 1).double().requires_grad_()
-        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
-        return torch.zeros(2, 1).double() if g is None else g, theta
-
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    ) = cell_be0806b9(SMALL)
+    cell_d77bfb21(
+        SMALL,
+        close,
+        forgets_create_graph,
+        meta_gradient,
+        outer,
+        plane,
+        right,
+        steps_in_place,
+        steps_under_no_grad,
+    )
 
 
 def test_adaptation_must_move():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell be0806b9
-    small_support = SMALL.episode().support
-
-    def small_loss(theta):
-        "The loss of the small task; theta is a column."
-        return task_loss("regression", small_support.x @ theta, small_support.y)
-
-    def right(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-        return theta - 0.1 * g
-
-    def forgets_create_graph(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        return theta - 0.1 * g
-
-    def steps_in_place(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        theta.data -= 0.1 * g
-        return theta
-
-    def steps_under_no_grad(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        with torch.no_grad():
-            phi = theta - 0.1 * g
-        return phi.requires_grad_()  # "or else backward raises"
-
-    def outer(step):
-        "The gradient that reaches the start, and where the start is afterwards."
-        theta = torch.zeros(2, 1).double().requires_grad_()
-        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
-        return torch.zeros(2, 1).double() if g is None else g, theta
-
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
-
-    # cell d24a95c1
-    def adapt_by_rate(theta, alpha):
-        for _ in range(int(alpha)):  # meant: the number of steps
-            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-            theta = theta - alpha * g
-        return theta
-
-    start = torch.zeros(2, 1).double().requires_grad_()
-    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
-    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
-    assert (phi["layers.0.weight"] != 0).all()
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    ) = cell_be0806b9(SMALL)
+    cell_d77bfb21(
+        SMALL,
+        close,
+        forgets_create_graph,
+        meta_gradient,
+        outer,
+        plane,
+        right,
+        steps_in_place,
+        steps_under_no_grad,
+    )
+    cell_d24a95c1(plane, small_loss, small_support)
 
 
 def test_the_start_must_learn():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell be0806b9
-    small_support = SMALL.episode().support
-
-    def small_loss(theta):
-        "The loss of the small task; theta is a column."
-        return task_loss("regression", small_support.x @ theta, small_support.y)
-
-    def right(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-        return theta - 0.1 * g
-
-    def forgets_create_graph(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        return theta - 0.1 * g
-
-    def steps_in_place(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        theta.data -= 0.1 * g
-        return theta
-
-    def steps_under_no_grad(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        with torch.no_grad():
-            phi = theta - 0.1 * g
-        return phi.requires_grad_()  # "or else backward raises"
-
-    def outer(step):
-        "The gradient that reaches the start, and where the start is afterwards."
-        theta = torch.zeros(2, 1).double().requires_grad_()
-        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
-        return torch.zeros(2, 1).double() if g is None else g, theta
-
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
-
-    # cell d24a95c1
-    def adapt_by_rate(theta, alpha):
-        for _ in range(int(alpha)):  # meant: the number of steps
-            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-            theta = theta - alpha * g
-        return theta
-
-    start = torch.zeros(2, 1).double().requires_grad_()
-    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
-    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
-    assert (phi["layers.0.weight"] != 0).all()
-
-    # cell 78a83895
-    def outer_step_on_copy(net, episode, alpha, beta):
-        fast = copy.deepcopy(net)
-        for side, rate in ((episode.support, alpha), (episode.query, beta)):
-            loss = task_loss("regression", fast(side.x), side.y)
-            fast.zero_grad()
-            loss.backward()
-            torch.optim.SGD(fast.parameters(), lr=rate).step()
-        return fast  # the next network
-
-    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
-    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
-    close(
-        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
-    )  # plain training: phi - beta * gradient
-
-    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
-    learner.loss(episode).backward()
-    optimizer.step()
-    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    ) = cell_be0806b9(SMALL)
+    cell_d77bfb21(
+        SMALL,
+        close,
+        forgets_create_graph,
+        meta_gradient,
+        outer,
+        plane,
+        right,
+        steps_in_place,
+        steps_under_no_grad,
+    )
+    cell_d24a95c1(plane, small_loss, small_support)
+    cell_78a83895(SMALL, close, plane)
 
 
 def test_tasks_must_not_leak():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell be0806b9
-    small_support = SMALL.episode().support
-
-    def small_loss(theta):
-        "The loss of the small task; theta is a column."
-        return task_loss("regression", small_support.x @ theta, small_support.y)
-
-    def right(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-        return theta - 0.1 * g
-
-    def forgets_create_graph(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        return theta - 0.1 * g
-
-    def steps_in_place(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        theta.data -= 0.1 * g
-        return theta
-
-    def steps_under_no_grad(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        with torch.no_grad():
-            phi = theta - 0.1 * g
-        return phi.requires_grad_()  # "or else backward raises"
-
-    def outer(step):
-        "The gradient that reaches the start, and where the start is afterwards."
-        theta = torch.zeros(2, 1).double().requires_grad_()
-        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
-        return torch.zeros(2, 1).double() if g is None else g, theta
-
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
-
-    # cell d24a95c1
-    def adapt_by_rate(theta, alpha):
-        for _ in range(int(alpha)):  # meant: the number of steps
-            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-            theta = theta - alpha * g
-        return theta
-
-    start = torch.zeros(2, 1).double().requires_grad_()
-    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
-    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
-    assert (phi["layers.0.weight"] != 0).all()
-
-    # cell 78a83895
-    def outer_step_on_copy(net, episode, alpha, beta):
-        fast = copy.deepcopy(net)
-        for side, rate in ((episode.support, alpha), (episode.query, beta)):
-            loss = task_loss("regression", fast(side.x), side.y)
-            fast.zero_grad()
-            loss.backward()
-            torch.optim.SGD(fast.parameters(), lr=rate).step()
-        return fast  # the next network
-
-    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
-    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
-    close(
-        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
-    )  # plain training: phi - beta * gradient
-
-    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
-    learner.loss(episode).backward()
-    optimizer.step()
-    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
-
-    # cell c08ec8a2
-    def adapt_with(optimizer, theta, episode):
-        "Three steps from zero with an optimiser that may have been used before."
-        theta.data.zero_()
-        for _ in range(3):
-            optimizer.zero_grad()
-            task_loss("regression", episode.support.x @ theta, episode.support.y).backward()
-            optimizer.step()
-        return theta.detach().clone()
-
-    other, episode = valley(1.0, 3.0, [-2.0, 1.0]).episode(), SMALL.episode()
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    shared = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
-    alone = adapt_with(shared, theta, episode)
-    adapt_with(shared, theta, other)
-    assert not torch.allclose(adapt_with(shared, theta, episode), alone)  # the mistake
-
-    learner = plane((0.0, 0.0), lr=0.1, steps=3)  # no optimiser in the inner loop: nothing to leak
-    alone = learner.adapt(episode.support)
-    learner.adapt(other.support)
-    torch.testing.assert_close(learner.adapt(episode.support), alone, rtol=0, atol=0)
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    ) = cell_be0806b9(SMALL)
+    cell_d77bfb21(
+        SMALL,
+        close,
+        forgets_create_graph,
+        meta_gradient,
+        outer,
+        plane,
+        right,
+        steps_in_place,
+        steps_under_no_grad,
+    )
+    cell_d24a95c1(plane, small_loss, small_support)
+    cell_78a83895(SMALL, close, plane)
+    cell_c08ec8a2(SMALL, plane, valley)
 
 
 def test_what_has_no_gradient():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell be0806b9
-    small_support = SMALL.episode().support
-
-    def small_loss(theta):
-        "The loss of the small task; theta is a column."
-        return task_loss("regression", small_support.x @ theta, small_support.y)
-
-    def right(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-        return theta - 0.1 * g
-
-    def forgets_create_graph(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        return theta - 0.1 * g
-
-    def steps_in_place(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        theta.data -= 0.1 * g
-        return theta
-
-    def steps_under_no_grad(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        with torch.no_grad():
-            phi = theta - 0.1 * g
-        return phi.requires_grad_()  # "or else backward raises"
-
-    def outer(step):
-        "The gradient that reaches the start, and where the start is afterwards."
-        theta = torch.zeros(2, 1).double().requires_grad_()
-        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
-        return torch.zeros(2, 1).double() if g is None else g, theta
-
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
-
-    # cell d24a95c1
-    def adapt_by_rate(theta, alpha):
-        for _ in range(int(alpha)):  # meant: the number of steps
-            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-            theta = theta - alpha * g
-        return theta
-
-    start = torch.zeros(2, 1).double().requires_grad_()
-    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
-    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
-    assert (phi["layers.0.weight"] != 0).all()
-
-    # cell 78a83895
-    def outer_step_on_copy(net, episode, alpha, beta):
-        fast = copy.deepcopy(net)
-        for side, rate in ((episode.support, alpha), (episode.query, beta)):
-            loss = task_loss("regression", fast(side.x), side.y)
-            fast.zero_grad()
-            loss.backward()
-            torch.optim.SGD(fast.parameters(), lr=rate).step()
-        return fast  # the next network
-
-    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
-    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
-    close(
-        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
-    )  # plain training: phi - beta * gradient
-
-    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
-    learner.loss(episode).backward()
-    optimizer.step()
-    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
-
-    # cell c08ec8a2
-    def adapt_with(optimizer, theta, episode):
-        "Three steps from zero with an optimiser that may have been used before."
-        theta.data.zero_()
-        for _ in range(3):
-            optimizer.zero_grad()
-            task_loss("regression", episode.support.x @ theta, episode.support.y).backward()
-            optimizer.step()
-        return theta.detach().clone()
-
-    other, episode = valley(1.0, 3.0, [-2.0, 1.0]).episode(), SMALL.episode()
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    shared = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
-    alone = adapt_with(shared, theta, episode)
-    adapt_with(shared, theta, other)
-    assert not torch.allclose(adapt_with(shared, theta, episode), alone)  # the mistake
-
-    learner = plane((0.0, 0.0), lr=0.1, steps=3)  # no optimiser in the inner loop: nothing to leak
-    alone = learner.adapt(episode.support)
-    learner.adapt(other.support)
-    torch.testing.assert_close(learner.adapt(episode.support), alone, rtol=0, atol=0)
-    # cell 06299d39
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    optimizer = torch.optim.SGD([theta], lr=0.1)
-    assert optimizer.state_dict()["param_groups"][0]["params"] == [0]  # a number, no tensor
-    assert optimizer.param_groups[0]["params"][0] is theta  # what was meant
-
-    with torch.no_grad():
-        loss = small_loss(theta)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        loss.backward()
-
-    learner = plane((0.0, 0.0), lr=0.1).eval()
-    with (
-        torch.no_grad()
-    ):  # as `evaluate` does: inner gradients work here, and no outer graph is kept
-        phi, _ = learner.adapt(small_support)
-    assert not phi["layers.0.weight"].requires_grad
-    close(phi["layers.0.weight"], 0.4, 0.2)
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    ) = cell_be0806b9(SMALL)
+    cell_d77bfb21(
+        SMALL,
+        close,
+        forgets_create_graph,
+        meta_gradient,
+        outer,
+        plane,
+        right,
+        steps_in_place,
+        steps_under_no_grad,
+    )
+    cell_d24a95c1(plane, small_loss, small_support)
+    cell_78a83895(SMALL, close, plane)
+    cell_c08ec8a2(SMALL, plane, valley)
+    cell_06299d39(close, plane, small_loss, small_support)
 
 
 @pytest.mark.proves("eq-maml-loss-scale")
 def test_scale_of_the_inner_loss():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell be0806b9
-    small_support = SMALL.episode().support
-
-    def small_loss(theta):
-        "The loss of the small task; theta is a column."
-        return task_loss("regression", small_support.x @ theta, small_support.y)
-
-    def right(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-        return theta - 0.1 * g
-
-    def forgets_create_graph(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        return theta - 0.1 * g
-
-    def steps_in_place(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        theta.data -= 0.1 * g
-        return theta
-
-    def steps_under_no_grad(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        with torch.no_grad():
-            phi = theta - 0.1 * g
-        return phi.requires_grad_()  # "or else backward raises"
-
-    def outer(step):
-        "The gradient that reaches the start, and where the start is afterwards."
-        theta = torch.zeros(2, 1).double().requires_grad_()
-        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
-        return torch.zeros(2, 1).double() if g is None else g, theta
-
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
-
-    # cell d24a95c1
-    def adapt_by_rate(theta, alpha):
-        for _ in range(int(alpha)):  # meant: the number of steps
-            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-            theta = theta - alpha * g
-        return theta
-
-    start = torch.zeros(2, 1).double().requires_grad_()
-    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
-    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
-    assert (phi["layers.0.weight"] != 0).all()
-
-    # cell 78a83895
-    def outer_step_on_copy(net, episode, alpha, beta):
-        fast = copy.deepcopy(net)
-        for side, rate in ((episode.support, alpha), (episode.query, beta)):
-            loss = task_loss("regression", fast(side.x), side.y)
-            fast.zero_grad()
-            loss.backward()
-            torch.optim.SGD(fast.parameters(), lr=rate).step()
-        return fast  # the next network
-
-    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
-    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
-    close(
-        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
-    )  # plain training: phi - beta * gradient
-
-    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
-    learner.loss(episode).backward()
-    optimizer.step()
-    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
-
-    # cell c08ec8a2
-    def adapt_with(optimizer, theta, episode):
-        "Three steps from zero with an optimiser that may have been used before."
-        theta.data.zero_()
-        for _ in range(3):
-            optimizer.zero_grad()
-            task_loss("regression", episode.support.x @ theta, episode.support.y).backward()
-            optimizer.step()
-        return theta.detach().clone()
-
-    other, episode = valley(1.0, 3.0, [-2.0, 1.0]).episode(), SMALL.episode()
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    shared = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
-    alone = adapt_with(shared, theta, episode)
-    adapt_with(shared, theta, other)
-    assert not torch.allclose(adapt_with(shared, theta, episode), alone)  # the mistake
-
-    learner = plane((0.0, 0.0), lr=0.1, steps=3)  # no optimiser in the inner loop: nothing to leak
-    alone = learner.adapt(episode.support)
-    learner.adapt(other.support)
-    torch.testing.assert_close(learner.adapt(episode.support), alone, rtol=0, atol=0)
-    # cell 06299d39
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    optimizer = torch.optim.SGD([theta], lr=0.1)
-    assert optimizer.state_dict()["param_groups"][0]["params"] == [0]  # a number, no tensor
-    assert optimizer.param_groups[0]["params"][0] is theta  # what was meant
-
-    with torch.no_grad():
-        loss = small_loss(theta)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        loss.backward()
-
-    learner = plane((0.0, 0.0), lr=0.1).eval()
-    with (
-        torch.no_grad()
-    ):  # as `evaluate` does: inner gradients work here, and no outer graph is kept
-        phi, _ = learner.adapt(small_support)
-    assert not phi["layers.0.weight"].requires_grad
-    close(phi["layers.0.weight"], 0.4, 0.2)
-    # cell 742357d4
-    way, shot, authors_rate = 5, 3, 0.4
-    torch.manual_seed(0)
-    net = MLP([4, 16, way]).double()
-    x, labels = torch.randn(way * shot, 4).double(), torch.arange(way * shot) % way
-    query = Examples.of(torch.randn(10, 4).double(), torch.arange(10) % way, way)
-
-    def authors_step(phi):
-        each = F.cross_entropy(functional_call(net, phi, (x,)), labels, reduction="none") / shot
-        gradients = torch.autograd.grad(each.sum(), list(phi.values()), create_graph=True)
-        return {k: p - authors_rate * g for (k, p), g in zip(phi.items(), gradients, strict=True)}
-
-    support = Examples(x, F.one_hot(labels, way).double())
-    theirs = authors_step(authors_step(dict(net.named_parameters())))
-    learner = MAML(net, lr=way * authors_rate, steps=2)
-    ours, _ = learner.adapt(support)
-    torch.testing.assert_close(ours, theirs)
-
-    their_loss = task_loss("classification", functional_call(net, theirs, (query.x,)), query.y)
-    parameters = list(net.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(learner.loss(Episode(support, query)), parameters),
-        torch.autograd.grad(their_loss, parameters),
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    ) = cell_be0806b9(SMALL)
+    cell_d77bfb21(
+        SMALL,
+        close,
+        forgets_create_graph,
+        meta_gradient,
+        outer,
+        plane,
+        right,
+        steps_in_place,
+        steps_under_no_grad,
     )
-    copied, _ = MAML(net, lr=authors_rate, steps=2).adapt(support)  # the mistake: another step
-    assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
+    cell_d24a95c1(plane, small_loss, small_support)
+    cell_78a83895(SMALL, close, plane)
+    cell_c08ec8a2(SMALL, plane, valley)
+    cell_06299d39(close, plane, small_loss, small_support)
+    cell_742357d4()
 
 
 def test_queries_together_and_alone():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell be0806b9
-    small_support = SMALL.episode().support
-
-    def small_loss(theta):
-        "The loss of the small task; theta is a column."
-        return task_loss("regression", small_support.x @ theta, small_support.y)
-
-    def right(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-        return theta - 0.1 * g
-
-    def forgets_create_graph(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        return theta - 0.1 * g
-
-    def steps_in_place(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        theta.data -= 0.1 * g
-        return theta
-
-    def steps_under_no_grad(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        with torch.no_grad():
-            phi = theta - 0.1 * g
-        return phi.requires_grad_()  # "or else backward raises"
-
-    def outer(step):
-        "The gradient that reaches the start, and where the start is afterwards."
-        theta = torch.zeros(2, 1).double().requires_grad_()
-        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
-        return torch.zeros(2, 1).double() if g is None else g, theta
-
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
-
-    # cell d24a95c1
-    def adapt_by_rate(theta, alpha):
-        for _ in range(int(alpha)):  # meant: the number of steps
-            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-            theta = theta - alpha * g
-        return theta
-
-    start = torch.zeros(2, 1).double().requires_grad_()
-    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
-    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
-    assert (phi["layers.0.weight"] != 0).all()
-
-    # cell 78a83895
-    def outer_step_on_copy(net, episode, alpha, beta):
-        fast = copy.deepcopy(net)
-        for side, rate in ((episode.support, alpha), (episode.query, beta)):
-            loss = task_loss("regression", fast(side.x), side.y)
-            fast.zero_grad()
-            loss.backward()
-            torch.optim.SGD(fast.parameters(), lr=rate).step()
-        return fast  # the next network
-
-    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
-    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
-    close(
-        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
-    )  # plain training: phi - beta * gradient
-
-    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
-    learner.loss(episode).backward()
-    optimizer.step()
-    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
-
-    # cell c08ec8a2
-    def adapt_with(optimizer, theta, episode):
-        "Three steps from zero with an optimiser that may have been used before."
-        theta.data.zero_()
-        for _ in range(3):
-            optimizer.zero_grad()
-            task_loss("regression", episode.support.x @ theta, episode.support.y).backward()
-            optimizer.step()
-        return theta.detach().clone()
-
-    other, episode = valley(1.0, 3.0, [-2.0, 1.0]).episode(), SMALL.episode()
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    shared = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
-    alone = adapt_with(shared, theta, episode)
-    adapt_with(shared, theta, other)
-    assert not torch.allclose(adapt_with(shared, theta, episode), alone)  # the mistake
-
-    learner = plane((0.0, 0.0), lr=0.1, steps=3)  # no optimiser in the inner loop: nothing to leak
-    alone = learner.adapt(episode.support)
-    learner.adapt(other.support)
-    torch.testing.assert_close(learner.adapt(episode.support), alone, rtol=0, atol=0)
-    # cell 06299d39
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    optimizer = torch.optim.SGD([theta], lr=0.1)
-    assert optimizer.state_dict()["param_groups"][0]["params"] == [0]  # a number, no tensor
-    assert optimizer.param_groups[0]["params"][0] is theta  # what was meant
-
-    with torch.no_grad():
-        loss = small_loss(theta)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        loss.backward()
-
-    learner = plane((0.0, 0.0), lr=0.1).eval()
-    with (
-        torch.no_grad()
-    ):  # as `evaluate` does: inner gradients work here, and no outer graph is kept
-        phi, _ = learner.adapt(small_support)
-    assert not phi["layers.0.weight"].requires_grad
-    close(phi["layers.0.weight"], 0.4, 0.2)
-    # cell 742357d4
-    way, shot, authors_rate = 5, 3, 0.4
-    torch.manual_seed(0)
-    net = MLP([4, 16, way]).double()
-    x, labels = torch.randn(way * shot, 4).double(), torch.arange(way * shot) % way
-    query = Examples.of(torch.randn(10, 4).double(), torch.arange(10) % way, way)
-
-    def authors_step(phi):
-        each = F.cross_entropy(functional_call(net, phi, (x,)), labels, reduction="none") / shot
-        gradients = torch.autograd.grad(each.sum(), list(phi.values()), create_graph=True)
-        return {k: p - authors_rate * g for (k, p), g in zip(phi.items(), gradients, strict=True)}
-
-    support = Examples(x, F.one_hot(labels, way).double())
-    theirs = authors_step(authors_step(dict(net.named_parameters())))
-    learner = MAML(net, lr=way * authors_rate, steps=2)
-    ours, _ = learner.adapt(support)
-    torch.testing.assert_close(ours, theirs)
-
-    their_loss = task_loss("classification", functional_call(net, theirs, (query.x,)), query.y)
-    parameters = list(net.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(learner.loss(Episode(support, query)), parameters),
-        torch.autograd.grad(their_loss, parameters),
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    ) = cell_be0806b9(SMALL)
+    cell_d77bfb21(
+        SMALL,
+        close,
+        forgets_create_graph,
+        meta_gradient,
+        outer,
+        plane,
+        right,
+        steps_in_place,
+        steps_under_no_grad,
     )
-    copied, _ = MAML(net, lr=authors_rate, steps=2).adapt(support)  # the mistake: another step
-    assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
-
-    # cell 0fe2da6c
-    def adapted_to_images(stats):
-        torch.manual_seed(0)
-        learner = MAML(
-            Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats), lr=0.4
-        ).double()
-        images = torch.randn(9, 1, 16, 16).double()
-        support = Examples(images[:3], torch.eye(3).double())
-        return learner, learner.adapt(support), support.x, images[3:]
-
-    def together_and_alone(stats):
-        learner, state, _, queries = adapted_to_images(stats)
-        alone = torch.cat([learner.predict(state, image[None]) for image in queries])
-        return learner.predict(state, queries), alone
-
-    together, alone = together_and_alone("batch")
-    assert not torch.allclose(together, alone)  # transductive
-    torch.testing.assert_close(*together_and_alone("support"))  # each query stands alone
-
-    learner, state, seen, _ = adapted_to_images("support")
-    phi, _ = state
-    torch.testing.assert_close(learner.predict(state, seen), call(learner.net, phi, seen))
+    cell_d24a95c1(plane, small_loss, small_support)
+    cell_78a83895(SMALL, close, plane)
+    cell_c08ec8a2(SMALL, plane, valley)
+    cell_06299d39(close, plane, small_loss, small_support)
+    cell_742357d4()
+    cell_0fe2da6c()
 
 
 def test_buffers_stay():
-    # cell cf1757cc
-    class Valley(NamedTuple):
-        "A task with loss 1/2 (theta - m)^T H (theta - m)."
-
-        H: torch.Tensor  # [2, 2] curvature
-        m: torch.Tensor  # [2] where the minimum is
-
-        def episode(self):
-            "Four points of a plane y = m . x whose mean squared error is that loss."
-            r = torch.linalg.cholesky(self.H).T  # H = R^T R
-            x = torch.cat([r, -r])
-            side = Examples(x, x @ self.m[:, None])
-            return Episode(side, side)
-
-    def valley(steep, shallow, m):
-        "The task with these curvatures along the two axes, in double precision."
-        return Valley(torch.diag(torch.tensor([steep, shallow]).double()), torch.tensor(m).double())
-
-    def left_over(task, alpha, steps):
-        "(I - alpha H)^steps: what the steps leave of the distance from the minimum."
-        one = torch.eye(2, dtype=task.H.dtype)
-        return torch.linalg.matrix_power(one - alpha * task.H, steps)
-
-    def curvature_after(task, alpha, steps):
-        "The curvature of the loss after the steps, as a function of the start."
-        p = left_over(task, alpha, steps)
-        return p @ task.H @ p
-
-    def best_start(tasks, alpha, steps):
-        "Where the mean loss after the steps is lowest."
-        c = [curvature_after(task, alpha, steps) for task in tasks]
-        pull = sum(a @ task.m for a, task in zip(c, tasks, strict=True))
-        return torch.linalg.solve(sum(c), pull)
-
-    # cell 7b5041da
-    def plane(theta, **options):
-        "MAML on the network f(x) = theta . x, started at theta."
-        net = MLP([2, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.copy_(torch.as_tensor(theta))
-            net.layers[0].bias.zero_()
-        return MAML(net, kind="regression", **options)
-
-    SMALL = valley(4.0, 1.0, [1.0, 2.0])  # the task for your head
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    # cell cec0cbea
-    def meta_gradient(learner, *tasks):
-        "The gradient of the mean query loss with respect to the start, [2]."
-        loss = learner.combine(torch.stack([learner.loss(task.episode()) for task in tasks]))
-        return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
-
-    # cell be0806b9
-    small_support = SMALL.episode().support
-
-    def small_loss(theta):
-        "The loss of the small task; theta is a column."
-        return task_loss("regression", small_support.x @ theta, small_support.y)
-
-    def right(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-        return theta - 0.1 * g
-
-    def forgets_create_graph(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        return theta - 0.1 * g
-
-    def steps_in_place(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        theta.data -= 0.1 * g
-        return theta
-
-    def steps_under_no_grad(theta):
-        (g,) = torch.autograd.grad(small_loss(theta), theta)
-        with torch.no_grad():
-            phi = theta - 0.1 * g
-        return phi.requires_grad_()  # "or else backward raises"
-
-    def outer(step):
-        "The gradient that reaches the start, and where the start is afterwards."
-        theta = torch.zeros(2, 1).double().requires_grad_()
-        (g,) = torch.autograd.grad(small_loss(step(theta)), theta, allow_unused=True)
-        return torch.zeros(2, 1).double() if g is None else g, theta
-
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
-
-    # cell d24a95c1
-    def adapt_by_rate(theta, alpha):
-        for _ in range(int(alpha)):  # meant: the number of steps
-            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-            theta = theta - alpha * g
-        return theta
-
-    start = torch.zeros(2, 1).double().requires_grad_()
-    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
-    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
-    assert (phi["layers.0.weight"] != 0).all()
-
-    # cell 78a83895
-    def outer_step_on_copy(net, episode, alpha, beta):
-        fast = copy.deepcopy(net)
-        for side, rate in ((episode.support, alpha), (episode.query, beta)):
-            loss = task_loss("regression", fast(side.x), side.y)
-            fast.zero_grad()
-            loss.backward()
-            torch.optim.SGD(fast.parameters(), lr=rate).step()
-        return fast  # the next network
-
-    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
-    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
-    close(
-        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
-    )  # plain training: phi - beta * gradient
-
-    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
-    learner.loss(episode).backward()
-    optimizer.step()
-    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
-
-    # cell c08ec8a2
-    def adapt_with(optimizer, theta, episode):
-        "Three steps from zero with an optimiser that may have been used before."
-        theta.data.zero_()
-        for _ in range(3):
-            optimizer.zero_grad()
-            task_loss("regression", episode.support.x @ theta, episode.support.y).backward()
-            optimizer.step()
-        return theta.detach().clone()
-
-    other, episode = valley(1.0, 3.0, [-2.0, 1.0]).episode(), SMALL.episode()
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    shared = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
-    alone = adapt_with(shared, theta, episode)
-    adapt_with(shared, theta, other)
-    assert not torch.allclose(adapt_with(shared, theta, episode), alone)  # the mistake
-
-    learner = plane((0.0, 0.0), lr=0.1, steps=3)  # no optimiser in the inner loop: nothing to leak
-    alone = learner.adapt(episode.support)
-    learner.adapt(other.support)
-    torch.testing.assert_close(learner.adapt(episode.support), alone, rtol=0, atol=0)
-    # cell 06299d39
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    optimizer = torch.optim.SGD([theta], lr=0.1)
-    assert optimizer.state_dict()["param_groups"][0]["params"] == [0]  # a number, no tensor
-    assert optimizer.param_groups[0]["params"][0] is theta  # what was meant
-
-    with torch.no_grad():
-        loss = small_loss(theta)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        loss.backward()
-
-    learner = plane((0.0, 0.0), lr=0.1).eval()
-    with (
-        torch.no_grad()
-    ):  # as `evaluate` does: inner gradients work here, and no outer graph is kept
-        phi, _ = learner.adapt(small_support)
-    assert not phi["layers.0.weight"].requires_grad
-    close(phi["layers.0.weight"], 0.4, 0.2)
+    Valley, best_start, curvature_after, valley = cell_cf1757cc()
+    SMALL, close, plane = cell_7b5041da(valley)
+    meta_gradient = cell_cec0cbea()
+    (
+        forgets_create_graph,
+        outer,
+        right,
+        small_loss,
+        small_support,
+        steps_in_place,
+        steps_under_no_grad,
+    ) = cell_be0806b9(SMALL)
+    cell_d77bfb21(
+        SMALL,
+        close,
+        forgets_create_graph,
+        meta_gradient,
+        outer,
+        plane,
+        right,
+        steps_in_place,
+        steps_under_no_grad,
+    )
+    cell_d24a95c1(plane, small_loss, small_support)
+    cell_78a83895(SMALL, close, plane)
+    cell_c08ec8a2(SMALL, plane, valley)
+    cell_06299d39(close, plane, small_loss, small_support)
     # cell 742357d4
     way, shot, authors_rate = 5, 3, 0.4
     torch.manual_seed(0)
@@ -2083,29 +906,7 @@ def test_buffers_stay():
     )
     copied, _ = MAML(net, lr=authors_rate, steps=2).adapt(support)  # the mistake: another step
     assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
-
-    # cell 0fe2da6c
-    def adapted_to_images(stats):
-        torch.manual_seed(0)
-        learner = MAML(
-            Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats), lr=0.4
-        ).double()
-        images = torch.randn(9, 1, 16, 16).double()
-        support = Examples(images[:3], torch.eye(3).double())
-        return learner, learner.adapt(support), support.x, images[3:]
-
-    def together_and_alone(stats):
-        learner, state, _, queries = adapted_to_images(stats)
-        alone = torch.cat([learner.predict(state, image[None]) for image in queries])
-        return learner.predict(state, queries), alone
-
-    together, alone = together_and_alone("batch")
-    assert not torch.allclose(together, alone)  # transductive
-    torch.testing.assert_close(*together_and_alone("support"))  # each query stands alone
-
-    learner, state, seen, _ = adapted_to_images("support")
-    phi, _ = state
-    torch.testing.assert_close(learner.predict(state, seen), call(learner.net, phi, seen))
+    cell_0fe2da6c()
 
     # cell 83486aa4
     def buffers_change(net, adapt):

@@ -28,8 +28,7 @@ from metabook.testing import check_learner
 from metabook.training import fit
 
 
-@pytest.mark.proves("eq-lstm-cell")
-def test_cell_equals_pytorch():
+def cell_afa5f807():
     # cell afa5f807
     torch.manual_seed(0)
     ours, theirs = CoordinateLSTM(4, 3).double(), nn.LSTMCell(4, 3).double()
@@ -41,20 +40,301 @@ def test_cell_equals_pytorch():
     x, h, c = torch.randn(4, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
     for mine, other in zip(ours(x, h, c), theirs(x.T, (h.T, c.T)), strict=True):
         torch.testing.assert_close(mine, other.T)
+    return c, h, ours, theirs
+
+
+def cell_db934fe7():
+    # cell db934fe7
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected)
+
+    def set_to(parameter, values):
+        "Write these numbers into a parameter."
+        with torch.no_grad():
+            parameter.copy_(torch.as_tensor(values))
+
+    return close, set_to
+
+
+def cell_2f59f114(set_to):
+    # cell 2f59f114
+    def by_hand():
+        "The update rule of the example, for one coordinate with a memory of length 1."
+        rule = Gates(hidden=1, lr=0.01).double()
+        set_to(rule.W, [[1.0], [0.0]])
+        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
+        set_to(rule.b, [[0.0], [math.log(3) - 1]])
+        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
+        return rule(*(torch.tensor(n).double() for n in numbers))
+
+    return by_hand
+
+
+def cell_67404ccc(by_hand, close):
+    # cell 67404ccc
+    close(by_hand()[1], 0.5, 0.75)
+
+
+def cell_c5b9fc73():
+    # cell c5b9fc73
+    torch.manual_seed(0)
+    learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
+    phi, _ = learner.adapt(task.support)
+    assert learner(task.support, task.query.x).shape == (10, 1)
+    assert losses(learner, episodes).shape == (3,)
+    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+    torch.testing.assert_close(learner.named(flat(phi)), phi)
+    torch.manual_seed(0)
+    other = LSTMOptimizer(MLP([1, 40, 40, 1]), steps=3, hidden=8, kind="regression")
+    assert other(task.support, task.query.x).shape == (10, 1)
+
+
+def cell_c07d93e4(set_to):
+    # cell c07d93e4
+    def two_numbers(a):
+        "The preprocessing by its two cases, [2, d]."
+        small = a.abs() < math.exp(-10)
+        size = torch.where(small, -torch.ones_like(a), a.abs().log() / 10)
+        return torch.stack([size, torch.where(small, math.exp(10) * a, a.sign())])
+
+    def in_pytorch(lstm):
+        "PyTorch's cell with the weights of ours."
+        blocks = torch.tensor([0, 1, 3, 2])  # input, forget, proposal, output
+        W = lstm.W.view(4, lstm.W.shape[0] // 4, -1)[blocks].flatten(0, 1)
+        cell = nn.LSTMCell(4, W.shape[1] - 4).to(W.dtype)
+        set_to(cell.weight_ih, W[:, :4])
+        set_to(cell.weight_hh, W[:, 4:])
+        set_to(cell.bias_ih, lstm.b.view(4, -1)[blocks].flatten())
+        set_to(cell.bias_hh, torch.zeros(W.shape[0]))
+        return cell
+
+    torch.manual_seed(0)
+    checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
+    for parameter in (checked.lstm.b, *checked.update.parameters()):
+        set_to(parameter, 0.5 * torch.randn_like(parameter))
+    x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
+    cell, state = in_pytorch(checked.lstm), checked.start(Examples(x, y))
+    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
+    theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
+    for _ in range(2):
+        at = theta.detach().requires_grad_()
+        loss = (call(checked.net, checked.named(at), x) - y).square().mean()
+        (g,) = torch.autograd.grad(loss, at)
+        read = torch.cat([two_numbers(g), two_numbers(loss.detach().expand(13))])
+        h, c = cell(read.T, (h, c))
+        i = torch.sigmoid(h @ W_I + v_I * theta + u_I * i + b_I)
+        f = torch.sigmoid(h @ W_F + v_F * theta + u_F * f + b_F)
+        theta = f * theta - i * g
+        state = checked.step(state, Examples(x, y))
+        torch.testing.assert_close(tuple(state), (theta, h.T, c.T, torch.stack([i, f])))
+
+
+def cell_515344c0(set_to):
+    # cell 515344c0
+    def constant_gates(net, rate, forget_bias=40.0, **options):
+        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
+        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
+        set_to(learner.update.W, torch.zeros(2, 3))
+        set_to(learner.update.V, torch.zeros(2, 2))
+        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
+        return learner
+
+    def one_wave(seed=0):
+        "One sinusoid in double precision: 5 support points, 8 query points."
+        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
+        sides = episodes.to(dtype=torch.float64)
+        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
+
+    return constant_gates, one_wave
+
+
+def cell_14d7e0de(constant_gates, one_wave):
+    # cell 14d7e0de
+    torch.manual_seed(0)
+    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
+    learner = constant_gates(net, rate=0.05, steps=4)
+    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
+    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(wave), parameters),
+        torch.autograd.grad(descent.loss(wave), parameters),
+    )
+
+
+def cell_b99a6832(constant_gates, one_wave):
+    # cell b99a6832
+    torch.manual_seed(0)
+    T, rate, wave = 8, 0.05, one_wave()
+    learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
+    states, gradients = [learner.start(wave.support)], []
+    for _ in range(T):
+        gradients.append(learner.look(states[-1].theta, wave.support)[0])
+        states.append(learner.step(states[-1], wave.support))
+    f = torch.tensor(5.0).double().sigmoid()
+    decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
+    torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
+    begin = states[0].theta.detach().requires_grad_()  # and one step down the loss with the price
+    price = (1 - f) / (2 * rate) * begin.square().sum()
+    (g,) = torch.autograd.grad(
+        learner.support_loss(learner.named(begin), wave.support) + price, begin
+    )
+    torch.testing.assert_close(states[1].theta, begin - rate * g)
+
+
+def cell_b5edc9f5():
+    # cell b5edc9f5
+    def walk(learner, support, steps):
+        "The states that the learner visits and the gradients that it meets there."
+        states, gradients = [learner.start(support)], []
+        for _ in range(steps):
+            gradients.append(learner.look(states[-1].theta, support)[0])
+            states.append(learner.step(states[-1], support))
+        return states, gradients
+
+    def query_gradient(learner, theta, query):
+        "The plain gradient of the query loss at these parameters."
+        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
+
+    return query_gradient, walk
+
+
+def cell_1e323a09(one_wave, query_gradient, set_to, walk):
+    # cell 1e323a09
+    torch.manual_seed(1)
+    wave = one_wave(1)
+    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
+    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
+    set_to(learner.update.V, torch.zeros(2, 2))
+    states, _ = walk(learner, wave.support, 3)
+    forget = torch.stack([state.past[1] for state in states[1:]])
+    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
+
+
+def cell_b8ab6d07(constant_gates, one_wave, query_gradient, walk):
+    # cell b8ab6d07
+    torch.manual_seed(1)
+    wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
+    learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
+    states, gradients = walk(learner, wave.support, T)
+    end = query_gradient(learner, states[-1].theta, wave.query)
+    by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
+    slope = 0.1 * (1 - 0.1)  # of the sigmoid where it is 0.1
+    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)  # which all share
+    torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
+
+
+def cell_500b6b45(set_to):
+    # cell 500b6b45
+    LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
+
+    class Valleys(Tasks):
+        "Quadratics in two dimensions with a random curvature along each axis, and a random minimum."
+
+        kind = "regression"
+
+        def draw(self, n, generator=None):
+            share = torch.rand(n, 2, generator=generator)
+            return torch.randn(n, 2, generator=generator), LOW * (HIGH / LOW) ** share
+
+        def gather(self, indices):
+            minimum, curvature = indices
+            r = curvature.sqrt().diag_embed()
+            x = torch.cat([r, -r], 1)
+            side = Examples(x, x @ minimum[..., None])
+            return Episode(side, side)
+
+    class Schedule(MAML):
+        "Gradient descent with another rate at each step; the rates can be learned."
+
+        def __init__(self, net, rates, first_order=False):
+            super().__init__(net, first_order=first_order, kind="regression")
+            self.rates = torch.nn.Parameter(torch.tensor(rates))
+
+        def adapt(self, support):
+            phi = dict(self.net.named_parameters())
+            for rate in self.rates:
+                self.lr = rate
+                phi = self.step(phi, support)
+            return phi, {}
+
+    def chebyshev(steps):
+        "One over the zeros of the Chebyshev polynomial on [LOW, HIGH]."
+        angles = [(2 * k - 1) * math.pi / (2 * steps) for k in range(1, steps + 1)]
+        return [2 / (HIGH + LOW + (HIGH - LOW) * math.cos(angle)) for angle in angles]
+
+    def at_origin():
+        "A linear network of two weights that starts at zero."
+        net = MLP([2, 1])
+        for parameter in net.parameters():
+            set_to(parameter, torch.zeros_like(parameter))
+        return net
+
+    def falling(total):
+        "The outer rate falls to zero along half a cosine."
+        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
+
+    def train_on_valleys(learner, steps=300, lr=0.05):
+        options = {"meta_batch": 32, "lr": lr, "clip": 0.25, "schedule": falling(steps)}
+        fit(learner, Valleys(), steps=steps, progress=False, **options)
+        return learner
+
+    def learned_schedule(first_order=False):
+        schedule = Schedule(at_origin(), chebyshev(VALLEY_STEPS), first_order)
+        torch.manual_seed(0)
+        return train_on_valleys(schedule, steps=150, lr=0.005)
+
+    def learned_for_valleys(method):
+        torch.manual_seed(0)
+        learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
+        return train_on_valleys(learner)
+
+    def best_constant(tasks, rates=(0.12, 0.14, 0.16, 0.18, 0.2)):
+        "Gradient descent with the rate that is best on these tasks."
+        candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
+        return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
+
+    return (
+        Schedule,
+        Valleys,
+        at_origin,
+        best_constant,
+        chebyshev,
+        learned_for_valleys,
+        learned_schedule,
+    )
+
+
+def cell_d4061661(constant_gates, one_wave, query_gradient):
+    # cell d4061661
+    torch.manual_seed(0)
+    wave = one_wave()
+    left = {}
+    for bias in (0.0, 5.0):
+        learner = constant_gates(MLP([1, 6, 6, 1]).double(), 0.01, forget_bias=bias, steps=8)
+        learner.zero_grad()
+        learner.loss(wave).backward()
+        length = torch.cat([p.grad.flatten() for p in learner.net.parameters()]).norm()
+        end = flat(learner.adapt(wave.support)[0])
+        plain = query_gradient(learner, end, wave.query).norm()
+        left[bias] = (length / plain).item()
+        print(f"bias {bias}: the start gets {left[bias]:.4f} of the query gradient")
+    assert left[0.0] < 0.004 < 0.94 < left[5.0]
+
+
+@pytest.mark.proves("eq-lstm-cell")
+def test_cell_equals_pytorch():
+    c, h, ours, theirs = cell_afa5f807()
 
 
 def test_only_ours_lifts():
-    # cell afa5f807
-    torch.manual_seed(0)
-    ours, theirs = CoordinateLSTM(4, 3).double(), nn.LSTMCell(4, 3).double()
-    with torch.no_grad():
-        rows = torch.tensor([0, 1, 3, 2])  # input, forget, output, proposal
-        weight = torch.cat([theirs.weight_ih, theirs.weight_hh], 1)
-        ours.W.copy_(weight.view(4, 3, 7)[rows].flatten(0, 1))
-        ours.b.copy_((theirs.bias_ih + theirs.bias_hh).view(4, 3)[rows].flatten()[:, None])
-    x, h, c = torch.randn(4, 5).double(), torch.randn(3, 5).double(), torch.randn(3, 5).double()
-    for mine, other in zip(ours(x, h, c), theirs(x.T, (h.T, c.T)), strict=True):
-        torch.testing.assert_close(mine, other.T)
+    c, h, ours, theirs = cell_afa5f807()
     # cell b0240854
     tasks = torch.randn(2, 4, 5).double()
     assert vmap(lambda x: ours(x, h, c)[0])(tasks).shape == (2, 3, 5)
@@ -64,56 +344,16 @@ def test_only_ours_lifts():
 
 @pytest.mark.proves("eq-lstm-gates")
 def test_gates_by_hand():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 67404ccc
-    close(by_hand()[1], 0.5, 0.75)
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    cell_67404ccc(by_hand, close)
 
 
 @pytest.mark.proves("eq-lstm-update")
 def test_update_by_hand():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 67404ccc
-    close(by_hand()[1], 0.5, 0.75)
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    cell_67404ccc(by_hand, close)
     # cell 7b777ea9
     close(by_hand()[0], 0.0)
 
@@ -136,27 +376,8 @@ def test_preprocessing():
 
 @pytest.mark.proves("eq-lstm-direction")
 def test_rate_and_direction_by_hand():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
     # cell fa52f9b1
     rule = RateAndDirection(hidden=2, lr=0.5).double()
     set_to(rule.W, [[0.1, 0.2], [3.0, -1.0]])
@@ -168,19 +389,7 @@ def test_rate_and_direction_by_hand():
 
 
 def test_meta_lstm_in_use():
-    # cell c5b9fc73
-    torch.manual_seed(0)
-    learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
-    phi, _ = learner.adapt(task.support)
-    assert learner(task.support, task.query.x).shape == (10, 1)
-    assert losses(learner, episodes).shape == (3,)
-    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
-    torch.testing.assert_close(learner.named(flat(phi)), phi)
-    torch.manual_seed(0)
-    other = LSTMOptimizer(MLP([1, 40, 40, 1]), steps=3, hidden=8, kind="regression")
-    assert other(task.support, task.query.x).shape == (10, 1)
+    cell_c5b9fc73()
 
 
 def test_errors_say_what_to_do():
@@ -198,153 +407,17 @@ def test_errors_say_what_to_do():
 
 
 def test_two_steps_by_another_way():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell c5b9fc73
-    torch.manual_seed(0)
-    learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
-    phi, _ = learner.adapt(task.support)
-    assert learner(task.support, task.query.x).shape == (10, 1)
-    assert losses(learner, episodes).shape == (3,)
-    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
-    torch.testing.assert_close(learner.named(flat(phi)), phi)
-    torch.manual_seed(0)
-    other = LSTMOptimizer(MLP([1, 40, 40, 1]), steps=3, hidden=8, kind="regression")
-    assert other(task.support, task.query.x).shape == (10, 1)
-
-    # cell c07d93e4
-    def two_numbers(a):
-        "The preprocessing by its two cases, [2, d]."
-        small = a.abs() < math.exp(-10)
-        size = torch.where(small, -torch.ones_like(a), a.abs().log() / 10)
-        return torch.stack([size, torch.where(small, math.exp(10) * a, a.sign())])
-
-    def in_pytorch(lstm):
-        "PyTorch's cell with the weights of ours."
-        blocks = torch.tensor([0, 1, 3, 2])  # input, forget, proposal, output
-        W = lstm.W.view(4, lstm.W.shape[0] // 4, -1)[blocks].flatten(0, 1)
-        cell = nn.LSTMCell(4, W.shape[1] - 4).to(W.dtype)
-        set_to(cell.weight_ih, W[:, :4])
-        set_to(cell.weight_hh, W[:, 4:])
-        set_to(cell.bias_ih, lstm.b.view(4, -1)[blocks].flatten())
-        set_to(cell.bias_hh, torch.zeros(W.shape[0]))
-        return cell
-
-    torch.manual_seed(0)
-    checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
-    for parameter in (checked.lstm.b, *checked.update.parameters()):
-        set_to(parameter, 0.5 * torch.randn_like(parameter))
-    x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
-    cell, state = in_pytorch(checked.lstm), checked.start(Examples(x, y))
-    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
-    theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
-    for _ in range(2):
-        at = theta.detach().requires_grad_()
-        loss = (call(checked.net, checked.named(at), x) - y).square().mean()
-        (g,) = torch.autograd.grad(loss, at)
-        read = torch.cat([two_numbers(g), two_numbers(loss.detach().expand(13))])
-        h, c = cell(read.T, (h, c))
-        i = torch.sigmoid(h @ W_I + v_I * theta + u_I * i + b_I)
-        f = torch.sigmoid(h @ W_F + v_F * theta + u_F * f + b_F)
-        theta = f * theta - i * g
-        state = checked.step(state, Examples(x, y))
-        torch.testing.assert_close(tuple(state), (theta, h.T, c.T, torch.stack([i, f])))
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    cell_c5b9fc73()
+    cell_c07d93e4(set_to)
 
 
 def test_the_first_input_gate_is_the_rate():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell c5b9fc73
-    torch.manual_seed(0)
-    learner = MetaLSTM(MLP([1, 40, 40, 1]), steps=3, test_steps=5, hidden=8, kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
-    phi, _ = learner.adapt(task.support)
-    assert learner(task.support, task.query.x).shape == (10, 1)
-    assert losses(learner, episodes).shape == (3,)
-    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
-    torch.testing.assert_close(learner.named(flat(phi)), phi)
-    torch.manual_seed(0)
-    other = LSTMOptimizer(MLP([1, 40, 40, 1]), steps=3, hidden=8, kind="regression")
-    assert other(task.support, task.query.x).shape == (10, 1)
-
-    # cell c07d93e4
-    def two_numbers(a):
-        "The preprocessing by its two cases, [2, d]."
-        small = a.abs() < math.exp(-10)
-        size = torch.where(small, -torch.ones_like(a), a.abs().log() / 10)
-        return torch.stack([size, torch.where(small, math.exp(10) * a, a.sign())])
-
-    def in_pytorch(lstm):
-        "PyTorch's cell with the weights of ours."
-        blocks = torch.tensor([0, 1, 3, 2])  # input, forget, proposal, output
-        W = lstm.W.view(4, lstm.W.shape[0] // 4, -1)[blocks].flatten(0, 1)
-        cell = nn.LSTMCell(4, W.shape[1] - 4).to(W.dtype)
-        set_to(cell.weight_ih, W[:, :4])
-        set_to(cell.weight_hh, W[:, 4:])
-        set_to(cell.bias_ih, lstm.b.view(4, -1)[blocks].flatten())
-        set_to(cell.bias_hh, torch.zeros(W.shape[0]))
-        return cell
-
-    torch.manual_seed(0)
-    checked = MetaLSTM(MLP([1, 4, 1]), steps=2, hidden=3, kind="regression").double()
-    for parameter in (checked.lstm.b, *checked.update.parameters()):
-        set_to(parameter, 0.5 * torch.randn_like(parameter))
-    x, y = torch.randn(5, 1).double(), torch.randn(5, 1).double()
-    cell, state = in_pytorch(checked.lstm), checked.start(Examples(x, y))
-    (W_I, W_F), ((v_I, u_I), (v_F, u_F)), (b_I, b_F) = checked.update.parameters()
-    theta, i, f, h, c = state.theta, *torch.zeros(2, 13).double(), *torch.zeros(2, 13, 3).double()
-    for _ in range(2):
-        at = theta.detach().requires_grad_()
-        loss = (call(checked.net, checked.named(at), x) - y).square().mean()
-        (g,) = torch.autograd.grad(loss, at)
-        read = torch.cat([two_numbers(g), two_numbers(loss.detach().expand(13))])
-        h, c = cell(read.T, (h, c))
-        i = torch.sigmoid(h @ W_I + v_I * theta + u_I * i + b_I)
-        f = torch.sigmoid(h @ W_F + v_F * theta + u_F * f + b_F)
-        theta = f * theta - i * g
-        state = checked.step(state, Examples(x, y))
-        torch.testing.assert_close(tuple(state), (theta, h.T, c.T, torch.stack([i, f])))
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    cell_c5b9fc73()
+    cell_c07d93e4(set_to)
     # cell e42b90c6
     for lr in (0.01, 0.4):
         blind = MetaLSTM(MLP([1, 1]), hidden=2, kind="regression", lr=lr)
@@ -368,188 +441,27 @@ def test_keeps_the_contract():
 
 
 def test_gradient_descent_is_one_setting():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell 14d7e0de
-    torch.manual_seed(0)
-    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
-    learner = constant_gates(net, rate=0.05, steps=4)
-    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
-    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
-    parameters = list(net.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(learner.loss(wave), parameters),
-        torch.autograd.grad(descent.loss(wave), parameters),
-    )
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    cell_14d7e0de(constant_gates, one_wave)
 
 
 @pytest.mark.proves("eq-lstm-decay")
 def test_constant_gates_mean_decay():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell 14d7e0de
-    torch.manual_seed(0)
-    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
-    learner = constant_gates(net, rate=0.05, steps=4)
-    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
-    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
-    parameters = list(net.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(learner.loss(wave), parameters),
-        torch.autograd.grad(descent.loss(wave), parameters),
-    )
-    # cell b99a6832
-    torch.manual_seed(0)
-    T, rate, wave = 8, 0.05, one_wave()
-    learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
-    states, gradients = [learner.start(wave.support)], []
-    for _ in range(T):
-        gradients.append(learner.look(states[-1].theta, wave.support)[0])
-        states.append(learner.step(states[-1], wave.support))
-    f = torch.tensor(5.0).double().sigmoid()
-    decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
-    torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
-    begin = states[0].theta.detach().requires_grad_()  # and one step down the loss with the price
-    price = (1 - f) / (2 * rate) * begin.square().sum()
-    (g,) = torch.autograd.grad(
-        learner.support_loss(learner.named(begin), wave.support) + price, begin
-    )
-    torch.testing.assert_close(states[1].theta, begin - rate * g)
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    cell_14d7e0de(constant_gates, one_wave)
+    cell_b99a6832(constant_gates, one_wave)
 
 
 def test_how_much_of_the_start_is_left():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell 14d7e0de
-    torch.manual_seed(0)
-    net, wave = MLP([1, 6, 6, 1]).double(), one_wave()
-    learner = constant_gates(net, rate=0.05, steps=4)
-    descent = MAML(net, lr=0.05, steps=4, first_order=True, kind="regression")
-    torch.testing.assert_close(learner.adapt(wave.support), descent.adapt(wave.support))
-    parameters = list(net.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(learner.loss(wave), parameters),
-        torch.autograd.grad(descent.loss(wave), parameters),
-    )
-    # cell b99a6832
-    torch.manual_seed(0)
-    T, rate, wave = 8, 0.05, one_wave()
-    learner = constant_gates(MLP([1, 6, 6, 1]).double(), rate, forget_bias=5.0)
-    states, gradients = [learner.start(wave.support)], []
-    for _ in range(T):
-        gradients.append(learner.look(states[-1].theta, wave.support)[0])
-        states.append(learner.step(states[-1], wave.support))
-    f = torch.tensor(5.0).double().sigmoid()
-    decayed = sum(f ** (T - t) * g for t, g in enumerate(gradients, 1))
-    torch.testing.assert_close(states[T].theta, f**T * states[0].theta - rate * decayed)
-    begin = states[0].theta.detach().requires_grad_()  # and one step down the loss with the price
-    price = (1 - f) / (2 * rate) * begin.square().sum()
-    (g,) = torch.autograd.grad(
-        learner.support_loss(learner.named(begin), wave.support) + price, begin
-    )
-    torch.testing.assert_close(states[1].theta, begin - rate * g)
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    cell_14d7e0de(constant_gates, one_wave)
+    cell_b99a6832(constant_gates, one_wave)
     # cell 965a54fa
     torch.manual_seed(0)
     zeros = Examples(torch.zeros(4, 2), torch.zeros(4, 1))  # nothing to learn: the gradient is zero
@@ -566,213 +478,30 @@ def test_how_much_of_the_start_is_left():
 
 @pytest.mark.proves("eq-lstm-start-gradient")
 def test_gradient_of_the_start():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell b5edc9f5
-    def walk(learner, support, steps):
-        "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start(support)], []
-        for _ in range(steps):
-            gradients.append(learner.look(states[-1].theta, support)[0])
-            states.append(learner.step(states[-1], support))
-        return states, gradients
-
-    def query_gradient(learner, theta, query):
-        "The plain gradient of the query loss at these parameters."
-        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
-
-    # cell 1e323a09
-    torch.manual_seed(1)
-    wave = one_wave(1)
-    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
-    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
-    set_to(learner.update.V, torch.zeros(2, 2))
-    states, _ = walk(learner, wave.support, 3)
-    forget = torch.stack([state.past[1] for state in states[1:]])
-    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
-    end = query_gradient(learner, states[-1].theta, wave.query)
-    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    query_gradient, walk = cell_b5edc9f5()
+    cell_1e323a09(one_wave, query_gradient, set_to, walk)
 
 
 @pytest.mark.proves("eq-lstm-gate-gradient")
 def test_gradient_of_the_gates():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell b5edc9f5
-    def walk(learner, support, steps):
-        "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start(support)], []
-        for _ in range(steps):
-            gradients.append(learner.look(states[-1].theta, support)[0])
-            states.append(learner.step(states[-1], support))
-        return states, gradients
-
-    def query_gradient(learner, theta, query):
-        "The plain gradient of the query loss at these parameters."
-        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
-
-    # cell 1e323a09
-    torch.manual_seed(1)
-    wave = one_wave(1)
-    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
-    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
-    set_to(learner.update.V, torch.zeros(2, 2))
-    states, _ = walk(learner, wave.support, 3)
-    forget = torch.stack([state.past[1] for state in states[1:]])
-    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
-    end = query_gradient(learner, states[-1].theta, wave.query)
-    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
-    # cell b8ab6d07
-    torch.manual_seed(1)
-    wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
-    learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
-    states, gradients = walk(learner, wave.support, T)
-    end = query_gradient(learner, states[-1].theta, wave.query)
-    by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
-    slope = 0.1 * (1 - 0.1)  # of the sigmoid where it is 0.1
-    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)  # which all share
-    torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    query_gradient, walk = cell_b5edc9f5()
+    cell_1e323a09(one_wave, query_gradient, set_to, walk)
+    cell_b8ab6d07(constant_gates, one_wave, query_gradient, walk)
 
 
 def test_meta_gradient_against_finite_differences():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell b5edc9f5
-    def walk(learner, support, steps):
-        "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start(support)], []
-        for _ in range(steps):
-            gradients.append(learner.look(states[-1].theta, support)[0])
-            states.append(learner.step(states[-1], support))
-        return states, gradients
-
-    def query_gradient(learner, theta, query):
-        "The plain gradient of the query loss at these parameters."
-        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
-
-    # cell 1e323a09
-    torch.manual_seed(1)
-    wave = one_wave(1)
-    learner = MetaLSTM(MLP([1, 6, 1]), 3, hidden=4, kind="regression", lr=0.1).double()
-    set_to(learner.update.W, torch.randn(2, 4))  # gates that differ, and read only the memory
-    set_to(learner.update.V, torch.zeros(2, 2))
-    states, _ = walk(learner, wave.support, 3)
-    forget = torch.stack([state.past[1] for state in states[1:]])
-    exact = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
-    end = query_gradient(learner, states[-1].theta, wave.query)
-    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), forget.prod(0) * end)
-    # cell b8ab6d07
-    torch.manual_seed(1)
-    wave, T, f = one_wave(1), 3, torch.tensor(2.0).double().sigmoid()
-    learner = constant_gates(MLP([1, 6, 1]).double(), 0.1, forget_bias=2.0, steps=T)
-    states, gradients = walk(learner, wave.support, T)
-    end = query_gradient(learner, states[-1].theta, wave.query)
-    by_gate = [-g * f ** (T - t) * end for t, g in enumerate(gradients, 1)]
-    slope = 0.1 * (1 - 0.1)  # of the sigmoid where it is 0.1
-    (exact,) = torch.autograd.grad(learner.loss(wave), learner.update.b)  # which all share
-    torch.testing.assert_close(exact[0, 0], slope * torch.stack(by_gate).sum())
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    query_gradient, walk = cell_b5edc9f5()
+    cell_1e323a09(one_wave, query_gradient, set_to, walk)
+    cell_b8ab6d07(constant_gates, one_wave, query_gradient, walk)
 
     # cell 8969d665
     def measured_gradient(learner, episode, played_back, h=1e-6):
@@ -820,111 +549,18 @@ def test_the_rule_does_not_grow():
 
 
 def test_memory_beats_every_constant_rate():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell 500b6b45
-    LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
-
-    class Valleys(Tasks):
-        "Quadratics in two dimensions with a random curvature along each axis, and a random minimum."
-
-        kind = "regression"
-
-        def draw(self, n, generator=None):
-            share = torch.rand(n, 2, generator=generator)
-            return torch.randn(n, 2, generator=generator), LOW * (HIGH / LOW) ** share
-
-        def gather(self, indices):
-            minimum, curvature = indices
-            r = curvature.sqrt().diag_embed()
-            x = torch.cat([r, -r], 1)
-            side = Examples(x, x @ minimum[..., None])
-            return Episode(side, side)
-
-    class Schedule(MAML):
-        "Gradient descent with another rate at each step; the rates can be learned."
-
-        def __init__(self, net, rates, first_order=False):
-            super().__init__(net, first_order=first_order, kind="regression")
-            self.rates = torch.nn.Parameter(torch.tensor(rates))
-
-        def adapt(self, support):
-            phi = dict(self.net.named_parameters())
-            for rate in self.rates:
-                self.lr = rate
-                phi = self.step(phi, support)
-            return phi, {}
-
-    def chebyshev(steps):
-        "One over the zeros of the Chebyshev polynomial on [LOW, HIGH]."
-        angles = [(2 * k - 1) * math.pi / (2 * steps) for k in range(1, steps + 1)]
-        return [2 / (HIGH + LOW + (HIGH - LOW) * math.cos(angle)) for angle in angles]
-
-    def at_origin():
-        "A linear network of two weights that starts at zero."
-        net = MLP([2, 1])
-        for parameter in net.parameters():
-            set_to(parameter, torch.zeros_like(parameter))
-        return net
-
-    def falling(total):
-        "The outer rate falls to zero along half a cosine."
-        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
-
-    def train_on_valleys(learner, steps=300, lr=0.05):
-        options = {"meta_batch": 32, "lr": lr, "clip": 0.25, "schedule": falling(steps)}
-        fit(learner, Valleys(), steps=steps, progress=False, **options)
-        return learner
-
-    def learned_schedule(first_order=False):
-        schedule = Schedule(at_origin(), chebyshev(VALLEY_STEPS), first_order)
-        torch.manual_seed(0)
-        return train_on_valleys(schedule, steps=150, lr=0.005)
-
-    def learned_for_valleys(method):
-        torch.manual_seed(0)
-        learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
-        return train_on_valleys(learner)
-
-    def best_constant(tasks, rates=(0.12, 0.14, 0.16, 0.18, 0.2)):
-        "Gradient descent with the rate that is best on these tasks."
-        candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
-        return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
-
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    (
+        Schedule,
+        Valleys,
+        at_origin,
+        best_constant,
+        chebyshev,
+        learned_for_valleys,
+        learned_schedule,
+    ) = cell_500b6b45(set_to)
     # cell 6d4eb0a9
     unseen, other = Valleys().freeze(300, seed=0), Valleys().freeze(200, seed=1)
     memory = {method: learned_for_valleys(method) for method in (MetaLSTM, LSTMOptimizer)}
@@ -945,138 +581,20 @@ def test_memory_beats_every_constant_rate():
 
 
 def test_forget_bias_must_be_large():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell b5edc9f5
-    def walk(learner, support, steps):
-        "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start(support)], []
-        for _ in range(steps):
-            gradients.append(learner.look(states[-1].theta, support)[0])
-            states.append(learner.step(states[-1], support))
-        return states, gradients
-
-    def query_gradient(learner, theta, query):
-        "The plain gradient of the query loss at these parameters."
-        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
-
-    # cell 500b6b45
-    LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
-
-    class Valleys(Tasks):
-        "Quadratics in two dimensions with a random curvature along each axis, and a random minimum."
-
-        kind = "regression"
-
-        def draw(self, n, generator=None):
-            share = torch.rand(n, 2, generator=generator)
-            return torch.randn(n, 2, generator=generator), LOW * (HIGH / LOW) ** share
-
-        def gather(self, indices):
-            minimum, curvature = indices
-            r = curvature.sqrt().diag_embed()
-            x = torch.cat([r, -r], 1)
-            side = Examples(x, x @ minimum[..., None])
-            return Episode(side, side)
-
-    class Schedule(MAML):
-        "Gradient descent with another rate at each step; the rates can be learned."
-
-        def __init__(self, net, rates, first_order=False):
-            super().__init__(net, first_order=first_order, kind="regression")
-            self.rates = torch.nn.Parameter(torch.tensor(rates))
-
-        def adapt(self, support):
-            phi = dict(self.net.named_parameters())
-            for rate in self.rates:
-                self.lr = rate
-                phi = self.step(phi, support)
-            return phi, {}
-
-    def chebyshev(steps):
-        "One over the zeros of the Chebyshev polynomial on [LOW, HIGH]."
-        angles = [(2 * k - 1) * math.pi / (2 * steps) for k in range(1, steps + 1)]
-        return [2 / (HIGH + LOW + (HIGH - LOW) * math.cos(angle)) for angle in angles]
-
-    def at_origin():
-        "A linear network of two weights that starts at zero."
-        net = MLP([2, 1])
-        for parameter in net.parameters():
-            set_to(parameter, torch.zeros_like(parameter))
-        return net
-
-    def falling(total):
-        "The outer rate falls to zero along half a cosine."
-        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
-
-    def train_on_valleys(learner, steps=300, lr=0.05):
-        options = {"meta_batch": 32, "lr": lr, "clip": 0.25, "schedule": falling(steps)}
-        fit(learner, Valleys(), steps=steps, progress=False, **options)
-        return learner
-
-    def learned_schedule(first_order=False):
-        schedule = Schedule(at_origin(), chebyshev(VALLEY_STEPS), first_order)
-        torch.manual_seed(0)
-        return train_on_valleys(schedule, steps=150, lr=0.005)
-
-    def learned_for_valleys(method):
-        torch.manual_seed(0)
-        learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
-        return train_on_valleys(learner)
-
-    def best_constant(tasks, rates=(0.12, 0.14, 0.16, 0.18, 0.2)):
-        "Gradient descent with the rate that is best on these tasks."
-        candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
-        return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
-
-    # cell d4061661
-    torch.manual_seed(0)
-    wave = one_wave()
-    left = {}
-    for bias in (0.0, 5.0):
-        learner = constant_gates(MLP([1, 6, 6, 1]).double(), 0.01, forget_bias=bias, steps=8)
-        learner.zero_grad()
-        learner.loss(wave).backward()
-        length = torch.cat([p.grad.flatten() for p in learner.net.parameters()]).norm()
-        end = flat(learner.adapt(wave.support)[0])
-        plain = query_gradient(learner, end, wave.query).norm()
-        left[bias] = (length / plain).item()
-        print(f"bias {bias}: the start gets {left[bias]:.4f} of the query gradient")
-    assert left[0.0] < 0.004 < 0.94 < left[5.0]
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    query_gradient, walk = cell_b5edc9f5()
+    (
+        Schedule,
+        Valleys,
+        at_origin,
+        best_constant,
+        chebyshev,
+        learned_for_valleys,
+        learned_schedule,
+    ) = cell_500b6b45(set_to)
+    cell_d4061661(constant_gates, one_wave, query_gradient)
 
 
 def test_gradients_need_preprocessing():
@@ -1114,138 +632,20 @@ def test_clipping_bounds_the_outer_step():
 
 
 def test_frozen_gradients_mislead_a_schedule():
-    # cell db934fe7
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected)
-
-    def set_to(parameter, values):
-        "Write these numbers into a parameter."
-        with torch.no_grad():
-            parameter.copy_(torch.as_tensor(values))
-
-    # cell 2f59f114
-    def by_hand():
-        "The update rule of the example, for one coordinate with a memory of length 1."
-        rule = Gates(hidden=1, lr=0.01).double()
-        set_to(rule.W, [[1.0], [0.0]])
-        set_to(rule.V, [[-1.0, 2.0], [1.0, -4.0]])
-        set_to(rule.b, [[0.0], [math.log(3) - 1]])
-        numbers = ([2.0], [3.0], [[1.0]], [[0.5], [0.25]])  # theta, g, h, past
-        return rule(*(torch.tensor(n).double() for n in numbers))
-
-    # cell 515344c0
-    def constant_gates(net, rate, forget_bias=40.0, **options):
-        "A `MetaLSTM` whose gates see nothing: the rate, and the sigmoid of a bias."
-        learner = MetaLSTM(net, hidden=3, lr=rate, kind="regression", **options).double()
-        set_to(learner.update.W, torch.zeros(2, 3))
-        set_to(learner.update.V, torch.zeros(2, 2))
-        set_to(learner.update.b, [[math.log(rate / (1 - rate))], [forget_bias]])
-        return learner
-
-    def one_wave(seed=0):
-        "One sinusoid in double precision: 5 support points, 8 query points."
-        episodes = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(seed))
-        sides = episodes.to(dtype=torch.float64)
-        return Episode(*(Examples(side.x[0], side.y[0]) for side in sides))
-
-    # cell b5edc9f5
-    def walk(learner, support, steps):
-        "The states that the learner visits and the gradients that it meets there."
-        states, gradients = [learner.start(support)], []
-        for _ in range(steps):
-            gradients.append(learner.look(states[-1].theta, support)[0])
-            states.append(learner.step(states[-1], support))
-        return states, gradients
-
-    def query_gradient(learner, theta, query):
-        "The plain gradient of the query loss at these parameters."
-        return flat(grad(learner.support_loss)(learner.named(theta.detach()), query))
-
-    # cell 500b6b45
-    LOW, HIGH, VALLEY_STEPS = 1.0, 10.0, 4
-
-    class Valleys(Tasks):
-        "Quadratics in two dimensions with a random curvature along each axis, and a random minimum."
-
-        kind = "regression"
-
-        def draw(self, n, generator=None):
-            share = torch.rand(n, 2, generator=generator)
-            return torch.randn(n, 2, generator=generator), LOW * (HIGH / LOW) ** share
-
-        def gather(self, indices):
-            minimum, curvature = indices
-            r = curvature.sqrt().diag_embed()
-            x = torch.cat([r, -r], 1)
-            side = Examples(x, x @ minimum[..., None])
-            return Episode(side, side)
-
-    class Schedule(MAML):
-        "Gradient descent with another rate at each step; the rates can be learned."
-
-        def __init__(self, net, rates, first_order=False):
-            super().__init__(net, first_order=first_order, kind="regression")
-            self.rates = torch.nn.Parameter(torch.tensor(rates))
-
-        def adapt(self, support):
-            phi = dict(self.net.named_parameters())
-            for rate in self.rates:
-                self.lr = rate
-                phi = self.step(phi, support)
-            return phi, {}
-
-    def chebyshev(steps):
-        "One over the zeros of the Chebyshev polynomial on [LOW, HIGH]."
-        angles = [(2 * k - 1) * math.pi / (2 * steps) for k in range(1, steps + 1)]
-        return [2 / (HIGH + LOW + (HIGH - LOW) * math.cos(angle)) for angle in angles]
-
-    def at_origin():
-        "A linear network of two weights that starts at zero."
-        net = MLP([2, 1])
-        for parameter in net.parameters():
-            set_to(parameter, torch.zeros_like(parameter))
-        return net
-
-    def falling(total):
-        "The outer rate falls to zero along half a cosine."
-        return lambda step: (1 + math.cos(math.pi * step / total)) / 2
-
-    def train_on_valleys(learner, steps=300, lr=0.05):
-        options = {"meta_batch": 32, "lr": lr, "clip": 0.25, "schedule": falling(steps)}
-        fit(learner, Valleys(), steps=steps, progress=False, **options)
-        return learner
-
-    def learned_schedule(first_order=False):
-        schedule = Schedule(at_origin(), chebyshev(VALLEY_STEPS), first_order)
-        torch.manual_seed(0)
-        return train_on_valleys(schedule, steps=150, lr=0.005)
-
-    def learned_for_valleys(method):
-        torch.manual_seed(0)
-        learner = method(at_origin(), VALLEY_STEPS, hidden=10, kind="regression", lr=0.2)
-        return train_on_valleys(learner)
-
-    def best_constant(tasks, rates=(0.12, 0.14, 0.16, 0.18, 0.2)):
-        "Gradient descent with the rate that is best on these tasks."
-        candidates = [MAML(at_origin(), rate, VALLEY_STEPS, kind="regression") for rate in rates]
-        return min(candidates, key=lambda learner: evaluate(learner, tasks, batch=200).mean)
-
-    # cell d4061661
-    torch.manual_seed(0)
-    wave = one_wave()
-    left = {}
-    for bias in (0.0, 5.0):
-        learner = constant_gates(MLP([1, 6, 6, 1]).double(), 0.01, forget_bias=bias, steps=8)
-        learner.zero_grad()
-        learner.loss(wave).backward()
-        length = torch.cat([p.grad.flatten() for p in learner.net.parameters()]).norm()
-        end = flat(learner.adapt(wave.support)[0])
-        plain = query_gradient(learner, end, wave.query).norm()
-        left[bias] = (length / plain).item()
-        print(f"bias {bias}: the start gets {left[bias]:.4f} of the query gradient")
-    assert left[0.0] < 0.004 < 0.94 < left[5.0]
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    query_gradient, walk = cell_b5edc9f5()
+    (
+        Schedule,
+        Valleys,
+        at_origin,
+        best_constant,
+        chebyshev,
+        learned_for_valleys,
+        learned_schedule,
+    ) = cell_500b6b45(set_to)
+    cell_d4061661(constant_gates, one_wave, query_gradient)
     # cell ffcc0220
     unseen = Valleys().freeze(300, seed=0)
     errors = {"Chebyshev": evaluate(Schedule(at_origin(), chebyshev(4)), unseen, batch=300).mean}

@@ -28,8 +28,7 @@ from metabook.pgn import (
 from metabook.testing import check_learner
 
 
-@pytest.mark.proves("eq-pgn-generate")
-def test_written_by_hand():
+def cell_1b69514b():
     # cell 1b69514b
     p = torch.tensor([1.0, -1.0])
     write = FullWriter(p, m=2, gain=1.0)
@@ -39,19 +38,205 @@ def test_written_by_hand():
     assert write(p, torch.tensor([1.0, -1.0])).tolist() == [1.0, -3.0]
     assert unit_scale(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
     assert not unit_scale(torch.zeros(2)).any()
+
+
+def cell_605c567c():
+    # cell 605c567c
+    def written_layers(gain, widths, relu):
+        "The mean square of the activations after each layer that is written on top of zeros."
+        torch.manual_seed(0)
+        m, x, squares = 32, torch.randn(300, widths[0]), []
+        for n, out in pairwise(widths):
+            zero, h = torch.zeros(out, n), unit_scale(F.relu(torch.randn(m)))
+            with torch.no_grad():
+                x = x @ FullWriter(zero, m, gain)(zero, h).T
+            x = F.relu(x) if relu else x
+            squares.append(x.square().mean().item())
+        return squares
+
+    return written_layers
+
+
+def cell_82b79456(written_layers):
+    # cell 82b79456
+    linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
+    assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
+    with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
+    assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
+    too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
+    assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
+
+
+def cell_68fc91c9(written_layers):
+    # cell 68fc91c9
+    n = 64
+    layers = [n, 1000]
+    assert written_layers(2.0 * n, layers, relu=False)[0] == pytest.approx(2 * n, rel=0.1)
+    assert written_layers(2.0 * n, layers, relu=True)[0] == pytest.approx(n, rel=0.15)
+    four = written_layers(2.0 * n, [n] * 5, relu=False)
+    print("mean square after each layer:", *(f"{s:.3g}" for s in four))
+    assert four[-1] == pytest.approx((2 * n) ** 4, rel=0.8)  # one draw of few units scatters
+
+
+def cell_4364eedb():
+    # cell 4364eedb
+    torch.manual_seed(0)
+    h, weight = unit_scale(F.relu(torch.randn(32))), torch.randn(6, 5)
+    write = RowWriter(weight, 32, gain=1.0)
+    for i, row in enumerate(write(weight, h)):
+        torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
+    as_full = FullWriter(weight, 32, gain=1.0)  # the same, written out
+    as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
+    torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
+
+
+def cell_6496acc6():
+    # cell 6496acc6
+    torch.manual_seed(0)
+    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = ScaleWriter(kernel, 32, gain=1.0)
+    s = write.G @ h
+    torch.testing.assert_close(
+        write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
+    )
+
+
+def cell_2fca0143():
+    # cell 2fca0143
+    def costs(net, form, m=64):
+        "How many numbers the generator has, and how many it writes for a task."
+        writers = make_writers(net, form, m, gain=0.1)
+        return parameter_count(writers), sum(writer.sent for writer in writers)
+
+    return costs
+
+
+def cell_9e7298bc():
+    # cell 9e7298bc
+    torch.manual_seed(0)
+    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
+    phi = learner.generate(support)
+    assert learner(support, query.x).shape == (10, 1)
+    assert phi.keys() == dict(learner.net.named_parameters()).keys()
+    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
+    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
+    assert all(
+        (phi[k] != other[k]).any() for k in phi if "weight" in k
+    )  # another task, another network
+
+
+def cell_94f2f068(costs):
+    # cell 94f2f068
+    net = Conv4(1, out=5, width=8, pool="stride")
+    for form in FORMS:
+        learner = PGN(net, form=form, hidden=8)
+        assert learner.sent == costs(net, form, m=8)[1]
+        if form in ("full", "chunks"):
+            assert learner.sent == parameter_count(net)
+        else:
+            assert learner.sent < parameter_count(net) / 2
+
+
+def cell_900723c5():
+    # cell 900723c5
+    def small_pgn(**options):
+        "A learner for sinusoids that is quick to check."
+        torch.manual_seed(0)
+        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
+
+    def one_wave(shot=5, query=8, seed=0):
+        "One sinusoid in double precision."
+        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
+        sides = waves.to(dtype=torch.float64)
+        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
+
+    return one_wave, small_pgn
+
+
+def cell_1968ff04(one_wave, small_pgn):
+    # cell 1968ff04
+    wave = one_wave()
+    learner = small_pgn(steps=2, lr=0.05).double()
+    names = [k for k, _ in learner.net.named_parameters()]
+    phi = list(learner.generate(wave.support).values())
+    for _ in range(2):
+        error = (
+            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
+        )
+        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
+        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
+    found, _ = learner.adapt(wave.support)
+    torch.testing.assert_close(list(found.values()), phi)
+
+
+def cell_b8f666b8(one_wave, small_pgn):
+    # cell b8f666b8
+    wave = one_wave()
+    along = []
+    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
+        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
+    torch.testing.assert_close(
+        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
+    )
+    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
+    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
+    assert len({round(loss.item(), 6) for loss in along}) == 4
+
+
+def cell_45541b6c():
+    # cell 45541b6c
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
+    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
+    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
+    learner = PGN(net, hidden=8)
+    last = learner.loss(episode)
+    learner.loss_steps = "all"  # without steps there is one point only, the last
+    torch.testing.assert_close(learner.loss(episode), last)
+
+
+def cell_de49674b(one_wave, small_pgn):
+    # cell de49674b
+    wave = one_wave()
+    with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
+        small_pgn(form="ful")
+    with pytest.raises(ValueError, match="unknown description 'tasks': did you mean 'task'"):
+        small_pgn(description="tasks")
+    with pytest.raises(ValueError, match="unknown loss_steps 'first'"):
+        small_pgn(loss_steps="first")
+    with pytest.raises(ValueError, match="task_size=0, expected an integer"):
+        small_pgn(description="task")
+    for gain in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"gain={gain}, expected a finite number"):
+            small_pgn(gain=gain)
+    told = small_pgn(description="task", task_size=2).double()
+    with pytest.raises(ValueError, match="found no such entry, expected"):
+        told(wave.support._replace(info={}), wave.query.x)
+    with pytest.raises(ValueError, match=r"found shape \(1,\)"):
+        told(wave.support._replace(info={"task": torch.ones(1).double()}), wave.query.x)
+    misfits = {
+        "a list": [1.0, 2.0],
+        r"shape \(2,\), torch.float32 on cpu": torch.ones(2),
+        r"shape \(2,\), torch.int64 on cpu": torch.ones(2).long(),
+    }
+    for found, task in misfits.items():
+        with pytest.raises(ValueError, match=f"found {found}, expected a tensor of shape"):
+            told(wave.support._replace(info={"task": task}), wave.query.x)
+    two = Examples(wave.support.x, wave.support.y.repeat(1, 2))
+    with pytest.raises(ValueError, match="gives 1 outputs, but the task's way"):
+        small_pgn().double()(two, wave.query.x)
+
+
+@pytest.mark.proves("eq-pgn-generate")
+def test_written_by_hand():
+    cell_1b69514b()
 
 
 @pytest.mark.proves("eq-pgn-kernel")
 def test_what_one_task_teaches_another():
-    # cell 1b69514b
-    p = torch.tensor([1.0, -1.0])
-    write = FullWriter(p, m=2, gain=1.0)
-    assert not write.G.any()  # a bias starts as the network's own
-    write.G.data = torch.tensor([[0.5, 0.5], [0.0, 2.0]])
-    assert write(p, torch.tensor([1.0, 1.0])).tolist() == [2.0, 1.0]
-    assert write(p, torch.tensor([1.0, -1.0])).tolist() == [1.0, -3.0]
-    assert unit_scale(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
-    assert not unit_scale(torch.zeros(2)).any()
+    cell_1b69514b()
     # cell d74d9329
     torch.manual_seed(0)
     p, target, beta = torch.randn(3, 2).double(), torch.randn(3, 2).double(), 0.1
@@ -74,90 +259,22 @@ def test_what_one_task_teaches_another():
 
 @pytest.mark.proves("eq-pgn-variance")
 def test_scale_is_kept():
-    # cell 605c567c
-    def written_layers(gain, widths, relu):
-        "The mean square of the activations after each layer that is written on top of zeros."
-        torch.manual_seed(0)
-        m, x, squares = 32, torch.randn(300, widths[0]), []
-        for n, out in pairwise(widths):
-            zero, h = torch.zeros(out, n), unit_scale(F.relu(torch.randn(m)))
-            with torch.no_grad():
-                x = x @ FullWriter(zero, m, gain)(zero, h).T
-            x = F.relu(x) if relu else x
-            squares.append(x.square().mean().item())
-        return squares
-
-    # cell 82b79456
-    linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
-    assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
-    with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
-    assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
-    too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
-    assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
+    written_layers = cell_605c567c()
+    cell_82b79456(written_layers)
 
 
 @pytest.mark.proves("eq-pgn-he")
 def test_the_usual_rule_explodes():
-    # cell 605c567c
-    def written_layers(gain, widths, relu):
-        "The mean square of the activations after each layer that is written on top of zeros."
-        torch.manual_seed(0)
-        m, x, squares = 32, torch.randn(300, widths[0]), []
-        for n, out in pairwise(widths):
-            zero, h = torch.zeros(out, n), unit_scale(F.relu(torch.randn(m)))
-            with torch.no_grad():
-                x = x @ FullWriter(zero, m, gain)(zero, h).T
-            x = F.relu(x) if relu else x
-            squares.append(x.square().mean().item())
-        return squares
-
-    # cell 82b79456
-    linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
-    assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
-    with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
-    assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
-    too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
-    assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
-    # cell 68fc91c9
-    n = 64
-    layers = [n, 1000]
-    assert written_layers(2.0 * n, layers, relu=False)[0] == pytest.approx(2 * n, rel=0.1)
-    assert written_layers(2.0 * n, layers, relu=True)[0] == pytest.approx(n, rel=0.15)
-    four = written_layers(2.0 * n, [n] * 5, relu=False)
-    print("mean square after each layer:", *(f"{s:.3g}" for s in four))
-    assert four[-1] == pytest.approx((2 * n) ** 4, rel=0.8)  # one draw of few units scatters
+    written_layers = cell_605c567c()
+    cell_82b79456(written_layers)
+    cell_68fc91c9(written_layers)
 
 
 @pytest.mark.proves("eq-pgn-both")
 def test_start_and_generator_share_the_budget():
-    # cell 605c567c
-    def written_layers(gain, widths, relu):
-        "The mean square of the activations after each layer that is written on top of zeros."
-        torch.manual_seed(0)
-        m, x, squares = 32, torch.randn(300, widths[0]), []
-        for n, out in pairwise(widths):
-            zero, h = torch.zeros(out, n), unit_scale(F.relu(torch.randn(m)))
-            with torch.no_grad():
-                x = x @ FullWriter(zero, m, gain)(zero, h).T
-            x = F.relu(x) if relu else x
-            squares.append(x.square().mean().item())
-        return squares
-
-    # cell 82b79456
-    linear = written_layers(1.0, [64, 1000, 1000, 1000], relu=False)
-    assert linear == pytest.approx([1.0, 1.0, 1.0], rel=0.15)
-    with_relu = written_layers(2.0, [64, 1000, 1000, 1000], relu=True)
-    assert with_relu == pytest.approx([1.0, 1.0, 1.0], rel=0.2)
-    too_little = written_layers(1.0, [64, 1000, 1000, 1000], relu=True)  # a ReLU halves it
-    assert too_little == pytest.approx([0.5, 0.25, 0.125], rel=0.2)
-    # cell 68fc91c9
-    n = 64
-    layers = [n, 1000]
-    assert written_layers(2.0 * n, layers, relu=False)[0] == pytest.approx(2 * n, rel=0.1)
-    assert written_layers(2.0 * n, layers, relu=True)[0] == pytest.approx(n, rel=0.15)
-    four = written_layers(2.0 * n, [n] * 5, relu=False)
-    print("mean square after each layer:", *(f"{s:.3g}" for s in four))
-    assert four[-1] == pytest.approx((2 * n) ** 4, rel=0.8)  # one draw of few units scatters
+    written_layers = cell_605c567c()
+    cell_82b79456(written_layers)
+    cell_68fc91c9(written_layers)
     # cell d1f43f5a
     torch.manual_seed(0)
     m, n, out, gain = 32, 64, 2000, 0.5
@@ -193,15 +310,7 @@ def test_chunks():
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
     assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
-    # cell 4364eedb
-    torch.manual_seed(0)
-    h, weight = unit_scale(F.relu(torch.randn(32))), torch.randn(6, 5)
-    write = RowWriter(weight, 32, gain=1.0)
-    for i, row in enumerate(write(weight, h)):
-        torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
-    as_full = FullWriter(weight, 32, gain=1.0)  # the same, written out
-    as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
-    torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
+    cell_4364eedb()
 
 
 @pytest.mark.proves("eq-pgn-film")
@@ -215,23 +324,8 @@ def test_scale():
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
     assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
-    # cell 4364eedb
-    torch.manual_seed(0)
-    h, weight = unit_scale(F.relu(torch.randn(32))), torch.randn(6, 5)
-    write = RowWriter(weight, 32, gain=1.0)
-    for i, row in enumerate(write(weight, h)):
-        torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
-    as_full = FullWriter(weight, 32, gain=1.0)  # the same, written out
-    as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
-    torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
-    # cell 6496acc6
-    torch.manual_seed(0)
-    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = ScaleWriter(kernel, 32, gain=1.0)
-    s = write.G @ h
-    torch.testing.assert_close(
-        write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
-    )
+    cell_4364eedb()
+    cell_6496acc6()
 
 
 def test_every_form_keeps_the_gain():
@@ -244,23 +338,8 @@ def test_every_form_keeps_the_gain():
     torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
     assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
     assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
-    # cell 4364eedb
-    torch.manual_seed(0)
-    h, weight = unit_scale(F.relu(torch.randn(32))), torch.randn(6, 5)
-    write = RowWriter(weight, 32, gain=1.0)
-    for i, row in enumerate(write(weight, h)):
-        torch.testing.assert_close(row, weight[i] + write.G @ (write.v[i] * h))
-    as_full = FullWriter(weight, 32, gain=1.0)  # the same, written out
-    as_full.G.data = (write.G[None] * write.v[:, None]).flatten(0, 1).detach()
-    torch.testing.assert_close(as_full(weight, h), write(weight, h), atol=1e-5, rtol=1e-4)
-    # cell 6496acc6
-    torch.manual_seed(0)
-    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = ScaleWriter(kernel, 32, gain=1.0)
-    s = write.G @ h
-    torch.testing.assert_close(
-        write(kernel, h), torch.stack([(1 + s[i]) * kernel[i] for i in range(6)])
-    )
+    cell_4364eedb()
+    cell_6496acc6()
     # cell 35c3ce50
     torch.manual_seed(0)
     for form in (LowRankWriter, RowWriter):
@@ -299,60 +378,18 @@ def test_a_set_has_no_order():
 
 
 def test_pgn_in_use():
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
+    cell_9e7298bc()
 
 
 def test_the_table_counts_what_is_written():
-    # cell 2fca0143
-    def costs(net, form, m=64):
-        "How many numbers the generator has, and how many it writes for a task."
-        writers = make_writers(net, form, m, gain=0.1)
-        return parameter_count(writers), sum(writer.sent for writer in writers)
-
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
-    # cell 94f2f068
-    net = Conv4(1, out=5, width=8, pool="stride")
-    for form in FORMS:
-        learner = PGN(net, form=form, hidden=8)
-        assert learner.sent == costs(net, form, m=8)[1]
-        if form in ("full", "chunks"):
-            assert learner.sent == parameter_count(net)
-        else:
-            assert learner.sent < parameter_count(net) / 2
+    costs = cell_2fca0143()
+    cell_9e7298bc()
+    cell_94f2f068(costs)
 
 
 @pytest.mark.proves("eq-pgn-refine")
 def test_refinement():
-    # cell 2fca0143
-    def costs(net, form, m=64):
-        "How many numbers the generator has, and how many it writes for a task."
-        writers = make_writers(net, form, m, gain=0.1)
-        return parameter_count(writers), sum(writer.sent for writer in writers)
-
+    costs = cell_2fca0143()
     # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
@@ -366,51 +403,14 @@ def test_refinement():
     assert all(
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
-    # cell 94f2f068
-    net = Conv4(1, out=5, width=8, pool="stride")
-    for form in FORMS:
-        learner = PGN(net, form=form, hidden=8)
-        assert learner.sent == costs(net, form, m=8)[1]
-        if form in ("full", "chunks"):
-            assert learner.sent == parameter_count(net)
-        else:
-            assert learner.sent < parameter_count(net) / 2
-
-    # cell 900723c5
-    def small_pgn(**options):
-        "A learner for sinusoids that is quick to check."
-        torch.manual_seed(0)
-        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
-
-    def one_wave(shot=5, query=8, seed=0):
-        "One sinusoid in double precision."
-        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
-        sides = waves.to(dtype=torch.float64)
-        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
-
-    # cell 1968ff04
-    wave = one_wave()
-    learner = small_pgn(steps=2, lr=0.05).double()
-    names = [k for k, _ in learner.net.named_parameters()]
-    phi = list(learner.generate(wave.support).values())
-    for _ in range(2):
-        error = (
-            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
-        )
-        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
-        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
-    found, _ = learner.adapt(wave.support)
-    torch.testing.assert_close(list(found.values()), phi)
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
 
 
 @pytest.mark.proves("eq-pgn-objective")
 def test_objectives():
-    # cell 2fca0143
-    def costs(net, form, m=64):
-        "How many numbers the generator has, and how many it writes for a task."
-        writers = make_writers(net, form, m, gain=0.1)
-        return parameter_count(writers), sum(writer.sent for writer in writers)
-
+    costs = cell_2fca0143()
     # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
@@ -424,61 +424,14 @@ def test_objectives():
     assert all(
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
-    # cell 94f2f068
-    net = Conv4(1, out=5, width=8, pool="stride")
-    for form in FORMS:
-        learner = PGN(net, form=form, hidden=8)
-        assert learner.sent == costs(net, form, m=8)[1]
-        if form in ("full", "chunks"):
-            assert learner.sent == parameter_count(net)
-        else:
-            assert learner.sent < parameter_count(net) / 2
-
-    # cell 900723c5
-    def small_pgn(**options):
-        "A learner for sinusoids that is quick to check."
-        torch.manual_seed(0)
-        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
-
-    def one_wave(shot=5, query=8, seed=0):
-        "One sinusoid in double precision."
-        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
-        sides = waves.to(dtype=torch.float64)
-        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
-
-    # cell 1968ff04
-    wave = one_wave()
-    learner = small_pgn(steps=2, lr=0.05).double()
-    names = [k for k, _ in learner.net.named_parameters()]
-    phi = list(learner.generate(wave.support).values())
-    for _ in range(2):
-        error = (
-            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
-        )
-        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
-        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
-    found, _ = learner.adapt(wave.support)
-    torch.testing.assert_close(list(found.values()), phi)
-    # cell b8f666b8
-    wave = one_wave()
-    along = []
-    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
-        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
-    torch.testing.assert_close(
-        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
-    )
-    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
-    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
-    assert len({round(loss.item(), 6) for loss in along}) == 4
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
+    cell_b8f666b8(one_wave, small_pgn)
 
 
 def test_every_point_is_judged_by_the_support_sets_statistics():
-    # cell 2fca0143
-    def costs(net, form, m=64):
-        "How many numbers the generator has, and how many it writes for a task."
-        writers = make_writers(net, form, m, gain=0.1)
-        return parameter_count(writers), sum(writer.sent for writer in writers)
-
+    costs = cell_2fca0143()
     # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
@@ -492,71 +445,16 @@ def test_every_point_is_judged_by_the_support_sets_statistics():
     assert all(
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
-    # cell 94f2f068
-    net = Conv4(1, out=5, width=8, pool="stride")
-    for form in FORMS:
-        learner = PGN(net, form=form, hidden=8)
-        assert learner.sent == costs(net, form, m=8)[1]
-        if form in ("full", "chunks"):
-            assert learner.sent == parameter_count(net)
-        else:
-            assert learner.sent < parameter_count(net) / 2
-
-    # cell 900723c5
-    def small_pgn(**options):
-        "A learner for sinusoids that is quick to check."
-        torch.manual_seed(0)
-        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
-
-    def one_wave(shot=5, query=8, seed=0):
-        "One sinusoid in double precision."
-        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
-        sides = waves.to(dtype=torch.float64)
-        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
-
-    # cell 1968ff04
-    wave = one_wave()
-    learner = small_pgn(steps=2, lr=0.05).double()
-    names = [k for k, _ in learner.net.named_parameters()]
-    phi = list(learner.generate(wave.support).values())
-    for _ in range(2):
-        error = (
-            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
-        )
-        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
-        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
-    found, _ = learner.adapt(wave.support)
-    torch.testing.assert_close(list(found.values()), phi)
-    # cell b8f666b8
-    wave = one_wave()
-    along = []
-    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
-        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
-    torch.testing.assert_close(
-        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
-    )
-    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
-    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
-    assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell 45541b6c
-    torch.manual_seed(0)
-    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
-    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
-    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
-    learner = PGN(net, hidden=8)
-    last = learner.loss(episode)
-    learner.loss_steps = "all"  # without steps there is one point only, the last
-    torch.testing.assert_close(learner.loss(episode), last)
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
+    cell_b8f666b8(one_wave, small_pgn)
+    cell_45541b6c()
 
 
 @pytest.mark.proves("eq-pgn-maml")
 def test_blind_it_is_maml():
-    # cell 2fca0143
-    def costs(net, form, m=64):
-        "How many numbers the generator has, and how many it writes for a task."
-        writers = make_writers(net, form, m, gain=0.1)
-        return parameter_count(writers), sum(writer.sent for writer in writers)
-
+    costs = cell_2fca0143()
     # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
@@ -570,61 +468,11 @@ def test_blind_it_is_maml():
     assert all(
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
-    # cell 94f2f068
-    net = Conv4(1, out=5, width=8, pool="stride")
-    for form in FORMS:
-        learner = PGN(net, form=form, hidden=8)
-        assert learner.sent == costs(net, form, m=8)[1]
-        if form in ("full", "chunks"):
-            assert learner.sent == parameter_count(net)
-        else:
-            assert learner.sent < parameter_count(net) / 2
-
-    # cell 900723c5
-    def small_pgn(**options):
-        "A learner for sinusoids that is quick to check."
-        torch.manual_seed(0)
-        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
-
-    def one_wave(shot=5, query=8, seed=0):
-        "One sinusoid in double precision."
-        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
-        sides = waves.to(dtype=torch.float64)
-        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
-
-    # cell 1968ff04
-    wave = one_wave()
-    learner = small_pgn(steps=2, lr=0.05).double()
-    names = [k for k, _ in learner.net.named_parameters()]
-    phi = list(learner.generate(wave.support).values())
-    for _ in range(2):
-        error = (
-            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
-        )
-        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
-        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
-    found, _ = learner.adapt(wave.support)
-    torch.testing.assert_close(list(found.values()), phi)
-    # cell b8f666b8
-    wave = one_wave()
-    along = []
-    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
-        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
-    torch.testing.assert_close(
-        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
-    )
-    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
-    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
-    assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell 45541b6c
-    torch.manual_seed(0)
-    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
-    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
-    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
-    learner = PGN(net, hidden=8)
-    last = learner.loss(episode)
-    learner.loss_steps = "all"  # without steps there is one point only, the last
-    torch.testing.assert_close(learner.loss(episode), last)
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
+    cell_b8f666b8(one_wave, small_pgn)
+    cell_45541b6c()
     # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
@@ -652,12 +500,7 @@ def test_blind_it_is_maml():
 
 
 def test_without_steps_it_is_a_hypernetwork():
-    # cell 2fca0143
-    def costs(net, form, m=64):
-        "How many numbers the generator has, and how many it writes for a task."
-        writers = make_writers(net, form, m, gain=0.1)
-        return parameter_count(writers), sum(writer.sent for writer in writers)
-
+    costs = cell_2fca0143()
     # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
@@ -671,61 +514,11 @@ def test_without_steps_it_is_a_hypernetwork():
     assert all(
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
-    # cell 94f2f068
-    net = Conv4(1, out=5, width=8, pool="stride")
-    for form in FORMS:
-        learner = PGN(net, form=form, hidden=8)
-        assert learner.sent == costs(net, form, m=8)[1]
-        if form in ("full", "chunks"):
-            assert learner.sent == parameter_count(net)
-        else:
-            assert learner.sent < parameter_count(net) / 2
-
-    # cell 900723c5
-    def small_pgn(**options):
-        "A learner for sinusoids that is quick to check."
-        torch.manual_seed(0)
-        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
-
-    def one_wave(shot=5, query=8, seed=0):
-        "One sinusoid in double precision."
-        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
-        sides = waves.to(dtype=torch.float64)
-        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
-
-    # cell 1968ff04
-    wave = one_wave()
-    learner = small_pgn(steps=2, lr=0.05).double()
-    names = [k for k, _ in learner.net.named_parameters()]
-    phi = list(learner.generate(wave.support).values())
-    for _ in range(2):
-        error = (
-            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
-        )
-        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
-        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
-    found, _ = learner.adapt(wave.support)
-    torch.testing.assert_close(list(found.values()), phi)
-    # cell b8f666b8
-    wave = one_wave()
-    along = []
-    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
-        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
-    torch.testing.assert_close(
-        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
-    )
-    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
-    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
-    assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell 45541b6c
-    torch.manual_seed(0)
-    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
-    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
-    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
-    learner = PGN(net, hidden=8)
-    last = learner.loss(episode)
-    learner.loss_steps = "all"  # without steps there is one point only, the last
-    torch.testing.assert_close(learner.loss(episode), last)
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
+    cell_b8f666b8(one_wave, small_pgn)
+    cell_45541b6c()
     # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
@@ -776,12 +569,7 @@ def test_without_steps_it_is_a_hypernetwork():
 
 
 def test_errors_say_what_to_do():
-    # cell 2fca0143
-    def costs(net, form, m=64):
-        "How many numbers the generator has, and how many it writes for a task."
-        writers = make_writers(net, form, m, gain=0.1)
-        return parameter_count(writers), sum(writer.sent for writer in writers)
-
+    costs = cell_2fca0143()
     # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
@@ -795,61 +583,11 @@ def test_errors_say_what_to_do():
     assert all(
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
-    # cell 94f2f068
-    net = Conv4(1, out=5, width=8, pool="stride")
-    for form in FORMS:
-        learner = PGN(net, form=form, hidden=8)
-        assert learner.sent == costs(net, form, m=8)[1]
-        if form in ("full", "chunks"):
-            assert learner.sent == parameter_count(net)
-        else:
-            assert learner.sent < parameter_count(net) / 2
-
-    # cell 900723c5
-    def small_pgn(**options):
-        "A learner for sinusoids that is quick to check."
-        torch.manual_seed(0)
-        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
-
-    def one_wave(shot=5, query=8, seed=0):
-        "One sinusoid in double precision."
-        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
-        sides = waves.to(dtype=torch.float64)
-        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
-
-    # cell 1968ff04
-    wave = one_wave()
-    learner = small_pgn(steps=2, lr=0.05).double()
-    names = [k for k, _ in learner.net.named_parameters()]
-    phi = list(learner.generate(wave.support).values())
-    for _ in range(2):
-        error = (
-            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
-        )
-        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
-        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
-    found, _ = learner.adapt(wave.support)
-    torch.testing.assert_close(list(found.values()), phi)
-    # cell b8f666b8
-    wave = one_wave()
-    along = []
-    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
-        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
-    torch.testing.assert_close(
-        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
-    )
-    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
-    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
-    assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell 45541b6c
-    torch.manual_seed(0)
-    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
-    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
-    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
-    learner = PGN(net, hidden=8)
-    last = learner.loss(episode)
-    learner.loss_steps = "all"  # without steps there is one point only, the last
-    torch.testing.assert_close(learner.loss(episode), last)
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
+    cell_b8f666b8(one_wave, small_pgn)
+    cell_45541b6c()
     # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
@@ -897,44 +635,11 @@ def test_errors_say_what_to_do():
     assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
     images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
     assert PGN(images, "task", 2).needs_support
-    # cell de49674b
-    wave = one_wave()
-    with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
-        small_pgn(form="ful")
-    with pytest.raises(ValueError, match="unknown description 'tasks': did you mean 'task'"):
-        small_pgn(description="tasks")
-    with pytest.raises(ValueError, match="unknown loss_steps 'first'"):
-        small_pgn(loss_steps="first")
-    with pytest.raises(ValueError, match="task_size=0, expected an integer"):
-        small_pgn(description="task")
-    for gain in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"gain={gain}, expected a finite number"):
-            small_pgn(gain=gain)
-    told = small_pgn(description="task", task_size=2).double()
-    with pytest.raises(ValueError, match="found no such entry, expected"):
-        told(wave.support._replace(info={}), wave.query.x)
-    with pytest.raises(ValueError, match=r"found shape \(1,\)"):
-        told(wave.support._replace(info={"task": torch.ones(1).double()}), wave.query.x)
-    misfits = {
-        "a list": [1.0, 2.0],
-        r"shape \(2,\), torch.float32 on cpu": torch.ones(2),
-        r"shape \(2,\), torch.int64 on cpu": torch.ones(2).long(),
-    }
-    for found, task in misfits.items():
-        with pytest.raises(ValueError, match=f"found {found}, expected a tensor of shape"):
-            told(wave.support._replace(info={"task": task}), wave.query.x)
-    two = Examples(wave.support.x, wave.support.y.repeat(1, 2))
-    with pytest.raises(ValueError, match="gives 1 outputs, but the task's way"):
-        small_pgn().double()(two, wave.query.x)
+    cell_de49674b(one_wave, small_pgn)
 
 
 def test_keeps_the_contract():
-    # cell 2fca0143
-    def costs(net, form, m=64):
-        "How many numbers the generator has, and how many it writes for a task."
-        writers = make_writers(net, form, m, gain=0.1)
-        return parameter_count(writers), sum(writer.sent for writer in writers)
-
+    costs = cell_2fca0143()
     # cell 9e7298bc
     torch.manual_seed(0)
     learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
@@ -948,61 +653,11 @@ def test_keeps_the_contract():
     assert all(
         (phi[k] != other[k]).any() for k in phi if "weight" in k
     )  # another task, another network
-    # cell 94f2f068
-    net = Conv4(1, out=5, width=8, pool="stride")
-    for form in FORMS:
-        learner = PGN(net, form=form, hidden=8)
-        assert learner.sent == costs(net, form, m=8)[1]
-        if form in ("full", "chunks"):
-            assert learner.sent == parameter_count(net)
-        else:
-            assert learner.sent < parameter_count(net) / 2
-
-    # cell 900723c5
-    def small_pgn(**options):
-        "A learner for sinusoids that is quick to check."
-        torch.manual_seed(0)
-        return PGN(MLP([1, 12, 1]), kind="regression", hidden=8, **options)
-
-    def one_wave(shot=5, query=8, seed=0):
-        "One sinusoid in double precision."
-        waves = Sinusoids(shot, query).sample(1, torch.Generator().manual_seed(seed))
-        sides = waves.to(dtype=torch.float64)
-        return Episode(*(Examples(s.x[0], s.y[0], {"task": s.info["task"][0]}) for s in sides))
-
-    # cell 1968ff04
-    wave = one_wave()
-    learner = small_pgn(steps=2, lr=0.05).double()
-    names = [k for k, _ in learner.net.named_parameters()]
-    phi = list(learner.generate(wave.support).values())
-    for _ in range(2):
-        error = (
-            call(learner.net, dict(zip(names, phi, strict=True)), wave.support.x) - wave.support.y
-        )
-        gradients = torch.autograd.grad(error.square().mean(), phi, create_graph=True)
-        phi = [p - 0.05 * g for p, g in zip(phi, gradients, strict=True)]
-    found, _ = learner.adapt(wave.support)
-    torch.testing.assert_close(list(found.values()), phi)
-    # cell b8f666b8
-    wave = one_wave()
-    along = []
-    for steps in range(4):  # the query loss after 0, 1, 2, 3 steps
-        along.append(small_pgn(steps=steps, lr=0.05).double().loss(wave))
-    torch.testing.assert_close(
-        small_pgn(steps=3, lr=0.05, loss_steps="last").double().loss(wave), along[3]
-    )
-    everywhere = small_pgn(steps=3, lr=0.05, loss_steps="all").double()
-    torch.testing.assert_close(everywhere.loss(wave), torch.stack(along).mean())
-    assert len({round(loss.item(), 6) for loss in along}) == 4
-    # cell 45541b6c
-    torch.manual_seed(0)
-    images, labels = torch.randn(8, 1, 16, 16), F.one_hot(torch.tensor([0, 1, 2, 0] * 2), 3).float()
-    episode = Episode(Examples(images[:4], labels[:4]), Examples(images[4:], labels[4:]))
-    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
-    learner = PGN(net, hidden=8)
-    last = learner.loss(episode)
-    learner.loss_steps = "all"  # without steps there is one point only, the last
-    torch.testing.assert_close(learner.loss(episode), last)
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
+    cell_b8f666b8(one_wave, small_pgn)
+    cell_45541b6c()
     # cell 3420604a
     wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
 
@@ -1050,35 +705,7 @@ def test_keeps_the_contract():
     assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
     images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
     assert PGN(images, "task", 2).needs_support
-    # cell de49674b
-    wave = one_wave()
-    with pytest.raises(ValueError, match="unknown form 'ful': did you mean 'full'"):
-        small_pgn(form="ful")
-    with pytest.raises(ValueError, match="unknown description 'tasks': did you mean 'task'"):
-        small_pgn(description="tasks")
-    with pytest.raises(ValueError, match="unknown loss_steps 'first'"):
-        small_pgn(loss_steps="first")
-    with pytest.raises(ValueError, match="task_size=0, expected an integer"):
-        small_pgn(description="task")
-    for gain in (-1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"gain={gain}, expected a finite number"):
-            small_pgn(gain=gain)
-    told = small_pgn(description="task", task_size=2).double()
-    with pytest.raises(ValueError, match="found no such entry, expected"):
-        told(wave.support._replace(info={}), wave.query.x)
-    with pytest.raises(ValueError, match=r"found shape \(1,\)"):
-        told(wave.support._replace(info={"task": torch.ones(1).double()}), wave.query.x)
-    misfits = {
-        "a list": [1.0, 2.0],
-        r"shape \(2,\), torch.float32 on cpu": torch.ones(2),
-        r"shape \(2,\), torch.int64 on cpu": torch.ones(2).long(),
-    }
-    for found, task in misfits.items():
-        with pytest.raises(ValueError, match=f"found {found}, expected a tensor of shape"):
-            told(wave.support._replace(info={"task": task}), wave.query.x)
-    two = Examples(wave.support.x, wave.support.y.repeat(1, 2))
-    with pytest.raises(ValueError, match="gives 1 outputs, but the task's way"):
-        small_pgn().double()(two, wave.query.x)
+    cell_de49674b(one_wave, small_pgn)
     # cell f7c3d37f
     for form in FORMS:
         check_learner(small_pgn(form=form), Sinusoids(5, 4))

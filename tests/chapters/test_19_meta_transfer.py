@@ -24,6 +24,200 @@ from metabook.training import Report, fit
 from metabook.transfer import Descent
 
 
+def cell_85ca25df(device):
+    # cell 85ca25df
+    net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
+    learner = MetaTransfer(net, steps=5).to(device)
+    x = torch.randn(10, 1, 16, 16)
+    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
+    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
+    wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
+    assert wanted == {"scale", "shift"}
+    assert all(p.requires_grad for p in net.parameters())  # it was copied
+
+    for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
+        fresh = MetaTransfer(other)
+        torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
+
+    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
+    assert double(
+        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
+        torch.randn(2, 6).double(),
+    ).shape == (2, 3)
+    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
+
+
+def cell_00fa8660():
+    # cell 00fa8660
+    def by_hand(**options):
+        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
+        net = MLP([1, 1]).double()
+        with torch.no_grad():
+            net.layers[0].weight.fill_(2.0)
+            net.layers[0].bias.zero_()
+        y = torch.tensor([[1.0, 0.0]]).double()
+        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
+        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
+
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
+
+    return by_hand, close
+
+
+def cell_ebfc3054(by_hand, close):
+    # cell ebfc3054
+    learner, task = by_hand(steps=1)
+    weight, bias, _ = learner.adapt(task.support)
+    close(weight, 0.1, -0.1)
+    close(bias, 0.05, -0.05)
+    close(learner(task.support, task.query.x), 0.65, -0.65)
+    close(learner.loss(task), math.log(1 + math.exp(-1.3)))  # J of this one task
+    two = by_hand(steps=2)[0].adapt(task.support)
+    p = 1 / (
+        1 + math.exp(0.5)
+    )  # of the wrong class at the second step: the logits are +-0.25 there
+    close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
+    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
+    torch.testing.assert_close(tested.weight, two.weight)
+
+
+def cell_94da6e7f():
+    # cell 94da6e7f
+    z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
+    y = F.one_hot(labels, 4).double()
+    learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
+    state = Descent(*first_head(learner, z, y), z, {})
+    weight, bias, *_ = learner.step(state, Examples(z, y))
+    means = torch.stack([z[labels == k].mean(0) for k in range(4)])
+    torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
+    torch.testing.assert_close(bias, torch.zeros(4).double())
+
+
+def cell_b3b4a3c1():
+    # cell b3b4a3c1
+    torch.manual_seed(0)
+    net = MLP([6, 5]).double()
+    x, y = torch.randn(8, 6).double(), F.one_hot(torch.arange(8) % 3, 3).double()
+    shared = MetaTransfer(net, way=3, steps=7).double()
+    u = torch.randn(5).double()
+    with torch.no_grad():
+        shared.rows.weight.copy_(u.expand(3, 5))
+        shared.rows.bias.fill_(0.7)
+    zero = MetaTransfer(net, steps=7).double()
+    queries = torch.randn(9, 6).double()
+    given, expected = (learner.adapt(Examples(x, y)) for learner in (shared, zero))
+    torch.testing.assert_close(given.weight, expected.weight + u)
+    torch.testing.assert_close(
+        shared.predict(given, queries).softmax(-1), zero.predict(expected, queries).softmax(-1)
+    )
+
+
+def cell_40ad2edc():
+    # cell 40ad2edc
+    tasks = FewShot(
+        Classes.of(
+            {str(i): torch.randint(0, 256, (6, 1, 16, 16), dtype=torch.uint8) for i in range(5)}
+        ),
+        way=3,
+        shot=2,
+        query=2,
+    )
+    net = Conv4(size=16, width=4, pool="stride", stats="running")
+    for learner in (
+        MetaTransfer(net),
+        MetaTransfer(Conv4(size=16, width=4, stats="support")),
+        MetaTransfer(MLP([256, 12, 6])),
+        MetaTransfer(net, way=3, steps=2, test_steps=4),
+        MetaTransfer(net, first_order=True),
+        MetaTransfer(ResNet12(1, widths=[2, 2, 3, 4], stats="running"), steps=3),
+    ):
+        assert "passed" in check_learner(learner, tasks).values()
+
+
+def cell_14e2a9ba():
+    # cell 14e2a9ba
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, eps=1e-2)).double()
+    x = torch.randn(5, 3, 8, 8).double()
+    learner = MetaTransfer(net).double()
+    with torch.no_grad():
+        learner.scale[0].fill_(0.2)
+        learner.shift[0].copy_(torch.randn(4))
+    net[1].eps /= 0.2**2
+    torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
+
+    x = torch.randn(6, 1, 16, 16)
+    y = F.one_hot(torch.arange(6) % 3, 3).float()
+    for stats, hidden in (("batch", True), ("running", False)):
+        learner = MetaTransfer(Conv4(size=16, width=4, pool="stride", stats=stats)).double()
+        task = Episode(Examples(x, y), Examples(x.flip(-1), y)).to(dtype=torch.float64)
+        gradients = torch.autograd.grad(learner.loss(task), list(learner.shift))
+        assert all((g.abs().max() < 1e-12) == hidden for g in gradients)
+
+
+def cell_8b0e049c(close):
+    # cell 8b0e049c
+    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
+    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
+    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
+    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
+
+
+def cell_08f6664e():
+    # cell 08f6664e
+    def many_classes(count=20):
+        "Classes of random vectors."
+        g = torch.Generator().manual_seed(0)
+        return Classes.of({str(i): torch.randn(8, 3, generator=g) for i in range(count)})
+
+    def rigged(tasks, n, generator, bad=7):
+        "A report of a step on `n` tasks: all answers are right, but for the queries of one class."
+        episodes = tasks.sample(n, generator)
+        where = (episodes.support.info["classes"] == bad).to(episodes.query.y.dtype)  # [tasks, way]
+        missed = (episodes.query.y * where[:, None]).sum(-1, keepdim=True)  # [tasks, m, 1]
+        answers = episodes.query.y + 2 * missed * episodes.query.y.roll(1, -1)
+        return Report(episodes, torch.zeros(n), answers)
+
+    return many_classes, rigged
+
+
+def cell_876329b6(many_classes, rigged):
+    # cell 876329b6
+    def share(every, steps=400, n=16):
+        "How many of the tasks that were drawn contain the class that always fails."
+        tasks, g = (
+            HardTasks(FewShot(many_classes(), 5, 1, 2), every),
+            torch.Generator().manual_seed(0),
+        )
+        found = []
+        for _ in range(steps):
+            report = rigged(tasks, n, g)
+            tasks.feedback(report)
+            found.append((report.episodes.support.info["classes"] == 7).any(-1).float())
+        return torch.cat(found).mean().item()
+
+    for every in (2, 4):
+        expected = (every - 1) / every * 5 / 20 + 1 / every
+        found = share(every)
+        print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
+        assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
+
+
+def cell_619cc1fd(many_classes):
+    # cell 619cc1fd
+    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
+    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
+    answers = episodes.query.y.clone()
+    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
+    tasks.feedback(Report(episodes, torch.zeros(1), answers))
+    label = episodes.query.y[0, 0].argmax()
+    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
+    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
+
+
 @pytest.mark.proves("eq-mtl-scale-shift")
 def test_a_layer_by_hand():
     # cell 10212ff0
@@ -42,26 +236,7 @@ def test_a_layer_by_hand():
 
 
 def test_in_use(device):
-    # cell 85ca25df
-    net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5).to(device)
-    x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
-    wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
-    assert wanted == {"scale", "shift"}
-    assert all(p.requires_grad for p in net.parameters())  # it was copied
-
-    for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
-        fresh = MetaTransfer(other)
-        torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
-
-    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
-    assert double(
-        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
-        torch.randn(2, 6).double(),
-    ).shape == (2, 3)
-    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
+    cell_85ca25df(device)
 
 
 @pytest.mark.proves("eq-mtl-count")
@@ -79,81 +254,14 @@ def test_counts():
 
 @pytest.mark.proves("eq-mtl-inner")
 def test_head_by_hand(device):
-    # cell 85ca25df
-    net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5).to(device)
-    x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
-    wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
-    assert wanted == {"scale", "shift"}
-    assert all(p.requires_grad for p in net.parameters())  # it was copied
-
-    for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
-        fresh = MetaTransfer(other)
-        torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
-
-    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
-    assert double(
-        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
-        torch.randn(2, 6).double(),
-    ).shape == (2, 3)
-    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
-
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
-    # cell ebfc3054
-    learner, task = by_hand(steps=1)
-    weight, bias, _ = learner.adapt(task.support)
-    close(weight, 0.1, -0.1)
-    close(bias, 0.05, -0.05)
-    close(learner(task.support, task.query.x), 0.65, -0.65)
-    close(learner.loss(task), math.log(1 + math.exp(-1.3)))  # J of this one task
-    two = by_hand(steps=2)[0].adapt(task.support)
-    p = 1 / (
-        1 + math.exp(0.5)
-    )  # of the wrong class at the second step: the logits are +-0.25 there
-    close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
-    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
-    torch.testing.assert_close(tested.weight, two.weight)
+    cell_85ca25df(device)
+    by_hand, close = cell_00fa8660()
+    cell_ebfc3054(by_hand, close)
 
 
 @pytest.mark.proves("eq-mtl-first-step")
 def test_first_step_is_prototypes(device):
-    # cell 85ca25df
-    net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5).to(device)
-    x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
-    wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
-    assert wanted == {"scale", "shift"}
-    assert all(p.requires_grad for p in net.parameters())  # it was copied
-
-    for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
-        fresh = MetaTransfer(other)
-        torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
-
-    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
-    assert double(
-        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
-        torch.randn(2, 6).double(),
-    ).shape == (2, 3)
-    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
+    cell_85ca25df(device)
 
     # cell 00fa8660
     def by_hand(**options):
@@ -171,53 +279,13 @@ def test_first_step_is_prototypes(device):
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
         torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
 
-    # cell ebfc3054
-    learner, task = by_hand(steps=1)
-    weight, bias, _ = learner.adapt(task.support)
-    close(weight, 0.1, -0.1)
-    close(bias, 0.05, -0.05)
-    close(learner(task.support, task.query.x), 0.65, -0.65)
-    close(learner.loss(task), math.log(1 + math.exp(-1.3)))  # J of this one task
-    two = by_hand(steps=2)[0].adapt(task.support)
-    p = 1 / (
-        1 + math.exp(0.5)
-    )  # of the wrong class at the second step: the logits are +-0.25 there
-    close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
-    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
-    torch.testing.assert_close(tested.weight, two.weight)
-    # cell 94da6e7f
-    z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
-    y = F.one_hot(labels, 4).double()
-    learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    state = Descent(*first_head(learner, z, y), z, {})
-    weight, bias, *_ = learner.step(state, Examples(z, y))
-    means = torch.stack([z[labels == k].mean(0) for k in range(4)])
-    torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
-    torch.testing.assert_close(bias, torch.zeros(4).double())
+    cell_ebfc3054(by_hand, close)
+    cell_94da6e7f()
 
 
 @pytest.mark.proves("eq-mtl-shared-row")
 def test_a_shared_row_does_nothing(device):
-    # cell 85ca25df
-    net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5).to(device)
-    x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
-    wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
-    assert wanted == {"scale", "shift"}
-    assert all(p.requires_grad for p in net.parameters())  # it was copied
-
-    for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
-        fresh = MetaTransfer(other)
-        torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
-
-    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
-    assert double(
-        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
-        torch.randn(2, 6).double(),
-    ).shape == (2, 3)
-    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
+    cell_85ca25df(device)
 
     # cell 00fa8660
     def by_hand(**options):
@@ -235,68 +303,13 @@ def test_a_shared_row_does_nothing(device):
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
         torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
 
-    # cell ebfc3054
-    learner, task = by_hand(steps=1)
-    weight, bias, _ = learner.adapt(task.support)
-    close(weight, 0.1, -0.1)
-    close(bias, 0.05, -0.05)
-    close(learner(task.support, task.query.x), 0.65, -0.65)
-    close(learner.loss(task), math.log(1 + math.exp(-1.3)))  # J of this one task
-    two = by_hand(steps=2)[0].adapt(task.support)
-    p = 1 / (
-        1 + math.exp(0.5)
-    )  # of the wrong class at the second step: the logits are +-0.25 there
-    close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
-    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
-    torch.testing.assert_close(tested.weight, two.weight)
-    # cell 94da6e7f
-    z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
-    y = F.one_hot(labels, 4).double()
-    learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    state = Descent(*first_head(learner, z, y), z, {})
-    weight, bias, *_ = learner.step(state, Examples(z, y))
-    means = torch.stack([z[labels == k].mean(0) for k in range(4)])
-    torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
-    torch.testing.assert_close(bias, torch.zeros(4).double())
-    # cell b3b4a3c1
-    torch.manual_seed(0)
-    net = MLP([6, 5]).double()
-    x, y = torch.randn(8, 6).double(), F.one_hot(torch.arange(8) % 3, 3).double()
-    shared = MetaTransfer(net, way=3, steps=7).double()
-    u = torch.randn(5).double()
-    with torch.no_grad():
-        shared.rows.weight.copy_(u.expand(3, 5))
-        shared.rows.bias.fill_(0.7)
-    zero = MetaTransfer(net, steps=7).double()
-    queries = torch.randn(9, 6).double()
-    given, expected = (learner.adapt(Examples(x, y)) for learner in (shared, zero))
-    torch.testing.assert_close(given.weight, expected.weight + u)
-    torch.testing.assert_close(
-        shared.predict(given, queries).softmax(-1), zero.predict(expected, queries).softmax(-1)
-    )
+    cell_ebfc3054(by_hand, close)
+    cell_94da6e7f()
+    cell_b3b4a3c1()
 
 
 def test_contract(device):
-    # cell 85ca25df
-    net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5).to(device)
-    x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
-    wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
-    assert wanted == {"scale", "shift"}
-    assert all(p.requires_grad for p in net.parameters())  # it was copied
-
-    for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
-        fresh = MetaTransfer(other)
-        torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
-
-    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
-    assert double(
-        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
-        torch.randn(2, 6).double(),
-    ).shape == (2, 3)
-    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
+    cell_85ca25df(device)
 
     # cell 00fa8660
     def by_hand(**options):
@@ -314,87 +327,14 @@ def test_contract(device):
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
         torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
 
-    # cell ebfc3054
-    learner, task = by_hand(steps=1)
-    weight, bias, _ = learner.adapt(task.support)
-    close(weight, 0.1, -0.1)
-    close(bias, 0.05, -0.05)
-    close(learner(task.support, task.query.x), 0.65, -0.65)
-    close(learner.loss(task), math.log(1 + math.exp(-1.3)))  # J of this one task
-    two = by_hand(steps=2)[0].adapt(task.support)
-    p = 1 / (
-        1 + math.exp(0.5)
-    )  # of the wrong class at the second step: the logits are +-0.25 there
-    close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
-    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
-    torch.testing.assert_close(tested.weight, two.weight)
-    # cell 94da6e7f
-    z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
-    y = F.one_hot(labels, 4).double()
-    learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    state = Descent(*first_head(learner, z, y), z, {})
-    weight, bias, *_ = learner.step(state, Examples(z, y))
-    means = torch.stack([z[labels == k].mean(0) for k in range(4)])
-    torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
-    torch.testing.assert_close(bias, torch.zeros(4).double())
-    # cell b3b4a3c1
-    torch.manual_seed(0)
-    net = MLP([6, 5]).double()
-    x, y = torch.randn(8, 6).double(), F.one_hot(torch.arange(8) % 3, 3).double()
-    shared = MetaTransfer(net, way=3, steps=7).double()
-    u = torch.randn(5).double()
-    with torch.no_grad():
-        shared.rows.weight.copy_(u.expand(3, 5))
-        shared.rows.bias.fill_(0.7)
-    zero = MetaTransfer(net, steps=7).double()
-    queries = torch.randn(9, 6).double()
-    given, expected = (learner.adapt(Examples(x, y)) for learner in (shared, zero))
-    torch.testing.assert_close(given.weight, expected.weight + u)
-    torch.testing.assert_close(
-        shared.predict(given, queries).softmax(-1), zero.predict(expected, queries).softmax(-1)
-    )
-    # cell 40ad2edc
-    tasks = FewShot(
-        Classes.of(
-            {str(i): torch.randint(0, 256, (6, 1, 16, 16), dtype=torch.uint8) for i in range(5)}
-        ),
-        way=3,
-        shot=2,
-        query=2,
-    )
-    net = Conv4(size=16, width=4, pool="stride", stats="running")
-    for learner in (
-        MetaTransfer(net),
-        MetaTransfer(Conv4(size=16, width=4, stats="support")),
-        MetaTransfer(MLP([256, 12, 6])),
-        MetaTransfer(net, way=3, steps=2, test_steps=4),
-        MetaTransfer(net, first_order=True),
-        MetaTransfer(ResNet12(1, widths=[2, 2, 3, 4], stats="running"), steps=3),
-    ):
-        assert "passed" in check_learner(learner, tasks).values()
+    cell_ebfc3054(by_hand, close)
+    cell_94da6e7f()
+    cell_b3b4a3c1()
+    cell_40ad2edc()
 
 
 def test_errors_say_what_to_do(device):
-    # cell 85ca25df
-    net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
-    learner = MetaTransfer(net, steps=5).to(device)
-    x = torch.randn(10, 1, 16, 16)
-    support = Examples.of(x.to(device), torch.arange(10, device=device) % 5, way=5)
-    assert learner(support, torch.randn(7, 1, 16, 16, device=device)).shape == (7, 5)
-    wanted = {name.split(".")[0] for name, p in learner.named_parameters() if p.requires_grad}
-    assert wanted == {"scale", "shift"}
-    assert all(p.requires_grad for p in net.parameters())  # it was copied
-
-    for other in (net, ResNet12(1, widths=[2, 3, 4, 5], stats="running").eval(), MLP([256, 9, 6])):
-        fresh = MetaTransfer(other)
-        torch.testing.assert_close(call(fresh.net, fresh.weights(), x), other(x), rtol=0, atol=0)
-
-    double = MetaTransfer(MLP([6, 5]).double(), way=3)  # what is learned goes where the network is
-    assert double(
-        Examples(torch.randn(6, 6).double(), torch.eye(3).double().repeat(2, 1)),
-        torch.randn(2, 6).double(),
-    ).shape == (2, 3)
-    assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
+    cell_85ca25df(device)
 
     # cell 00fa8660
     def by_hand(**options):
@@ -412,64 +352,10 @@ def test_errors_say_what_to_do(device):
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
         torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
 
-    # cell ebfc3054
-    learner, task = by_hand(steps=1)
-    weight, bias, _ = learner.adapt(task.support)
-    close(weight, 0.1, -0.1)
-    close(bias, 0.05, -0.05)
-    close(learner(task.support, task.query.x), 0.65, -0.65)
-    close(learner.loss(task), math.log(1 + math.exp(-1.3)))  # J of this one task
-    two = by_hand(steps=2)[0].adapt(task.support)
-    p = 1 / (
-        1 + math.exp(0.5)
-    )  # of the wrong class at the second step: the logits are +-0.25 there
-    close(two.weight, 0.1 + 0.2 * p, -0.1 - 0.2 * p)
-    tested = by_hand(steps=0, test_steps=2)[0].eval().adapt(task.support)
-    torch.testing.assert_close(tested.weight, two.weight)
-    # cell 94da6e7f
-    z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
-    y = F.one_hot(labels, 4).double()
-    learner = MetaTransfer(MLP([6, 6]), steps=1, lr=0.3)
-    state = Descent(*first_head(learner, z, y), z, {})
-    weight, bias, *_ = learner.step(state, Examples(z, y))
-    means = torch.stack([z[labels == k].mean(0) for k in range(4)])
-    torch.testing.assert_close(weight, 0.3 / 4 * (means - z.mean(0)))
-    torch.testing.assert_close(bias, torch.zeros(4).double())
-    # cell b3b4a3c1
-    torch.manual_seed(0)
-    net = MLP([6, 5]).double()
-    x, y = torch.randn(8, 6).double(), F.one_hot(torch.arange(8) % 3, 3).double()
-    shared = MetaTransfer(net, way=3, steps=7).double()
-    u = torch.randn(5).double()
-    with torch.no_grad():
-        shared.rows.weight.copy_(u.expand(3, 5))
-        shared.rows.bias.fill_(0.7)
-    zero = MetaTransfer(net, steps=7).double()
-    queries = torch.randn(9, 6).double()
-    given, expected = (learner.adapt(Examples(x, y)) for learner in (shared, zero))
-    torch.testing.assert_close(given.weight, expected.weight + u)
-    torch.testing.assert_close(
-        shared.predict(given, queries).softmax(-1), zero.predict(expected, queries).softmax(-1)
-    )
-    # cell 40ad2edc
-    tasks = FewShot(
-        Classes.of(
-            {str(i): torch.randint(0, 256, (6, 1, 16, 16), dtype=torch.uint8) for i in range(5)}
-        ),
-        way=3,
-        shot=2,
-        query=2,
-    )
-    net = Conv4(size=16, width=4, pool="stride", stats="running")
-    for learner in (
-        MetaTransfer(net),
-        MetaTransfer(Conv4(size=16, width=4, stats="support")),
-        MetaTransfer(MLP([256, 12, 6])),
-        MetaTransfer(net, way=3, steps=2, test_steps=4),
-        MetaTransfer(net, first_order=True),
-        MetaTransfer(ResNet12(1, widths=[2, 2, 3, 4], stats="running"), steps=3),
-    ):
-        assert "passed" in check_learner(learner, tasks).values()
+    cell_ebfc3054(by_hand, close)
+    cell_94da6e7f()
+    cell_b3b4a3c1()
+    cell_40ad2edc()
     # cell 3001df4a
     with pytest.raises(ValueError, match=r"lr=0\.0, expected a positive inner rate"):
         MetaTransfer(MLP([2, 2]), lr=0.0)
@@ -491,21 +377,7 @@ def test_errors_say_what_to_do(device):
 
 @pytest.mark.proves("eq-mtl-two-ways")
 def test_two_ways():
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
+    by_hand, close = cell_00fa8660()
 
     # cell 07d0a145
     def meta_gradient(**options):
@@ -520,46 +392,12 @@ def test_two_ways():
 
 @pytest.mark.proves("eq-mtl-invisible")
 def test_hidden_by_the_batch():
-    # cell 14e2a9ba
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, eps=1e-2)).double()
-    x = torch.randn(5, 3, 8, 8).double()
-    learner = MetaTransfer(net).double()
-    with torch.no_grad():
-        learner.scale[0].fill_(0.2)
-        learner.shift[0].copy_(torch.randn(4))
-    net[1].eps /= 0.2**2
-    torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
-
-    x = torch.randn(6, 1, 16, 16)
-    y = F.one_hot(torch.arange(6) % 3, 3).float()
-    for stats, hidden in (("batch", True), ("running", False)):
-        learner = MetaTransfer(Conv4(size=16, width=4, pool="stride", stats=stats)).double()
-        task = Episode(Examples(x, y), Examples(x.flip(-1), y)).to(dtype=torch.float64)
-        gradients = torch.autograd.grad(learner.loss(task), list(learner.shift))
-        assert all((g.abs().max() < 1e-12) == hidden for g in gradients)
+    cell_14e2a9ba()
 
 
 @pytest.mark.proves("eq-mtl-affine")
 def test_as_good_as_the_affine():
-    # cell 14e2a9ba
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, eps=1e-2)).double()
-    x = torch.randn(5, 3, 8, 8).double()
-    learner = MetaTransfer(net).double()
-    with torch.no_grad():
-        learner.scale[0].fill_(0.2)
-        learner.shift[0].copy_(torch.randn(4))
-    net[1].eps /= 0.2**2
-    torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
-
-    x = torch.randn(6, 1, 16, 16)
-    y = F.one_hot(torch.arange(6) % 3, 3).float()
-    for stats, hidden in (("batch", True), ("running", False)):
-        learner = MetaTransfer(Conv4(size=16, width=4, pool="stride", stats=stats)).double()
-        task = Episode(Examples(x, y), Examples(x.flip(-1), y)).to(dtype=torch.float64)
-        gradients = torch.autograd.grad(learner.loss(task), list(learner.shift))
-        assert all((g.abs().max() < 1e-12) == hidden for g in gradients)
+    cell_14e2a9ba()
     # cell 42ac4e36
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, "running")).double().eval()
@@ -595,48 +433,13 @@ def test_accuracy_of_each_class():
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
         torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
 
-    # cell 8b0e049c
-    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
-    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
-    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
-    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
+    cell_8b0e049c(close)
 
 
 @pytest.mark.proves("eq-mtl-frequency")
 def test_hard_classes_come_more_often():
-    # cell 08f6664e
-    def many_classes(count=20):
-        "Classes of random vectors."
-        g = torch.Generator().manual_seed(0)
-        return Classes.of({str(i): torch.randn(8, 3, generator=g) for i in range(count)})
-
-    def rigged(tasks, n, generator, bad=7):
-        "A report of a step on `n` tasks: all answers are right, but for the queries of one class."
-        episodes = tasks.sample(n, generator)
-        where = (episodes.support.info["classes"] == bad).to(episodes.query.y.dtype)  # [tasks, way]
-        missed = (episodes.query.y * where[:, None]).sum(-1, keepdim=True)  # [tasks, m, 1]
-        answers = episodes.query.y + 2 * missed * episodes.query.y.roll(1, -1)
-        return Report(episodes, torch.zeros(n), answers)
-
-    # cell 876329b6
-    def share(every, steps=400, n=16):
-        "How many of the tasks that were drawn contain the class that always fails."
-        tasks, g = (
-            HardTasks(FewShot(many_classes(), 5, 1, 2), every),
-            torch.Generator().manual_seed(0),
-        )
-        found = []
-        for _ in range(steps):
-            report = rigged(tasks, n, g)
-            tasks.feedback(report)
-            found.append((report.episodes.support.info["classes"] == 7).any(-1).float())
-        return torch.cat(found).mean().item()
-
-    for every in (2, 4):
-        expected = (every - 1) / every * 5 / 20 + 1 / every
-        found = share(every)
-        print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
-        assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
+    many_classes, rigged = cell_08f6664e()
+    cell_876329b6(many_classes, rigged)
 
 
 def test_one_wrong_answer_fails():
@@ -656,54 +459,10 @@ def test_one_wrong_answer_fails():
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
         torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
 
-    # cell 8b0e049c
-    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
-    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
-    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
-    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
-
-    # cell 08f6664e
-    def many_classes(count=20):
-        "Classes of random vectors."
-        g = torch.Generator().manual_seed(0)
-        return Classes.of({str(i): torch.randn(8, 3, generator=g) for i in range(count)})
-
-    def rigged(tasks, n, generator, bad=7):
-        "A report of a step on `n` tasks: all answers are right, but for the queries of one class."
-        episodes = tasks.sample(n, generator)
-        where = (episodes.support.info["classes"] == bad).to(episodes.query.y.dtype)  # [tasks, way]
-        missed = (episodes.query.y * where[:, None]).sum(-1, keepdim=True)  # [tasks, m, 1]
-        answers = episodes.query.y + 2 * missed * episodes.query.y.roll(1, -1)
-        return Report(episodes, torch.zeros(n), answers)
-
-    # cell 876329b6
-    def share(every, steps=400, n=16):
-        "How many of the tasks that were drawn contain the class that always fails."
-        tasks, g = (
-            HardTasks(FewShot(many_classes(), 5, 1, 2), every),
-            torch.Generator().manual_seed(0),
-        )
-        found = []
-        for _ in range(steps):
-            report = rigged(tasks, n, g)
-            tasks.feedback(report)
-            found.append((report.episodes.support.info["classes"] == 7).any(-1).float())
-        return torch.cat(found).mean().item()
-
-    for every in (2, 4):
-        expected = (every - 1) / every * 5 / 20 + 1 / every
-        found = share(every)
-        print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
-        assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
-    # cell 619cc1fd
-    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
-    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
-    answers = episodes.query.y.clone()
-    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
-    tasks.feedback(Report(episodes, torch.zeros(1), answers))
-    label = episodes.query.y[0, 0].argmax()
-    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
-    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
+    cell_8b0e049c(close)
+    many_classes, rigged = cell_08f6664e()
+    cell_876329b6(many_classes, rigged)
+    cell_619cc1fd(many_classes)
 
 
 def test_hard_tasks_keep_their_promises(device):
@@ -723,54 +482,10 @@ def test_hard_tasks_keep_their_promises(device):
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
         torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
 
-    # cell 8b0e049c
-    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
-    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
-    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
-    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
-
-    # cell 08f6664e
-    def many_classes(count=20):
-        "Classes of random vectors."
-        g = torch.Generator().manual_seed(0)
-        return Classes.of({str(i): torch.randn(8, 3, generator=g) for i in range(count)})
-
-    def rigged(tasks, n, generator, bad=7):
-        "A report of a step on `n` tasks: all answers are right, but for the queries of one class."
-        episodes = tasks.sample(n, generator)
-        where = (episodes.support.info["classes"] == bad).to(episodes.query.y.dtype)  # [tasks, way]
-        missed = (episodes.query.y * where[:, None]).sum(-1, keepdim=True)  # [tasks, m, 1]
-        answers = episodes.query.y + 2 * missed * episodes.query.y.roll(1, -1)
-        return Report(episodes, torch.zeros(n), answers)
-
-    # cell 876329b6
-    def share(every, steps=400, n=16):
-        "How many of the tasks that were drawn contain the class that always fails."
-        tasks, g = (
-            HardTasks(FewShot(many_classes(), 5, 1, 2), every),
-            torch.Generator().manual_seed(0),
-        )
-        found = []
-        for _ in range(steps):
-            report = rigged(tasks, n, g)
-            tasks.feedback(report)
-            found.append((report.episodes.support.info["classes"] == 7).any(-1).float())
-        return torch.cat(found).mean().item()
-
-    for every in (2, 4):
-        expected = (every - 1) / every * 5 / 20 + 1 / every
-        found = share(every)
-        print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
-        assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
-    # cell 619cc1fd
-    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
-    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
-    answers = episodes.query.y.clone()
-    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
-    tasks.feedback(Report(episodes, torch.zeros(1), answers))
-    label = episodes.query.y[0, 0].argmax()
-    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
-    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
+    cell_8b0e049c(close)
+    many_classes, rigged = cell_08f6664e()
+    cell_876329b6(many_classes, rigged)
+    cell_619cc1fd(many_classes)
     # cell 6e96542f
     few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
     tasks = HardTasks(few, every=2)
@@ -813,54 +528,10 @@ def test_hard_tasks_refuse(device):
         expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
         torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
 
-    # cell 8b0e049c
-    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
-    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
-    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
-    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
-
-    # cell 08f6664e
-    def many_classes(count=20):
-        "Classes of random vectors."
-        g = torch.Generator().manual_seed(0)
-        return Classes.of({str(i): torch.randn(8, 3, generator=g) for i in range(count)})
-
-    def rigged(tasks, n, generator, bad=7):
-        "A report of a step on `n` tasks: all answers are right, but for the queries of one class."
-        episodes = tasks.sample(n, generator)
-        where = (episodes.support.info["classes"] == bad).to(episodes.query.y.dtype)  # [tasks, way]
-        missed = (episodes.query.y * where[:, None]).sum(-1, keepdim=True)  # [tasks, m, 1]
-        answers = episodes.query.y + 2 * missed * episodes.query.y.roll(1, -1)
-        return Report(episodes, torch.zeros(n), answers)
-
-    # cell 876329b6
-    def share(every, steps=400, n=16):
-        "How many of the tasks that were drawn contain the class that always fails."
-        tasks, g = (
-            HardTasks(FewShot(many_classes(), 5, 1, 2), every),
-            torch.Generator().manual_seed(0),
-        )
-        found = []
-        for _ in range(steps):
-            report = rigged(tasks, n, g)
-            tasks.feedback(report)
-            found.append((report.episodes.support.info["classes"] == 7).any(-1).float())
-        return torch.cat(found).mean().item()
-
-    for every in (2, 4):
-        expected = (every - 1) / every * 5 / 20 + 1 / every
-        found = share(every)
-        print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
-        assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
-    # cell 619cc1fd
-    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
-    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
-    answers = episodes.query.y.clone()
-    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
-    tasks.feedback(Report(episodes, torch.zeros(1), answers))
-    label = episodes.query.y[0, 0].argmax()
-    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
-    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
+    cell_8b0e049c(close)
+    many_classes, rigged = cell_08f6664e()
+    cell_876329b6(many_classes, rigged)
+    cell_619cc1fd(many_classes)
     # cell 6e96542f
     few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
     tasks = HardTasks(few, every=2)

@@ -18,7 +18,7 @@ from metabook.networks import MLP, Conv4
 from metabook.sources import present
 
 
-def test_multiplications_are_counted():
+def cell_b91572b9():
     # cell b91572b9
     def layer_products(net):
         "Multiplications of each layer of a Conv4 for one image."
@@ -40,6 +40,101 @@ def test_multiplications_are_counted():
         images = torch.rand(way, each, 1, size, size, generator=torch.Generator().manual_seed(0))
         return Classes.of({str(i): images[i] for i in range(way)})
 
+    return layer_products, noise, products
+
+
+def cell_7dd62e8e():
+    # cell 7dd62e8e
+    class BuiltIn(Conv4):
+        "The same network of PyTorch's own layers, as people write it."
+
+        def forward(self, x):
+            for conv, norm in zip(self.convs, self.norms, strict=True):
+                y = F.batch_norm(conv(x), None, None, norm.weight, norm.bias, training=True)
+                x = F.max_pool2d(F.relu(y), 2)
+            return self.head(x.flatten(1))
+
+    class ChannelsLast(BuiltIn):
+        "The same, with the channels of a pixel side by side in memory, which is faster on a CPU."
+
+        def forward(self, x):
+            return super().forward(channels_last(x))
+
+    return BuiltIn, ChannelsLast
+
+
+def cell_30320108():
+    # cell 30320108
+    class Loss(nn.Module):
+        "A learner's loss as `forward`, so that `functional_call` finds it."
+
+        def __init__(self, learner):
+            super().__init__()
+            self.learner = learner
+
+        def forward(self, episode):
+            return self.learner.loss(episode)
+
+    def task_gradients(learner, episodes, lift="loop"):
+        "The gradient of each task's loss, [tasks, parameters]."
+        whole, n = Loss(learner), len(episodes.support.x)
+        theta = {
+            k: p.detach().expand(n, *p.shape).clone().requires_grad_()
+            for k, p in whole.named_parameters()
+        }
+        values = over_tasks(
+            lambda p, e: functional_call(whole, p, (e,)), theta, episodes, lift=lift
+        )
+        grads = torch.autograd.grad(values.sum(), list(theta.values()))
+        return torch.cat([g.flatten(1) for g in grads], 1)
+
+    def portioned(f, episodes, size=6):
+        "The rows of all tasks, a few tasks at a time."
+        parts = [
+            type(episodes)(*(type(s)(s.x[i : i + size], s.y[i : i + size]) for s in episodes))
+            for i in range(0, len(episodes.support.x), size)
+        ]
+        return torch.cat([f(part) for part in parts])
+
+    def distances(found, wanted):
+        "The relative error of each row."
+        return (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
+
+    return distances, portioned, task_gradients
+
+
+def cell_2a028942(BuiltIn, ChannelsLast):
+    # cell 2a028942
+    def real_tasks(n=24):
+        "Tasks of Omniglot where it is here, else of the book's own drawings."
+        data = Omniglot("train") if present("omniglot") else Glyphs("train")
+        return FewShot(data, 5, 1, 3).sample(n, torch.Generator().manual_seed(0))
+
+    def networks():
+        "Conv4 as in this library, twice of built-in layers, and in float64: equal weights."
+        torch.manual_seed(0)
+        ours = Conv4(out=5)
+        others = [BuiltIn(out=5), ChannelsLast(out=5), Conv4(out=5).double()]
+        for net in others:
+            net.load_state_dict(ours.state_dict())
+        return ours, *others
+
+    return networks, real_tasks
+
+
+def cell_e3d51556(products):
+    # cell e3d51556
+    strided, pooled = (products(MAML(Conv4(out=5, pool=p)), 5, 1, 15) for p in ("stride", "max"))
+    print(
+        f"{strided / 1e6:.0f} against {pooled / 1e6:.0f} million: {pooled / strided:.1f} times fewer"
+    )
+    # Each convolution makes a quarter of the places (7 x 7 in place of 14 x 14, ...), rounded up at the
+    # end (4 x 4 and 2 x 2 in place of 7 x 7 and 3 x 3), so a little less than four times.
+    assert 3 < pooled / strided < 4
+
+
+def test_multiplications_are_counted():
+    layer_products, noise, products = cell_b91572b9()
     # cell d104917f
     for steps, first_order, way, shot, pool, size in (
         (1, False, 5, 1, "max", 28),
@@ -109,73 +204,9 @@ def test_memory_falls_with_the_chunk():
 
 
 def test_meta_gradients_in_float32():
-    # cell 7dd62e8e
-    class BuiltIn(Conv4):
-        "The same network of PyTorch's own layers, as people write it."
-
-        def forward(self, x):
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                y = F.batch_norm(conv(x), None, None, norm.weight, norm.bias, training=True)
-                x = F.max_pool2d(F.relu(y), 2)
-            return self.head(x.flatten(1))
-
-    class ChannelsLast(BuiltIn):
-        "The same, with the channels of a pixel side by side in memory, which is faster on a CPU."
-
-        def forward(self, x):
-            return super().forward(channels_last(x))
-
-    # cell 30320108
-    class Loss(nn.Module):
-        "A learner's loss as `forward`, so that `functional_call` finds it."
-
-        def __init__(self, learner):
-            super().__init__()
-            self.learner = learner
-
-        def forward(self, episode):
-            return self.learner.loss(episode)
-
-    def task_gradients(learner, episodes, lift="loop"):
-        "The gradient of each task's loss, [tasks, parameters]."
-        whole, n = Loss(learner), len(episodes.support.x)
-        theta = {
-            k: p.detach().expand(n, *p.shape).clone().requires_grad_()
-            for k, p in whole.named_parameters()
-        }
-        values = over_tasks(
-            lambda p, e: functional_call(whole, p, (e,)), theta, episodes, lift=lift
-        )
-        grads = torch.autograd.grad(values.sum(), list(theta.values()))
-        return torch.cat([g.flatten(1) for g in grads], 1)
-
-    def portioned(f, episodes, size=6):
-        "The rows of all tasks, a few tasks at a time."
-        parts = [
-            type(episodes)(*(type(s)(s.x[i : i + size], s.y[i : i + size]) for s in episodes))
-            for i in range(0, len(episodes.support.x), size)
-        ]
-        return torch.cat([f(part) for part in parts])
-
-    def distances(found, wanted):
-        "The relative error of each row."
-        return (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-
-    # cell 2a028942
-    def real_tasks(n=24):
-        "Tasks of Omniglot where it is here, else of the book's own drawings."
-        data = Omniglot("train") if present("omniglot") else Glyphs("train")
-        return FewShot(data, 5, 1, 3).sample(n, torch.Generator().manual_seed(0))
-
-    def networks():
-        "Conv4 as in this library, twice of built-in layers, and in float64: equal weights."
-        torch.manual_seed(0)
-        ours = Conv4(out=5)
-        others = [BuiltIn(out=5), ChannelsLast(out=5), Conv4(out=5).double()]
-        for net in others:
-            net.load_state_dict(ours.state_dict())
-        return ours, *others
-
+    BuiltIn, ChannelsLast = cell_7dd62e8e()
+    distances, portioned, task_gradients = cell_30320108()
+    networks, real_tasks = cell_2a028942(BuiltIn, ChannelsLast)
     # cell 45fb7caf
     real = real_tasks()
     ours, built_in, last, exact = networks()
@@ -212,73 +243,9 @@ def test_a_rounding_error_moves_a_winner():
 
 
 def test_first_order_is_not_second():
-    # cell 7dd62e8e
-    class BuiltIn(Conv4):
-        "The same network of PyTorch's own layers, as people write it."
-
-        def forward(self, x):
-            for conv, norm in zip(self.convs, self.norms, strict=True):
-                y = F.batch_norm(conv(x), None, None, norm.weight, norm.bias, training=True)
-                x = F.max_pool2d(F.relu(y), 2)
-            return self.head(x.flatten(1))
-
-    class ChannelsLast(BuiltIn):
-        "The same, with the channels of a pixel side by side in memory, which is faster on a CPU."
-
-        def forward(self, x):
-            return super().forward(channels_last(x))
-
-    # cell 30320108
-    class Loss(nn.Module):
-        "A learner's loss as `forward`, so that `functional_call` finds it."
-
-        def __init__(self, learner):
-            super().__init__()
-            self.learner = learner
-
-        def forward(self, episode):
-            return self.learner.loss(episode)
-
-    def task_gradients(learner, episodes, lift="loop"):
-        "The gradient of each task's loss, [tasks, parameters]."
-        whole, n = Loss(learner), len(episodes.support.x)
-        theta = {
-            k: p.detach().expand(n, *p.shape).clone().requires_grad_()
-            for k, p in whole.named_parameters()
-        }
-        values = over_tasks(
-            lambda p, e: functional_call(whole, p, (e,)), theta, episodes, lift=lift
-        )
-        grads = torch.autograd.grad(values.sum(), list(theta.values()))
-        return torch.cat([g.flatten(1) for g in grads], 1)
-
-    def portioned(f, episodes, size=6):
-        "The rows of all tasks, a few tasks at a time."
-        parts = [
-            type(episodes)(*(type(s)(s.x[i : i + size], s.y[i : i + size]) for s in episodes))
-            for i in range(0, len(episodes.support.x), size)
-        ]
-        return torch.cat([f(part) for part in parts])
-
-    def distances(found, wanted):
-        "The relative error of each row."
-        return (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
-
-    # cell 2a028942
-    def real_tasks(n=24):
-        "Tasks of Omniglot where it is here, else of the book's own drawings."
-        data = Omniglot("train") if present("omniglot") else Glyphs("train")
-        return FewShot(data, 5, 1, 3).sample(n, torch.Generator().manual_seed(0))
-
-    def networks():
-        "Conv4 as in this library, twice of built-in layers, and in float64: equal weights."
-        torch.manual_seed(0)
-        ours = Conv4(out=5)
-        others = [BuiltIn(out=5), ChannelsLast(out=5), Conv4(out=5).double()]
-        for net in others:
-            net.load_state_dict(ours.state_dict())
-        return ours, *others
-
+    BuiltIn, ChannelsLast = cell_7dd62e8e()
+    distances, portioned, task_gradients = cell_30320108()
+    networks, real_tasks = cell_2a028942(BuiltIn, ChannelsLast)
     # cell 0495db9a
     real = real_tasks(4)
     exact = networks()[3]
@@ -290,67 +257,13 @@ def test_first_order_is_not_second():
 
 
 def test_a_stride_saves_multiplications():
-    # cell b91572b9
-    def layer_products(net):
-        "Multiplications of each layer of a Conv4 for one image."
-        side, found = net.size, []
-        for conv in net.convs:
-            side = (side - 1) // conv.stride[0] + 1  # m = |W| h^2
-            found.append(conv.weight.numel() * side**2)
-            side = side // 2 if net.pool == "max" else side
-        return [*found, net.head.weight.numel()]
-
-    def products(learner, way, shot, query):
-        "Multiplications of one task's meta-gradient, C."
-        first, forward = layer_products(learner.net)[0], sum(layer_products(learner.net))
-        step = 3 * forward - first if learner.first_order else 9 * forward - 4 * first
-        return learner.steps * way * shot * step + way * query * (3 * forward - first)
-
-    def noise(way, each, size=28):
-        "Random images: what a step costs does not depend on what they show."
-        images = torch.rand(way, each, 1, size, size, generator=torch.Generator().manual_seed(0))
-        return Classes.of({str(i): images[i] for i in range(way)})
-
-    # cell e3d51556
-    strided, pooled = (products(MAML(Conv4(out=5, pool=p)), 5, 1, 15) for p in ("stride", "max"))
-    print(
-        f"{strided / 1e6:.0f} against {pooled / 1e6:.0f} million: {pooled / strided:.1f} times fewer"
-    )
-    # Each convolution makes a quarter of the places (7 x 7 in place of 14 x 14, ...), rounded up at the
-    # end (4 x 4 and 2 x 2 in place of 7 x 7 and 3 x 3), so a little less than four times.
-    assert 3 < pooled / strided < 4
+    layer_products, noise, products = cell_b91572b9()
+    cell_e3d51556(products)
 
 
 def test_when_support_costs_as_much_as_queries():
-    # cell b91572b9
-    def layer_products(net):
-        "Multiplications of each layer of a Conv4 for one image."
-        side, found = net.size, []
-        for conv in net.convs:
-            side = (side - 1) // conv.stride[0] + 1  # m = |W| h^2
-            found.append(conv.weight.numel() * side**2)
-            side = side // 2 if net.pool == "max" else side
-        return [*found, net.head.weight.numel()]
-
-    def products(learner, way, shot, query):
-        "Multiplications of one task's meta-gradient, C."
-        first, forward = layer_products(learner.net)[0], sum(layer_products(learner.net))
-        step = 3 * forward - first if learner.first_order else 9 * forward - 4 * first
-        return learner.steps * way * shot * step + way * query * (3 * forward - first)
-
-    def noise(way, each, size=28):
-        "Random images: what a step costs does not depend on what they show."
-        images = torch.rand(way, each, 1, size, size, generator=torch.Generator().manual_seed(0))
-        return Classes.of({str(i): images[i] for i in range(way)})
-
-    # cell e3d51556
-    strided, pooled = (products(MAML(Conv4(out=5, pool=p)), 5, 1, 15) for p in ("stride", "max"))
-    print(
-        f"{strided / 1e6:.0f} against {pooled / 1e6:.0f} million: {pooled / strided:.1f} times fewer"
-    )
-    # Each convolution makes a quarter of the places (7 x 7 in place of 14 x 14, ...), rounded up at the
-    # end (4 x 4 and 2 x 2 in place of 7 x 7 and 3 x 3), so a little less than four times.
-    assert 3 < pooled / strided < 4
+    layer_products, noise, products = cell_b91572b9()
+    cell_e3d51556(products)
     # cell 1aec7541
     # T * 5 * (9F - 4m) = 75 * (3F - m), and with 3F - m on the left: T = 15 in first order.
     m, *rest = layer_products(Conv4(out=5))

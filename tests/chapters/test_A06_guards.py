@@ -18,6 +18,100 @@ from metabook.networks import MLP
 from metabook.training import fit
 
 
+def cell_7b55a780():
+    # cell 7b55a780
+    class Mean(Learner):
+        "Answers theta times the mean of the support targets."
+
+        kind = "regression"
+
+        def __init__(self, theta=0.0):
+            super().__init__()
+            self.theta = torch.nn.Parameter(torch.tensor([float(theta)]))
+
+        def adapt(self, support):
+            return support.y.mean(0)
+
+        def predict(self, state, x):
+            return (self.theta * state).expand(len(x), 1)
+
+    class Numbers(Tasks):
+        "Two noisy looks at a hidden number, and two to predict."
+
+        kind = "regression"
+
+        def draw(self, n, generator=None):
+            z = torch.randn(n, 5, 1, generator=generator)
+            return z[:, :1] + z[:, 1:]
+
+        def gather(self, indices):
+            return Episode(*(Examples(torch.zeros_like(y), y) for y in indices.split(2, 1)))
+
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+    return Mean, Numbers, quiet
+
+
+def cell_2ae61246(Numbers):
+    # cell 2ae61246
+    class Poisoned(Numbers):
+        "From the third batch on, task 1 has a query that is not a number."
+
+        batches = 0
+
+        def gather(self, indices):
+            self.batches += 1
+            episode = super().gather(indices)
+            if self.batches >= 3:
+                episode.query.y[1] = math.nan
+            return episode
+
+    return Poisoned
+
+
+def cell_6a057f78(Mean):
+    # cell 6a057f78
+    class Root(Mean):
+        "The square root of a parameter that is zero."
+
+        def loss(self, episode):
+            return self.theta.abs().sqrt().sum() + 0 * episode.query.y.sum()
+
+    return Root
+
+
+def cell_c483bdd9(Mean, Numbers, Poisoned, Root):
+    # cell c483bdd9
+    learner, how = Mean(), dict(meta_batch=4, progress=False)
+    data = r"step 3: the loss of task 1 is nan: the data are to blame, 2 of 2 numbers of query.y .*clean"
+    with pytest.raises(FloatingPointError, match=data):
+        fit(learner, Poisoned(), steps=10, **how)
+    assert learner.theta.isfinite() and learner.theta != 0
+
+    slope = "step 1: every loss is finite, but the norm .* its derivative does not exist there"
+    with pytest.raises(FloatingPointError, match=slope):
+        fit(Root(), Numbers(), steps=3, **how)
+
+    hasty = MAML(MLP([1, 8, 1]), lr=1e8, steps=5, kind="regression")
+    with pytest.raises(
+        FloatingPointError, match=r"the inner loop explodes: .* lower the inner rate"
+    ):
+        fit(hasty, Sinusoids(5, 10), steps=3, **how)
+    with pytest.raises(
+        FloatingPointError, match="the parameters were not finite before any adapting"
+    ):
+        fit(Mean(math.nan), Numbers(), steps=3, **how)
+    with pytest.raises(FloatingPointError, match="the outer loop has run away"):
+        fit(Mean(), Numbers(), steps=3, lr=1e30, **how)
+
+
 @pytest.mark.proves("eq-skipped-step")
 def test_a_bad_step_is_skipped(device):
     # cell af2d6cd2
@@ -53,167 +147,17 @@ def test_a_bad_step_is_skipped(device):
 
 
 def test_a_loss_that_is_no_number_stops_the_run():
-    # cell 7b55a780
-    class Mean(Learner):
-        "Answers theta times the mean of the support targets."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = torch.nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Numbers(Tasks):
-        "Two noisy looks at a hidden number, and two to predict."
-
-        kind = "regression"
-
-        def draw(self, n, generator=None):
-            z = torch.randn(n, 5, 1, generator=generator)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            return Episode(*(Examples(torch.zeros_like(y), y) for y in indices.split(2, 1)))
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    # cell 2ae61246
-    class Poisoned(Numbers):
-        "From the third batch on, task 1 has a query that is not a number."
-
-        batches = 0
-
-        def gather(self, indices):
-            self.batches += 1
-            episode = super().gather(indices)
-            if self.batches >= 3:
-                episode.query.y[1] = math.nan
-            return episode
-
-    # cell 6a057f78
-    class Root(Mean):
-        "The square root of a parameter that is zero."
-
-        def loss(self, episode):
-            return self.theta.abs().sqrt().sum() + 0 * episode.query.y.sum()
-
-    # cell c483bdd9
-    learner, how = Mean(), dict(meta_batch=4, progress=False)
-    data = r"step 3: the loss of task 1 is nan: the data are to blame, 2 of 2 numbers of query.y .*clean"
-    with pytest.raises(FloatingPointError, match=data):
-        fit(learner, Poisoned(), steps=10, **how)
-    assert learner.theta.isfinite() and learner.theta != 0
-
-    slope = "step 1: every loss is finite, but the norm .* its derivative does not exist there"
-    with pytest.raises(FloatingPointError, match=slope):
-        fit(Root(), Numbers(), steps=3, **how)
-
-    hasty = MAML(MLP([1, 8, 1]), lr=1e8, steps=5, kind="regression")
-    with pytest.raises(
-        FloatingPointError, match=r"the inner loop explodes: .* lower the inner rate"
-    ):
-        fit(hasty, Sinusoids(5, 10), steps=3, **how)
-    with pytest.raises(
-        FloatingPointError, match="the parameters were not finite before any adapting"
-    ):
-        fit(Mean(math.nan), Numbers(), steps=3, **how)
-    with pytest.raises(FloatingPointError, match="the outer loop has run away"):
-        fit(Mean(), Numbers(), steps=3, lr=1e30, **how)
+    Mean, Numbers, quiet = cell_7b55a780()
+    Poisoned = cell_2ae61246(Numbers)
+    Root = cell_6a057f78(Mean)
+    cell_c483bdd9(Mean, Numbers, Poisoned, Root)
 
 
 def test_a_bad_task_is_skipped_and_counted():
-    # cell 7b55a780
-    class Mean(Learner):
-        "Answers theta times the mean of the support targets."
-
-        kind = "regression"
-
-        def __init__(self, theta=0.0):
-            super().__init__()
-            self.theta = torch.nn.Parameter(torch.tensor([float(theta)]))
-
-        def adapt(self, support):
-            return support.y.mean(0)
-
-        def predict(self, state, x):
-            return (self.theta * state).expand(len(x), 1)
-
-    class Numbers(Tasks):
-        "Two noisy looks at a hidden number, and two to predict."
-
-        kind = "regression"
-
-        def draw(self, n, generator=None):
-            z = torch.randn(n, 5, 1, generator=generator)
-            return z[:, :1] + z[:, 1:]
-
-        def gather(self, indices):
-            return Episode(*(Examples(torch.zeros_like(y), y) for y in indices.split(2, 1)))
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    # cell 2ae61246
-    class Poisoned(Numbers):
-        "From the third batch on, task 1 has a query that is not a number."
-
-        batches = 0
-
-        def gather(self, indices):
-            self.batches += 1
-            episode = super().gather(indices)
-            if self.batches >= 3:
-                episode.query.y[1] = math.nan
-            return episode
-
-    # cell 6a057f78
-    class Root(Mean):
-        "The square root of a parameter that is zero."
-
-        def loss(self, episode):
-            return self.theta.abs().sqrt().sum() + 0 * episode.query.y.sum()
-
-    # cell c483bdd9
-    learner, how = Mean(), dict(meta_batch=4, progress=False)
-    data = r"step 3: the loss of task 1 is nan: the data are to blame, 2 of 2 numbers of query.y .*clean"
-    with pytest.raises(FloatingPointError, match=data):
-        fit(learner, Poisoned(), steps=10, **how)
-    assert learner.theta.isfinite() and learner.theta != 0
-
-    slope = "step 1: every loss is finite, but the norm .* its derivative does not exist there"
-    with pytest.raises(FloatingPointError, match=slope):
-        fit(Root(), Numbers(), steps=3, **how)
-
-    hasty = MAML(MLP([1, 8, 1]), lr=1e8, steps=5, kind="regression")
-    with pytest.raises(
-        FloatingPointError, match=r"the inner loop explodes: .* lower the inner rate"
-    ):
-        fit(hasty, Sinusoids(5, 10), steps=3, **how)
-    with pytest.raises(
-        FloatingPointError, match="the parameters were not finite before any adapting"
-    ):
-        fit(Mean(math.nan), Numbers(), steps=3, **how)
-    with pytest.raises(FloatingPointError, match="the outer loop has run away"):
-        fit(Mean(), Numbers(), steps=3, lr=1e30, **how)
+    Mean, Numbers, quiet = cell_7b55a780()
+    Poisoned = cell_2ae61246(Numbers)
+    Root = cell_6a057f78(Mean)
+    cell_c483bdd9(Mean, Numbers, Poisoned, Root)
 
     # cell 9c70c01b
     class WithoutIt(Numbers):

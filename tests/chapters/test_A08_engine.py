@@ -28,8 +28,7 @@ from metabook.scores import evaluate
 from metabook.structures import tree_map
 
 
-@pytest.mark.proves("eq-lift")
-def test_a_lift_gives_what_single_calls_give():
+def cell_f5f68d65():
     # cell f5f68d65
     def spread(examples):
         "The span of the targets, and how they move when x does."
@@ -45,25 +44,96 @@ def test_a_lift_gives_what_single_calls_give():
             torch.testing.assert_close(found["span"][i], single["span"])
             torch.testing.assert_close(found["slope"][i], single["slope"])
     {name: tuple(t.shape) for name, t in found.items()}
+
+
+def cell_aab042d7():
+    # cell aab042d7
+    class Normalised(torch.nn.Sequential):
+        "A network whose only layer with statistics sees its inputs as they are."
+
+        def __init__(self):
+            super().__init__(BatchNorm(2, stats="running", momentum=0.25))
+
+    points = Classes.of({str(i): i + torch.randn(6, 2) for i in range(4)})
+    episodes = FewShot(points, 3, 1, 2).sample(5, torch.Generator().manual_seed(0))
+    # A layer that is used twice notes the later use: here the query set.
+    mean = episodes.query.x.mean((0, 1))
+    var = episodes.query.x.var(1, correction=0).mean(0)
+    for lift in ("loop", "vmap"):
+        learner = ProtoNet(Normalised()).train()
+        losses(learner, episodes, lift)
+        layer = learner.embed[0]
+        torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
+        torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
+    return Normalised, episodes
+
+
+def cell_d3840484():
+    # cell d3840484
+    def peak(f):
+        "The most bytes that a call held at once on the CPU, beyond what was there before."
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
+            f()
+        events = profiler.profiler.kineto_results.events()
+        sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        return max(itertools.accumulate(size for _, size in sorted(sizes)))
+
+    return peak
+
+
+def cell_8cef15e5():
+    # cell 8cef15e5
+    def refusal(f, *batch):
+        "What vmap says about a function; nothing where it lifts."
+        try:
+            over_tasks(f, *batch, lift="vmap")
+        except (RuntimeError, ValueError) as error:
+            return str(error).splitlines()[0]
+        return ""
+
+    x = torch.tensor([[1.0, -2.0, 3.0], [-1.0, -2.0, 1.0]])  # two tasks of three numbers
+    return refusal, x
+
+
+def cell_e21e64f5(refusal, x):
+    # cell e21e64f5
+    def branch(x):
+        return x if x.mean() > 0 else -x
+
+    def select(x):
+        return torch.where(x.mean() > 0, x, -x)
+
+    assert "data-dependent control flow" in refusal(branch, x)
+    assert not refusal(select, x)
+    torch.testing.assert_close(over_tasks(select, x), over_tasks(branch, x, lift="loop"))
+
+
+def cell_ffcdb7a0(refusal, x):
+    # cell ffcdb7a0
+    def positive_mean(x):
+        return x[x > 0].mean()
+
+    def weighted_mean(x):
+        mask = (x > 0).to(x)
+        return (mask * x).sum() / mask.sum()
+
+    print(refusal(positive_mean, x))
+    assert refusal(positive_mean, x)
+    torch.testing.assert_close(
+        over_tasks(weighted_mean, x), over_tasks(positive_mean, x, lift="loop")
+    )
+
+
+@pytest.mark.proves("eq-lift")
+def test_a_lift_gives_what_single_calls_give():
+    cell_f5f68d65()
 
 
 @pytest.mark.proves("eq-lift-gradient")
 def test_gradients_go_through_the_lift():
-    # cell f5f68d65
-    def spread(examples):
-        "The span of the targets, and how they move when x does."
-        y = examples.y - examples.y.mean(0)
-        slope = (examples.x * y).sum() / examples.x.square().sum()
-        return {"span": examples.y.amax(0) - examples.y.amin(0), "slope": slope}
-
-    batch = Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).support
-    singles = [spread(Examples(batch.x[i], batch.y[i])) for i in range(4)]
-    for lift in ("loop", "vmap"):
-        found = over_tasks(spread, batch, lift=lift)
-        for i, single in enumerate(singles):
-            torch.testing.assert_close(found["span"][i], single["span"])
-            torch.testing.assert_close(found["slope"][i], single["slope"])
-    {name: tuple(t.shape) for name, t in found.items()}
+    cell_f5f68d65()
     # cell c92f9a88
     learner = MAML(MLP([1, 8, 1]), lr=0.05, steps=2, kind="regression").double()
     episodes = Sinusoids(5, 10).sample(3, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
@@ -109,45 +179,11 @@ def test_the_engine_chooses_by_size_and_device():
 
 @pytest.mark.proves("eq-running-statistics")
 def test_running_statistics_are_a_mean_over_tasks():
-    # cell aab042d7
-    class Normalised(torch.nn.Sequential):
-        "A network whose only layer with statistics sees its inputs as they are."
-
-        def __init__(self):
-            super().__init__(BatchNorm(2, stats="running", momentum=0.25))
-
-    points = Classes.of({str(i): i + torch.randn(6, 2) for i in range(4)})
-    episodes = FewShot(points, 3, 1, 2).sample(5, torch.Generator().manual_seed(0))
-    # A layer that is used twice notes the later use: here the query set.
-    mean = episodes.query.x.mean((0, 1))
-    var = episodes.query.x.var(1, correction=0).mean(0)
-    for lift in ("loop", "vmap"):
-        learner = ProtoNet(Normalised()).train()
-        losses(learner, episodes, lift)
-        layer = learner.embed[0]
-        torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
-        torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
+    Normalised, episodes = cell_aab042d7()
 
 
 def test_answers_are_overheard():
-    # cell aab042d7
-    class Normalised(torch.nn.Sequential):
-        "A network whose only layer with statistics sees its inputs as they are."
-
-        def __init__(self):
-            super().__init__(BatchNorm(2, stats="running", momentum=0.25))
-
-    points = Classes.of({str(i): i + torch.randn(6, 2) for i in range(4)})
-    episodes = FewShot(points, 3, 1, 2).sample(5, torch.Generator().manual_seed(0))
-    # A layer that is used twice notes the later use: here the query set.
-    mean = episodes.query.x.mean((0, 1))
-    var = episodes.query.x.var(1, correction=0).mean(0)
-    for lift in ("loop", "vmap"):
-        learner = ProtoNet(Normalised()).train()
-        losses(learner, episodes, lift)
-        layer = learner.embed[0]
-        torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
-        torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
+    Normalised, episodes = cell_aab042d7()
     # cell b0e10e52
     learner = ProtoNet(Normalised()).eval()
     expected = over_tasks(learner, episodes.support, episodes.query.x)
@@ -384,16 +420,7 @@ def test_chunks_change_nothing():
 
 
 def test_recomputing_saves_memory():
-    # cell d3840484
-    def peak(f):
-        "The most bytes that a call held at once on the CPU, beyond what was there before."
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
-            f()
-        events = profiler.profiler.kineto_results.events()
-        sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        return max(itertools.accumulate(size for _, size in sorted(sizes)))
+    peak = cell_d3840484()
 
     # cell f96b8c88
     class LearnedRate(MAML):
@@ -442,16 +469,7 @@ def test_recomputing_keeps_the_precision():
 
 
 def test_no_graph_without_need():
-    # cell d3840484
-    def peak(f):
-        "The most bytes that a call held at once on the CPU, beyond what was there before."
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
-            f()
-        events = profiler.profiler.kineto_results.events()
-        sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        return max(itertools.accumulate(size for _, size in sorted(sizes)))
+    peak = cell_d3840484()
 
     # cell f96b8c88
     class LearnedRate(MAML):
@@ -498,103 +516,20 @@ def test_no_graph_without_need():
 
 
 def test_values_do_not_decide():
-    # cell 8cef15e5
-    def refusal(f, *batch):
-        "What vmap says about a function; nothing where it lifts."
-        try:
-            over_tasks(f, *batch, lift="vmap")
-        except (RuntimeError, ValueError) as error:
-            return str(error).splitlines()[0]
-        return ""
-
-    x = torch.tensor([[1.0, -2.0, 3.0], [-1.0, -2.0, 1.0]])  # two tasks of three numbers
-
-    # cell e21e64f5
-    def branch(x):
-        return x if x.mean() > 0 else -x
-
-    def select(x):
-        return torch.where(x.mean() > 0, x, -x)
-
-    assert "data-dependent control flow" in refusal(branch, x)
-    assert not refusal(select, x)
-    torch.testing.assert_close(over_tasks(select, x), over_tasks(branch, x, lift="loop"))
+    refusal, x = cell_8cef15e5()
+    cell_e21e64f5(refusal, x)
 
 
 def test_sizes_come_from_shapes():
-    # cell 8cef15e5
-    def refusal(f, *batch):
-        "What vmap says about a function; nothing where it lifts."
-        try:
-            over_tasks(f, *batch, lift="vmap")
-        except (RuntimeError, ValueError) as error:
-            return str(error).splitlines()[0]
-        return ""
-
-    x = torch.tensor([[1.0, -2.0, 3.0], [-1.0, -2.0, 1.0]])  # two tasks of three numbers
-
-    # cell e21e64f5
-    def branch(x):
-        return x if x.mean() > 0 else -x
-
-    def select(x):
-        return torch.where(x.mean() > 0, x, -x)
-
-    assert "data-dependent control flow" in refusal(branch, x)
-    assert not refusal(select, x)
-    torch.testing.assert_close(over_tasks(select, x), over_tasks(branch, x, lift="loop"))
-
-    # cell ffcdb7a0
-    def positive_mean(x):
-        return x[x > 0].mean()
-
-    def weighted_mean(x):
-        mask = (x > 0).to(x)
-        return (mask * x).sum() / mask.sum()
-
-    print(refusal(positive_mean, x))
-    assert refusal(positive_mean, x)
-    torch.testing.assert_close(
-        over_tasks(weighted_mean, x), over_tasks(positive_mean, x, lift="loop")
-    )
+    refusal, x = cell_8cef15e5()
+    cell_e21e64f5(refusal, x)
+    cell_ffcdb7a0(refusal, x)
 
 
 def test_nothing_is_drawn_inside():
-    # cell 8cef15e5
-    def refusal(f, *batch):
-        "What vmap says about a function; nothing where it lifts."
-        try:
-            over_tasks(f, *batch, lift="vmap")
-        except (RuntimeError, ValueError) as error:
-            return str(error).splitlines()[0]
-        return ""
-
-    x = torch.tensor([[1.0, -2.0, 3.0], [-1.0, -2.0, 1.0]])  # two tasks of three numbers
-
-    # cell e21e64f5
-    def branch(x):
-        return x if x.mean() > 0 else -x
-
-    def select(x):
-        return torch.where(x.mean() > 0, x, -x)
-
-    assert "data-dependent control flow" in refusal(branch, x)
-    assert not refusal(select, x)
-    torch.testing.assert_close(over_tasks(select, x), over_tasks(branch, x, lift="loop"))
-
-    # cell ffcdb7a0
-    def positive_mean(x):
-        return x[x > 0].mean()
-
-    def weighted_mean(x):
-        mask = (x > 0).to(x)
-        return (mask * x).sum() / mask.sum()
-
-    print(refusal(positive_mean, x))
-    assert refusal(positive_mean, x)
-    torch.testing.assert_close(
-        over_tasks(weighted_mean, x), over_tasks(positive_mean, x, lift="loop")
-    )
+    refusal, x = cell_8cef15e5()
+    cell_e21e64f5(refusal, x)
+    cell_ffcdb7a0(refusal, x)
 
     # cell f515edb5
     def noisy(x):

@@ -17,6 +17,86 @@ from metabook.engine import Engine
 from metabook.sources import SOURCES
 
 
+def cell_f2c41e78():
+    # cell f2c41e78
+    run = CliRunner()
+
+    def typed(*words):
+        "Run a command as if it were typed, and return what it prints."
+        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return typed
+
+
+def cell_00719a23(typed):
+    # cell 00719a23
+    assert "protonet" in typed("methods") and "conv4" in typed("methods")
+    assert "digest" in typed("data", "check", "sinusoids")
+    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
+    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
+
+
+def cell_fa411053(typed):
+    # cell fa411053
+    work = Path(tempfile.mkdtemp())
+    small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
+    typed("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
+    rows = json.loads(typed("evaluate", work / "run", "--tasks", 20, "--json"))
+    assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
+    assert rows[0]["episodes"] == rows[1]["episodes"]
+    assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
+
+    for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
+        (work / "support" / name).mkdir(parents=True)
+        for j in range(2):
+            glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
+            Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
+    answer = json.loads(
+        typed(
+            "classify",
+            work / "run",
+            "--support",
+            work / "support",
+            work / "support/beta/0.png",
+            "--json",
+        )
+    )
+    (chances,) = answer.values()
+    assert (
+        set(chances["all"]) == {"alpha", "beta", "gamma"}
+        and abs(sum(chances["all"].values()) - 1) < 1e-5
+    )
+    shutil.rmtree(work)
+
+
+def cell_0a234393(typed):
+    # cell 0a234393
+    work = Path(tempfile.mkdtemp())
+    words = [
+        "train",
+        "maml",
+        "--data",
+        "sinusoids",
+        "--steps",
+        20,
+        "--every",
+        5,
+        "--out",
+        work / "run",
+    ]
+    typed(*words)
+    newest = work / "run" / "checkpoints" / "step-00000020.json"
+    newest.unlink()  # as if the process had been killed after step 15
+    before = (work / "run" / "learner.safetensors").read_bytes()
+    typed(*words, "--resume")
+    assert newest.exists() and (work / "run" / "learner.safetensors").read_bytes() == before
+    with pytest.raises(FileExistsError, match="--resume"):
+        typed(*words)
+    shutil.rmtree(work)
+
+
 def test_settings_read_json_or_text():
     # cell e862ee20
     assert settings(["lr=0.4", "first_order=True", "pool=stride", "widths=[8, 16]"], "--set") == {
@@ -33,20 +113,8 @@ def test_settings_read_json_or_text():
 
 
 def test_methods_and_data_are_listed():
-    # cell f2c41e78
-    run = CliRunner()
-
-    def typed(*words):
-        "Run a command as if it were typed, and return what it prints."
-        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    # cell 00719a23
-    assert "protonet" in typed("methods") and "conv4" in typed("methods")
-    assert "digest" in typed("data", "check", "sinusoids")
-    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
-    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
+    typed = cell_f2c41e78()
+    cell_00719a23(typed)
 
 
 def test_what_the_engine_takes_is_told_from_its_fields():
@@ -62,190 +130,23 @@ def test_what_the_engine_takes_is_told_from_its_fields():
 
 
 def test_train_evaluate_classify():
-    # cell f2c41e78
-    run = CliRunner()
-
-    def typed(*words):
-        "Run a command as if it were typed, and return what it prints."
-        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    # cell 00719a23
-    assert "protonet" in typed("methods") and "conv4" in typed("methods")
-    assert "digest" in typed("data", "check", "sinusoids")
-    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
-    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
-    # cell fa411053
-    work = Path(tempfile.mkdtemp())
-    small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
-    typed("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
-    rows = json.loads(typed("evaluate", work / "run", "--tasks", 20, "--json"))
-    assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
-    assert rows[0]["episodes"] == rows[1]["episodes"]
-    assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
-
-    for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
-        (work / "support" / name).mkdir(parents=True)
-        for j in range(2):
-            glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
-            Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
-    answer = json.loads(
-        typed(
-            "classify",
-            work / "run",
-            "--support",
-            work / "support",
-            work / "support/beta/0.png",
-            "--json",
-        )
-    )
-    (chances,) = answer.values()
-    assert (
-        set(chances["all"]) == {"alpha", "beta", "gamma"}
-        and abs(sum(chances["all"].values()) - 1) < 1e-5
-    )
-    shutil.rmtree(work)
+    typed = cell_f2c41e78()
+    cell_00719a23(typed)
+    cell_fa411053(typed)
 
 
 def test_a_training_goes_on():
-    # cell f2c41e78
-    run = CliRunner()
-
-    def typed(*words):
-        "Run a command as if it were typed, and return what it prints."
-        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    # cell 00719a23
-    assert "protonet" in typed("methods") and "conv4" in typed("methods")
-    assert "digest" in typed("data", "check", "sinusoids")
-    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
-    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
-    # cell fa411053
-    work = Path(tempfile.mkdtemp())
-    small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
-    typed("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
-    rows = json.loads(typed("evaluate", work / "run", "--tasks", 20, "--json"))
-    assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
-    assert rows[0]["episodes"] == rows[1]["episodes"]
-    assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
-
-    for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
-        (work / "support" / name).mkdir(parents=True)
-        for j in range(2):
-            glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
-            Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
-    answer = json.loads(
-        typed(
-            "classify",
-            work / "run",
-            "--support",
-            work / "support",
-            work / "support/beta/0.png",
-            "--json",
-        )
-    )
-    (chances,) = answer.values()
-    assert (
-        set(chances["all"]) == {"alpha", "beta", "gamma"}
-        and abs(sum(chances["all"].values()) - 1) < 1e-5
-    )
-    shutil.rmtree(work)
-    # cell 0a234393
-    work = Path(tempfile.mkdtemp())
-    words = [
-        "train",
-        "maml",
-        "--data",
-        "sinusoids",
-        "--steps",
-        20,
-        "--every",
-        5,
-        "--out",
-        work / "run",
-    ]
-    typed(*words)
-    newest = work / "run" / "checkpoints" / "step-00000020.json"
-    newest.unlink()  # as if the process had been killed after step 15
-    before = (work / "run" / "learner.safetensors").read_bytes()
-    typed(*words, "--resume")
-    assert newest.exists() and (work / "run" / "learner.safetensors").read_bytes() == before
-    with pytest.raises(FileExistsError, match="--resume"):
-        typed(*words)
-    shutil.rmtree(work)
+    typed = cell_f2c41e78()
+    cell_00719a23(typed)
+    cell_fa411053(typed)
+    cell_0a234393(typed)
 
 
 def test_sinusoids_from_the_command_line():
-    # cell f2c41e78
-    run = CliRunner()
-
-    def typed(*words):
-        "Run a command as if it were typed, and return what it prints."
-        result = run.invoke(app, [str(word) for word in words], catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-        return result.output
-
-    # cell 00719a23
-    assert "protonet" in typed("methods") and "conv4" in typed("methods")
-    assert "digest" in typed("data", "check", "sinusoids")
-    assert json.loads(typed("methods", "--json"))["methods"]["maml"]
-    assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
-    # cell fa411053
-    work = Path(tempfile.mkdtemp())
-    small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
-    typed("train", "protonet", "--data", "glyphs", *small, "--out", work / "run")
-    rows = json.loads(typed("evaluate", work / "run", "--tasks", 20, "--json"))
-    assert [row["queries"] for row in rows] == ["joint", "single"] and rows[0]["n"] == 20
-    assert rows[0]["episodes"] == rows[1]["episodes"]
-    assert rows[0]["training"]["steps"] == 4 and rows[0]["recipe"]["net"]["width"] == 8
-
-    for i, name in enumerate(["alpha", "beta", "gamma"]):  # own images: a folder for each class
-        (work / "support" / name).mkdir(parents=True)
-        for j in range(2):
-            glyph = 255 - SOURCES["glyphs"].load("test").of_class(i)[j, 0].numpy()
-            Image.fromarray(glyph).save(work / "support" / name / f"{j}.png")
-    answer = json.loads(
-        typed(
-            "classify",
-            work / "run",
-            "--support",
-            work / "support",
-            work / "support/beta/0.png",
-            "--json",
-        )
-    )
-    (chances,) = answer.values()
-    assert (
-        set(chances["all"]) == {"alpha", "beta", "gamma"}
-        and abs(sum(chances["all"].values()) - 1) < 1e-5
-    )
-    shutil.rmtree(work)
-    # cell 0a234393
-    work = Path(tempfile.mkdtemp())
-    words = [
-        "train",
-        "maml",
-        "--data",
-        "sinusoids",
-        "--steps",
-        20,
-        "--every",
-        5,
-        "--out",
-        work / "run",
-    ]
-    typed(*words)
-    newest = work / "run" / "checkpoints" / "step-00000020.json"
-    newest.unlink()  # as if the process had been killed after step 15
-    before = (work / "run" / "learner.safetensors").read_bytes()
-    typed(*words, "--resume")
-    assert newest.exists() and (work / "run" / "learner.safetensors").read_bytes() == before
-    with pytest.raises(FileExistsError, match="--resume"):
-        typed(*words)
-    shutil.rmtree(work)
+    typed = cell_f2c41e78()
+    cell_00719a23(typed)
+    cell_fa411053(typed)
+    cell_0a234393(typed)
     # cell a1c1dc36
     work = Path(tempfile.mkdtemp())
     typed("train", "maml", "--data", "sinusoids", "--steps", 20, "--out", work / "run")

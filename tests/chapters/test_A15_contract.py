@@ -42,17 +42,7 @@ from metabook.testing import (
 )
 
 
-def test_how_far_apart():
-    # cell 3a974f30
-    one, same = {"z": torch.tensor([1.0, 2.0])}, {"z": torch.tensor([1.0, 2.0 + 1e-9]).double()}
-    assert far_apart(one, same) is None
-    assert far_apart(one, {"z": torch.tensor([1.0, 2.5])}) == 0.5
-    assert far_apart(one, {"z": torch.tensor([1.0, 2.0, 2.0])}) == math.inf
-    assert math.isnan(far_apart(one, {"z": torch.tensor([1.0, math.nan])}))
-    assert far_apart([], []) is None
-
-
-def test_wrong_kinds_and_shapes_are_found():
+def cell_5d98c66f():
     # cell 5d98c66f
     class Smoother(Learner):
         "Answers with a mean of the support targets, the closest counting most."
@@ -79,6 +69,123 @@ def test_wrong_kinds_and_shapes_are_found():
         except Flaw as flaw:
             return str(flaw)
         return ""
+
+    return Smoother, fails, pictures, sinusoids
+
+
+def cell_abcd3ed6(Smoother, fails):
+    # cell abcd3ed6
+    class Branching(Smoother):
+        def predict(self, state, x):
+            return (
+                super().predict(state, x) if x.mean() > 0 else state[1].mean(0).expand(len(x), -1)
+            )
+
+    assert not fails(loop_equals_vmap, Smoother())
+    assert not fails(loop_equals_vmap, MAML(MLP([1, 8, 1]), 0.01, kind="regression"))
+    found = fails(loop_equals_vmap, Branching())
+    assert "vmap refuses" in found
+    print(found)
+
+
+def cell_2dbe8d3c(Smoother, fails, sinusoids):
+    # cell 2dbe8d3c
+    class Cut(Smoother):
+        def adapt(self, support):
+            z, y = super().adapt(support)
+            return z.detach(), y
+
+    class Unused(Smoother):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Parameter(torch.zeros(1))
+
+    class Kinked(Smoother):
+        "Its only parameter stands next to a kink: the larger step jumps over it."
+
+        def __init__(self):
+            super().__init__()
+            self.embed.requires_grad_(False)
+            self.level = nn.Parameter(torch.tensor(3e-7))
+
+        def predict(self, state, x):
+            return super().predict(state, x) + self.level.abs()
+
+    assert gradients_are_true(Case.of(Kinked(), sinusoids, 3, 0)) is None
+    for check in (gradients_arrive, gradients_are_true):
+        assert check(Case.of(Smoother(), sinusoids, 3, 0)) is None
+    assert "not the derivative, at embed.weight" in fails(gradients_are_true, Cut())
+    assert "no gradient for spare" in fails(gradients_arrive, Unused())
+    print(fails(gradients_are_true, Cut()))
+
+
+def cell_4cde9c5b(Smoother, fails):
+    # cell 4cde9c5b
+    class Counting(Smoother):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("tasks", torch.zeros(()))
+
+        def adapt(self, support):
+            self.tasks += 1
+            return super().adapt(support)
+
+    class CountingInTraining(Counting):
+        def adapt(self, support):
+            return super().adapt(support) if self.training else Smoother.adapt(self, support)
+
+    class Remembering(Smoother):
+        def adapt(self, support):
+            self.latest = super().adapt(support)
+            return ()
+
+        def predict(self, state, x):
+            return super().predict(self.latest, x)
+
+    class Noisy(Smoother):
+        def adapt(self, support):
+            z, y = super().adapt(support)
+            return z + 0.1 * torch.randn_like(z), y
+
+    class Autograd(Smoother):
+        def adapt(self, support):
+            z, y = super().adapt(support)
+            return z - torch.autograd.grad(z.square().sum(), z, create_graph=True)[0] / 4, y
+
+    quiet = (nothing_is_written, state_is_complete, adapting_is_deterministic, works_without_grad)
+    assert not any(fails(check, Smoother()) for check in quiet)
+    assert "tasks changed" in fails(nothing_is_written, Counting())
+    assert "training=True" in fails(nothing_is_written, CountingInTraining())
+    assert "in between" in fails(state_is_complete, Remembering())
+    assert "two adaptations" in fails(adapting_is_deterministic, Noisy())
+    assert "torch.func.grad" in fails(works_without_grad, Autograd())
+    print(fails(nothing_is_written, Counting()))
+
+
+def cell_2532a1f9(pictures):
+    # cell 2532a1f9
+    learner = ProtoNet(MLP([16, 8, 4]))
+    before = snapshot(learner)
+    verdicts = check_learner(learner, pictures)
+    assert list(verdicts) == [check.__name__ for check in CHECKS]
+    assert set(verdicts.values()) == {"passed"}
+    after = snapshot(learner)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    verdicts
+
+
+def test_how_far_apart():
+    # cell 3a974f30
+    one, same = {"z": torch.tensor([1.0, 2.0])}, {"z": torch.tensor([1.0, 2.0 + 1e-9]).double()}
+    assert far_apart(one, same) is None
+    assert far_apart(one, {"z": torch.tensor([1.0, 2.5])}) == 0.5
+    assert far_apart(one, {"z": torch.tensor([1.0, 2.0, 2.0])}) == math.inf
+    assert math.isnan(far_apart(one, {"z": torch.tensor([1.0, math.nan])}))
+    assert far_apart([], []) is None
+
+
+def test_wrong_kinds_and_shapes_are_found():
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
 
     # cell 6db0e685
     class Flat(Smoother):
@@ -108,187 +215,20 @@ def test_wrong_kinds_and_shapes_are_found():
 
 
 def test_what_does_not_lift_is_found():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
-
-    # cell abcd3ed6
-    class Branching(Smoother):
-        def predict(self, state, x):
-            return (
-                super().predict(state, x) if x.mean() > 0 else state[1].mean(0).expand(len(x), -1)
-            )
-
-    assert not fails(loop_equals_vmap, Smoother())
-    assert not fails(loop_equals_vmap, MAML(MLP([1, 8, 1]), 0.01, kind="regression"))
-    found = fails(loop_equals_vmap, Branching())
-    assert "vmap refuses" in found
-    print(found)
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
+    cell_abcd3ed6(Smoother, fails)
 
 
 def test_gradients_that_are_not_derivatives_are_found():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
-
-    # cell abcd3ed6
-    class Branching(Smoother):
-        def predict(self, state, x):
-            return (
-                super().predict(state, x) if x.mean() > 0 else state[1].mean(0).expand(len(x), -1)
-            )
-
-    assert not fails(loop_equals_vmap, Smoother())
-    assert not fails(loop_equals_vmap, MAML(MLP([1, 8, 1]), 0.01, kind="regression"))
-    found = fails(loop_equals_vmap, Branching())
-    assert "vmap refuses" in found
-    print(found)
-
-    # cell 2dbe8d3c
-    class Cut(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z.detach(), y
-
-    class Unused(Smoother):
-        def __init__(self):
-            super().__init__()
-            self.spare = nn.Parameter(torch.zeros(1))
-
-    class Kinked(Smoother):
-        "Its only parameter stands next to a kink: the larger step jumps over it."
-
-        def __init__(self):
-            super().__init__()
-            self.embed.requires_grad_(False)
-            self.level = nn.Parameter(torch.tensor(3e-7))
-
-        def predict(self, state, x):
-            return super().predict(state, x) + self.level.abs()
-
-    assert gradients_are_true(Case.of(Kinked(), sinusoids, 3, 0)) is None
-    for check in (gradients_arrive, gradients_are_true):
-        assert check(Case.of(Smoother(), sinusoids, 3, 0)) is None
-    assert "not the derivative, at embed.weight" in fails(gradients_are_true, Cut())
-    assert "no gradient for spare" in fails(gradients_arrive, Unused())
-    print(fails(gradients_are_true, Cut()))
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
+    cell_abcd3ed6(Smoother, fails)
+    cell_2dbe8d3c(Smoother, fails, sinusoids)
 
 
 def test_what_is_approximate_says_so():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
-
-    # cell abcd3ed6
-    class Branching(Smoother):
-        def predict(self, state, x):
-            return (
-                super().predict(state, x) if x.mean() > 0 else state[1].mean(0).expand(len(x), -1)
-            )
-
-    assert not fails(loop_equals_vmap, Smoother())
-    assert not fails(loop_equals_vmap, MAML(MLP([1, 8, 1]), 0.01, kind="regression"))
-    found = fails(loop_equals_vmap, Branching())
-    assert "vmap refuses" in found
-    print(found)
-
-    # cell 2dbe8d3c
-    class Cut(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z.detach(), y
-
-    class Unused(Smoother):
-        def __init__(self):
-            super().__init__()
-            self.spare = nn.Parameter(torch.zeros(1))
-
-    class Kinked(Smoother):
-        "Its only parameter stands next to a kink: the larger step jumps over it."
-
-        def __init__(self):
-            super().__init__()
-            self.embed.requires_grad_(False)
-            self.level = nn.Parameter(torch.tensor(3e-7))
-
-        def predict(self, state, x):
-            return super().predict(state, x) + self.level.abs()
-
-    assert gradients_are_true(Case.of(Kinked(), sinusoids, 3, 0)) is None
-    for check in (gradients_arrive, gradients_are_true):
-        assert check(Case.of(Smoother(), sinusoids, 3, 0)) is None
-    assert "not the derivative, at embed.weight" in fails(gradients_are_true, Cut())
-    assert "no gradient for spare" in fails(gradients_arrive, Unused())
-    print(fails(gradients_are_true, Cut()))
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
+    cell_abcd3ed6(Smoother, fails)
+    cell_2dbe8d3c(Smoother, fails, sinusoids)
 
     # cell 892c3c13
     class Undeclared(MAML):
@@ -305,32 +245,7 @@ def test_what_is_approximate_says_so():
 
 
 def test_broken_symmetries_are_found():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
 
     # cell 0ee2a784
     class LastCounts(Smoother):
@@ -359,32 +274,7 @@ def test_broken_symmetries_are_found():
 
 
 def test_learners_for_one_size_only_are_found():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
 
     # cell 2bd1d076
     class FourOnly(Smoother):
@@ -411,143 +301,13 @@ def test_learners_for_one_size_only_are_found():
 
 
 def test_what_happens_behind_the_scenes_is_found():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
-
-    # cell 4cde9c5b
-    class Counting(Smoother):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("tasks", torch.zeros(()))
-
-        def adapt(self, support):
-            self.tasks += 1
-            return super().adapt(support)
-
-    class CountingInTraining(Counting):
-        def adapt(self, support):
-            return super().adapt(support) if self.training else Smoother.adapt(self, support)
-
-    class Remembering(Smoother):
-        def adapt(self, support):
-            self.latest = super().adapt(support)
-            return ()
-
-        def predict(self, state, x):
-            return super().predict(self.latest, x)
-
-    class Noisy(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z + 0.1 * torch.randn_like(z), y
-
-    class Autograd(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z - torch.autograd.grad(z.square().sum(), z, create_graph=True)[0] / 4, y
-
-    quiet = (nothing_is_written, state_is_complete, adapting_is_deterministic, works_without_grad)
-    assert not any(fails(check, Smoother()) for check in quiet)
-    assert "tasks changed" in fails(nothing_is_written, Counting())
-    assert "training=True" in fails(nothing_is_written, CountingInTraining())
-    assert "in between" in fails(state_is_complete, Remembering())
-    assert "two adaptations" in fails(adapting_is_deterministic, Noisy())
-    assert "torch.func.grad" in fails(works_without_grad, Autograd())
-    print(fails(nothing_is_written, Counting()))
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
+    cell_4cde9c5b(Smoother, fails)
 
 
 def test_what_cannot_be_saved_is_found():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
-
-    # cell 4cde9c5b
-    class Counting(Smoother):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("tasks", torch.zeros(()))
-
-        def adapt(self, support):
-            self.tasks += 1
-            return super().adapt(support)
-
-    class CountingInTraining(Counting):
-        def adapt(self, support):
-            return super().adapt(support) if self.training else Smoother.adapt(self, support)
-
-    class Remembering(Smoother):
-        def adapt(self, support):
-            self.latest = super().adapt(support)
-            return ()
-
-        def predict(self, state, x):
-            return super().predict(self.latest, x)
-
-    class Noisy(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z + 0.1 * torch.randn_like(z), y
-
-    class Autograd(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z - torch.autograd.grad(z.square().sum(), z, create_graph=True)[0] / 4, y
-
-    quiet = (nothing_is_written, state_is_complete, adapting_is_deterministic, works_without_grad)
-    assert not any(fails(check, Smoother()) for check in quiet)
-    assert "tasks changed" in fails(nothing_is_written, Counting())
-    assert "training=True" in fails(nothing_is_written, CountingInTraining())
-    assert "in between" in fails(state_is_complete, Remembering())
-    assert "two adaptations" in fails(adapting_is_deterministic, Noisy())
-    assert "torch.func.grad" in fails(works_without_grad, Autograd())
-    print(fails(nothing_is_written, Counting()))
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
+    cell_4cde9c5b(Smoother, fails)
     # cell 8781cebf
     assert "@register" in fails(survives_saving, Smoother())
     good = ProtoNet(MLP([16, 4, 3]))
@@ -558,81 +318,13 @@ def test_what_cannot_be_saved_is_found():
 
 
 def test_a_good_learner_passes_the_battery():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
-
-    # cell 2532a1f9
-    learner = ProtoNet(MLP([16, 8, 4]))
-    before = snapshot(learner)
-    verdicts = check_learner(learner, pictures)
-    assert list(verdicts) == [check.__name__ for check in CHECKS]
-    assert set(verdicts.values()) == {"passed"}
-    after = snapshot(learner)
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    verdicts
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
+    cell_2532a1f9(pictures)
 
 
 def test_all_failures_are_reported_together():
-    # cell 5d98c66f
-    class Smoother(Learner):
-        "Answers with a mean of the support targets, the closest counting most."
-
-        def __init__(self, features=1, kind="regression"):
-            super().__init__()
-            self.kind, self.embed = kind, nn.Linear(features, 3)
-
-        def adapt(self, support):
-            return self.embed(support.x.flatten(1)), support.y
-
-        def predict(self, state, x):
-            z, y = state
-            far = (self.embed(x.flatten(1))[:, None] - z).square().sum(-1)
-            return (-far).softmax(-1) @ y
-
-    sinusoids = Sinusoids(5, 6)
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 4, 4) for i in range(6)}), 4, 1, 3)
-
-    def fails(check, learner, tasks=sinusoids):
-        "What a check says against a learner; nothing if it has nothing to say."
-        try:
-            check(Case.of(learner, tasks, 3, 0))
-        except Flaw as flaw:
-            return str(flaw)
-        return ""
-
-    # cell 2532a1f9
-    learner = ProtoNet(MLP([16, 8, 4]))
-    before = snapshot(learner)
-    verdicts = check_learner(learner, pictures)
-    assert list(verdicts) == [check.__name__ for check in CHECKS]
-    assert set(verdicts.values()) == {"passed"}
-    after = snapshot(learner)
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    verdicts
+    Smoother, fails, pictures, sinusoids = cell_5d98c66f()
+    cell_2532a1f9(pictures)
 
     # cell 2588c107
     class Wrong(Smoother):

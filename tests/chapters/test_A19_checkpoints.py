@@ -28,7 +28,18 @@ from metabook.checkpoints import (
 from metabook.saving import differences
 
 
-def test_what_is_packed_comes_out_again():
+def cell_7f37a553():
+    # cell 7f37a553
+    room = tempfile.TemporaryDirectory()  # goes away with this notebook
+
+    def fresh():
+        "A new empty folder."
+        return Path(tempfile.mkdtemp(dir=room.name))
+
+    return fresh
+
+
+def cell_e6e99f56():
     # cell e6e99f56
     state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
     tensors = {}
@@ -40,14 +51,7 @@ def test_what_is_packed_comes_out_again():
         pack({"a": object()}, {})
 
 
-def test_the_last_checkpoints_are_kept():
-    # cell 7f37a553
-    room = tempfile.TemporaryDirectory()  # goes away with this notebook
-
-    def fresh():
-        "A new empty folder."
-        return Path(tempfile.mkdtemp(dir=room.name))
-
+def cell_6d0d32a8(fresh):
     # cell 6d0d32a8
     folder = fresh()
     assert newest_checkpoint(folder) is None
@@ -65,52 +69,7 @@ def test_the_last_checkpoints_are_kept():
     assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
 
 
-def test_damage_is_told_and_the_one_before_is_used():
-    # cell 7f37a553
-    room = tempfile.TemporaryDirectory()  # goes away with this notebook
-
-    def fresh():
-        "A new empty folder."
-        return Path(tempfile.mkdtemp(dir=room.name))
-
-    # cell e6e99f56
-    state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
-    tensors = {}
-    packed = json.loads(json.dumps(pack(state, tensors)))
-    again = unpack(packed, tensors)
-    assert list(again) == ["a", "a.0", "items", 3] and again["a"][1] == [1.5, None]
-    assert torch.equal(again["a"][0], torch.ones(2)) and torch.equal(again["a.0"], torch.zeros(3))
-    with pytest.raises(TypeError, match=r"run.a=<object .* cannot be written as JSON"):
-        pack({"a": object()}, {})
-
-    # cell 43ac94ca
-    def heard(f):
-        "What `f` does, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    # cell 6d0d32a8
-    folder = fresh()
-    assert newest_checkpoint(folder) is None
-    for step in (5, 99_999_999, 100_000_000):
-        write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
-    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert [n for n in names if n.endswith("json")] == ["step-100000000.json", "step-99999999.json"]
-    assert len(names) == 4
-    assert newest_checkpoint(folder)["x"].tolist() == [1e8, 1e8]
-    (folder / "checkpoints" / "step-00000006.json.mine").write_text("a copy by somebody")
-    write_checkpoint(
-        folder, 7, {}, keep=2
-    )  # a run that went back: what came later is another story
-    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
-
+def cell_458d04f8(fresh, heard):
     # cell 458d04f8
     def cut(path):
         path.write_bytes(path.read_bytes()[:-3])
@@ -144,83 +103,7 @@ def test_damage_is_told_and_the_one_before_is_used():
             heard(lambda f=folder: newest_checkpoint(f))
 
 
-def test_one_process_at_a_time():
-    # cell 7f37a553
-    room = tempfile.TemporaryDirectory()  # goes away with this notebook
-
-    def fresh():
-        "A new empty folder."
-        return Path(tempfile.mkdtemp(dir=room.name))
-
-    # cell e6e99f56
-    state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
-    tensors = {}
-    packed = json.loads(json.dumps(pack(state, tensors)))
-    again = unpack(packed, tensors)
-    assert list(again) == ["a", "a.0", "items", 3] and again["a"][1] == [1.5, None]
-    assert torch.equal(again["a"][0], torch.ones(2)) and torch.equal(again["a.0"], torch.zeros(3))
-    with pytest.raises(TypeError, match=r"run.a=<object .* cannot be written as JSON"):
-        pack({"a": object()}, {})
-
-    # cell 43ac94ca
-    def heard(f):
-        "What `f` does, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    # cell 6d0d32a8
-    folder = fresh()
-    assert newest_checkpoint(folder) is None
-    for step in (5, 99_999_999, 100_000_000):
-        write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
-    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert [n for n in names if n.endswith("json")] == ["step-100000000.json", "step-99999999.json"]
-    assert len(names) == 4
-    assert newest_checkpoint(folder)["x"].tolist() == [1e8, 1e8]
-    (folder / "checkpoints" / "step-00000006.json.mine").write_text("a copy by somebody")
-    write_checkpoint(
-        folder, 7, {}, keep=2
-    )  # a run that went back: what came later is another story
-    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
-
-    # cell 458d04f8
-    def cut(path):
-        path.write_bytes(path.read_bytes()[:-3])
-
-    def alter(path):
-        data = bytearray(path.read_bytes())
-        data[-40] ^= 1
-        path.write_bytes(data)
-
-    def other_number(path):
-        path.write_text(path.read_text().replace("0.25", "0.75"))
-
-    for which, damage, reason in [
-        (".json", cut, "Unterminated|Expecting"),
-        (".json", other_number, "altered since"),
-        (".json", lambda p: p.write_text("[" * 100_000), "Recursion"),
-        (".json", lambda p: p.write_text("[]"), "list indices"),
-        (".safetensors", cut, "checksum"),
-        (".safetensors", alter, "checksum"),
-        (".safetensors", lambda p: p.unlink(), "No such file"),
-    ]:
-        folder = fresh()
-        write_checkpoint(folder, 1, {"x": torch.ones(9)})
-        newest = write_checkpoint(folder, 2, {"x": torch.zeros(9), "rate": 0.25})
-        damage(newest.with_suffix(which))
-        state, said = heard(lambda f=folder: newest_checkpoint(f))
-        assert state["x"].sum() == 9 and len(said) == 1, (which, said)
-        assert "step-00000002" in said[0] and re.search(reason, said[0]), said
-        cut(folder / "checkpoints" / "step-00000001.json")
-        with pytest.raises(ValueError, match="has 2 checkpoints, and none of them can be read"):
-            heard(lambda f=folder: newest_checkpoint(f))
+def cell_3e81edb8(fresh):
     # cell 3e81edb8
     folder = fresh()
     refused = pytest.raises(FileExistsError, match="another process is training into")
@@ -230,12 +113,66 @@ def test_one_process_at_a_time():
         pass
 
 
-def test_the_dice_fall_as_they_would_have():
+def cell_7614b6d9():
     # cell 7614b6d9
     before = random_state()
     first = torch.rand(3)
     restore_random(before)
     assert torch.equal(first, torch.rand(3))
+
+
+def test_what_is_packed_comes_out_again():
+    cell_e6e99f56()
+
+
+def test_the_last_checkpoints_are_kept():
+    fresh = cell_7f37a553()
+    cell_6d0d32a8(fresh)
+
+
+def test_damage_is_told_and_the_one_before_is_used():
+    fresh = cell_7f37a553()
+    cell_e6e99f56()
+
+    # cell 43ac94ca
+    def heard(f):
+        "What `f` does, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
+    cell_6d0d32a8(fresh)
+    cell_458d04f8(fresh, heard)
+
+
+def test_one_process_at_a_time():
+    fresh = cell_7f37a553()
+    cell_e6e99f56()
+
+    # cell 43ac94ca
+    def heard(f):
+        "What `f` does, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
+    cell_6d0d32a8(fresh)
+    cell_458d04f8(fresh, heard)
+    cell_3e81edb8(fresh)
+
+
+def test_the_dice_fall_as_they_would_have():
+    cell_7614b6d9()
 
 
 def test_what_differs_is_named():
@@ -254,22 +191,8 @@ def test_what_differs_is_named():
 
 
 def test_a_killed_run_goes_on_to_the_bit():
-    # cell 7f37a553
-    room = tempfile.TemporaryDirectory()  # goes away with this notebook
-
-    def fresh():
-        "A new empty folder."
-        return Path(tempfile.mkdtemp(dir=room.name))
-
-    # cell e6e99f56
-    state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
-    tensors = {}
-    packed = json.loads(json.dumps(pack(state, tensors)))
-    again = unpack(packed, tensors)
-    assert list(again) == ["a", "a.0", "items", 3] and again["a"][1] == [1.5, None]
-    assert torch.equal(again["a"][0], torch.ones(2)) and torch.equal(again["a.0"], torch.zeros(3))
-    with pytest.raises(TypeError, match=r"run.a=<object .* cannot be written as JSON"):
-        pack({"a": object()}, {})
+    fresh = cell_7f37a553()
+    cell_e6e99f56()
 
     # cell 43ac94ca
     def heard(f):
@@ -283,65 +206,10 @@ def test_a_killed_run_goes_on_to_the_bit():
         finally:
             logging.getLogger("metabook").removeHandler(handler)
 
-    # cell 6d0d32a8
-    folder = fresh()
-    assert newest_checkpoint(folder) is None
-    for step in (5, 99_999_999, 100_000_000):
-        write_checkpoint(folder, step, {"x": torch.full((2,), float(step))}, keep=2)
-    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert [n for n in names if n.endswith("json")] == ["step-100000000.json", "step-99999999.json"]
-    assert len(names) == 4
-    assert newest_checkpoint(folder)["x"].tolist() == [1e8, 1e8]
-    (folder / "checkpoints" / "step-00000006.json.mine").write_text("a copy by somebody")
-    write_checkpoint(
-        folder, 7, {}, keep=2
-    )  # a run that went back: what came later is another story
-    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
-
-    # cell 458d04f8
-    def cut(path):
-        path.write_bytes(path.read_bytes()[:-3])
-
-    def alter(path):
-        data = bytearray(path.read_bytes())
-        data[-40] ^= 1
-        path.write_bytes(data)
-
-    def other_number(path):
-        path.write_text(path.read_text().replace("0.25", "0.75"))
-
-    for which, damage, reason in [
-        (".json", cut, "Unterminated|Expecting"),
-        (".json", other_number, "altered since"),
-        (".json", lambda p: p.write_text("[" * 100_000), "Recursion"),
-        (".json", lambda p: p.write_text("[]"), "list indices"),
-        (".safetensors", cut, "checksum"),
-        (".safetensors", alter, "checksum"),
-        (".safetensors", lambda p: p.unlink(), "No such file"),
-    ]:
-        folder = fresh()
-        write_checkpoint(folder, 1, {"x": torch.ones(9)})
-        newest = write_checkpoint(folder, 2, {"x": torch.zeros(9), "rate": 0.25})
-        damage(newest.with_suffix(which))
-        state, said = heard(lambda f=folder: newest_checkpoint(f))
-        assert state["x"].sum() == 9 and len(said) == 1, (which, said)
-        assert "step-00000002" in said[0] and re.search(reason, said[0]), said
-        cut(folder / "checkpoints" / "step-00000001.json")
-        with pytest.raises(ValueError, match="has 2 checkpoints, and none of them can be read"):
-            heard(lambda f=folder: newest_checkpoint(f))
-    # cell 3e81edb8
-    folder = fresh()
-    refused = pytest.raises(FileExistsError, match="another process is training into")
-    with occupied(folder), refused, occupied(folder):
-        pass
-    with occupied(folder), occupied(None):
-        pass
-    # cell 7614b6d9
-    before = random_state()
-    first = torch.rand(3)
-    restore_random(before)
-    assert torch.equal(first, torch.rand(3))
+    cell_6d0d32a8(fresh)
+    cell_458d04f8(fresh, heard)
+    cell_3e81edb8(fresh)
+    cell_7614b6d9()
     # cell 520d4a14
     JOB = """
     import os, signal, sys, torch, metabook.checkpoints

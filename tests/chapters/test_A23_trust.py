@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from metabook import primitives, trust
+from metabook import primitives, trust, verified
 from metabook.engine import gradients, losses
 from metabook.episodes import Classes, FewShot, Sinusoids
 from metabook.maml import MAML
@@ -15,7 +15,7 @@ from metabook.prototypes import ProtoNet
 from metabook.scores import evaluate
 
 
-def test_a_wrong_lift_is_found():
+def cell_5ebe4a13():
     # cell 5ebe4a13
     class OddLinear(nn.Linear):
         "Lifted, it computes something else: what a wrong rule does."
@@ -38,73 +38,48 @@ def test_a_wrong_lift_is_found():
         losses(odd, episodes, "vmap")
     unchecked = losses(odd, episodes, "vmap", check=False)
     assert not torch.allclose(unchecked, losses(odd, episodes, "loop"))
-    assert trust.proven(wave(nn.Linear(8, 1))) and not trust.proven(odd)
+    assert verified.proven(wave(nn.Linear(8, 1))) and not verified.proven(odd)
+    return OddLinear, wave
+
+
+def cell_2d6fc6e5(OddLinear, wave):
+    # cell 2d6fc6e5
+    learner, trials = wave(OddLinear(8, 1)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trust, "why_not", lambda *args: trials.append(args) or "")
+        for n in (3, 4, 3, 5, 6, 4):
+            losses(learner, Sinusoids(n, n).sample(2))
+    assert len(trials) == trust.MOST
+
+
+def cell_a0cda91a():
+    # cell a0cda91a
+    class Scaled(nn.Module):
+        "Nothing here looks at a value: `max` is an operation like others.  With `.item()` it is looped."
+
+        def forward(self, x):
+            return x / x.abs().max()
+
+    learner = MAML(
+        nn.Sequential(nn.Linear(1, 8), Scaled(), nn.Linear(8, 1)), kind="regression"
+    ).train()
+    waves = Sinusoids(5, 5).sample(3)
+    torch.testing.assert_close(losses(learner, waves, "vmap"), losses(learner, waves, "loop"))
+    return waves
+
+
+def test_a_wrong_lift_is_found():
+    OddLinear, wave = cell_5ebe4a13()
 
 
 def test_a_trial_is_paid_for_twice_at_most():
-    # cell 5ebe4a13
-    class OddLinear(nn.Linear):
-        "Lifted, it computes something else: what a wrong rule does."
-
-        def forward(self, x):
-            return super().forward(x) * (1.01 if torch._C._functorch.is_batchedtensor(x) else 1.0)
-
-    torch.manual_seed(0)
-    episodes = Sinusoids(5, 5).sample(4)
-
-    def wave(layer):
-        net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), layer)
-        return MAML(net, lr=0.01, kind="regression").train()
-
-    odd, state = wave(OddLinear(8, 1)), torch.get_rng_state()
-    torch.testing.assert_close(losses(odd, episodes), losses(odd, episodes, "loop"))
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(p.grad is None for p in odd.parameters())
-    with pytest.raises(RuntimeError, match=r"lift=\"vmap\" for MAML.* net.2 \(OddLinear\)"):
-        losses(odd, episodes, "vmap")
-    unchecked = losses(odd, episodes, "vmap", check=False)
-    assert not torch.allclose(unchecked, losses(odd, episodes, "loop"))
-    assert trust.proven(wave(nn.Linear(8, 1))) and not trust.proven(odd)
-    # cell 2d6fc6e5
-    learner, trials = wave(OddLinear(8, 1)), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "why_not", lambda *args: trials.append(args) or "")
-        for n in (3, 4, 3, 5, 6, 4):
-            losses(learner, Sinusoids(n, n).sample(2))
-    assert len(trials) == trust.MOST
+    OddLinear, wave = cell_5ebe4a13()
+    cell_2d6fc6e5(OddLinear, wave)
 
 
 def test_what_cannot_be_lifted_is_looped():
-    # cell 5ebe4a13
-    class OddLinear(nn.Linear):
-        "Lifted, it computes something else: what a wrong rule does."
-
-        def forward(self, x):
-            return super().forward(x) * (1.01 if torch._C._functorch.is_batchedtensor(x) else 1.0)
-
-    torch.manual_seed(0)
-    episodes = Sinusoids(5, 5).sample(4)
-
-    def wave(layer):
-        net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), layer)
-        return MAML(net, lr=0.01, kind="regression").train()
-
-    odd, state = wave(OddLinear(8, 1)), torch.get_rng_state()
-    torch.testing.assert_close(losses(odd, episodes), losses(odd, episodes, "loop"))
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(p.grad is None for p in odd.parameters())
-    with pytest.raises(RuntimeError, match=r"lift=\"vmap\" for MAML.* net.2 \(OddLinear\)"):
-        losses(odd, episodes, "vmap")
-    unchecked = losses(odd, episodes, "vmap", check=False)
-    assert not torch.allclose(unchecked, losses(odd, episodes, "loop"))
-    assert trust.proven(wave(nn.Linear(8, 1))) and not trust.proven(odd)
-    # cell 2d6fc6e5
-    learner, trials = wave(OddLinear(8, 1)), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trust, "why_not", lambda *args: trials.append(args) or "")
-        for n in (3, 4, 3, 5, 6, 4):
-            losses(learner, Sinusoids(n, n).sample(2))
-    assert len(trials) == trust.MOST
+    OddLinear, wave = cell_5ebe4a13()
+    cell_2d6fc6e5(OddLinear, wave)
 
     # cell 24ac6b57
     class Last(nn.Module):
@@ -147,33 +122,11 @@ def test_what_cannot_be_lifted_is_looped():
 
 
 def test_solution_scaled():
-    # cell a0cda91a
-    class Scaled(nn.Module):
-        "Nothing here looks at a value: `max` is an operation like others.  With `.item()` it is looped."
-
-        def forward(self, x):
-            return x / x.abs().max()
-
-    learner = MAML(
-        nn.Sequential(nn.Linear(1, 8), Scaled(), nn.Linear(8, 1)), kind="regression"
-    ).train()
-    waves = Sinusoids(5, 5).sample(3)
-    torch.testing.assert_close(losses(learner, waves, "vmap"), losses(learner, waves, "loop"))
+    waves = cell_a0cda91a()
 
 
 def test_solution_without_an_entry():
-    # cell a0cda91a
-    class Scaled(nn.Module):
-        "Nothing here looks at a value: `max` is an operation like others.  With `.item()` it is looped."
-
-        def forward(self, x):
-            return x / x.abs().max()
-
-    learner = MAML(
-        nn.Sequential(nn.Linear(1, 8), Scaled(), nn.Linear(8, 1)), kind="regression"
-    ).train()
-    waves = Sinusoids(5, 5).sample(3)
-    torch.testing.assert_close(losses(learner, waves, "vmap"), losses(learner, waves, "loop"))
+    waves = cell_a0cda91a()
 
     # cell afc66fa0
     def unlike_the_loop(learner, **how):
@@ -197,7 +150,7 @@ def test_solution_without_an_entry():
         for name in (F.layer_norm, torch.layer_norm):
             patch.delitem(primitives.LIFTED, name)
         assert unlike_the_loop(with_layer_norm())  # verified with the entry, so it is not tried
-        patch.setattr(primitives, "VERIFIED", {})
+        patch.setattr(verified, "VERIFIED", {})
         assert not unlike_the_loop(with_layer_norm())  # tried, and looped over
         assert unlike_the_loop(with_layer_norm(), check=False)
     assert not unlike_the_loop(with_layer_norm())

@@ -15,11 +15,11 @@ import torch
 from notebooks import ROOT
 
 from bench.grid import LAYERS, METHODS
-from metabook import primitives, trust
+from metabook import verified
 from metabook.reproduction import RESULTS
 
 COMMITTED = json.loads((RESULTS / "bench-lifting-cpu.json").read_text())
-PROVEN = {name for name, layer in LAYERS.items() if trust.proven(layer.build())}
+PROVEN = {name for name, layer in LAYERS.items() if verified.proven(layer.build())}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_networks_of_verified_layers_are_right_without_a_trial(found):
     assert ways <= {"lifted", "does not apply"}
     seen = {type(m).__name__ for name in PROVEN for m in LAYERS[name].build().modules()}
     version = ".".join(torch.__version__.split(".")[:2])
-    assert primitives.VERIFIED.get((version, "cpu"), frozenset()) <= seen
+    assert verified.VERIFIED.get((version, "cpu"), frozenset()) <= seen
 
 
 @pytest.mark.xdist_group("grid")
