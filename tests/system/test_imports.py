@@ -148,3 +148,18 @@ def test_what_of_pytorch_is_private_is_imported_in_one_place():
     )
     found = {p.stem for p in check.PACKAGE.glob("*.py") if private.search(p.read_text())}
     assert found == {"structures"}
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("as in [chapter 8](08_maml.ipynb) and [Appendix A07](A07_graphs.ipynb)", None),
+        ("Andrychowicz et al. 2016, appendix A.", None),
+        ("as in chapter 8", "says 'chapter 8': write"),
+        ("see [chapter 13](04_prototypes.ipynb)", "calls 4 'chapter 13'"),
+        ("see [appendix A1](A14_explore.ipynb)", "calls A14 'appendix A1'"),
+    ],
+)
+def test_chapters_are_named_by_links_whose_number_is_theirs(text, problem):
+    found = check.reference_problems("a page", text)
+    assert (not found) if problem is None else (len(found) == 1 and problem in found[0])

@@ -432,3 +432,13 @@ def test_a_page_offers_its_notebook_as_it_was_written(site):
         same = path.read_bytes() == originals.get(path.name, path).read_bytes()
         assert same, f"{path.name} has changed since the site was built"
         assert f"_sources/{path.name}" in (site / f"{path.stem}.html").read_text("utf-8")
+
+
+def test_old_addresses_lead_on(tmp_path):
+    build_site.lead_on("# a comment\n13_prototypes 04_prototypes\n", tmp_path)
+    [page] = tmp_path.iterdir()
+    assert page.name == "13_prototypes.html" and "url=04_prototypes.html" in page.read_text()
+    moved = (build_site.ROOT / "docs" / "moved.txt").read_text().splitlines()
+    old, new = zip(*(line.split() for line in moved if not line.startswith("#")), strict=True)
+    chapters = {path.stem for path in (build_site.ROOT / "nbs").glob("*.ipynb")}
+    assert set(new) <= chapters and not set(old) & chapters
