@@ -323,6 +323,13 @@ class Patience:
         if run.validated == taken and taken - (run.best_step or 0) >= self.steps:
             run.stop(f"no validation was better for {self.steps} steps")
 
+    def check(self, run: Run) -> None:
+        if run.validation is None:
+            raise ValueError("Patience waits for a better validation score: pass validate to fit")
+
+    def resumed(self, run: Run) -> None:
+        self(run)  # perhaps this is where it had ended
+
 # %% ../nbs/A05_runs.ipynb #ea98de95
 def consider(run: Run, score: Score) -> None:
     "Keep the present parameters if this validation score is the best so far; note it."
@@ -530,8 +537,8 @@ def go_on(run: Run, state: dict[str, Any]) -> None:
     records.lines(run.log)
     run.validated = max((row["step"] for row in run.log if "validation" in row), default=None)
     for listener in run.listeners:
-        if isinstance(listener, Patience):  # which may have ended it
-            listener(run)
+        if hasattr(listener, "resumed"):
+            listener.resumed(run)
 
 
 def changes(tasks: Tasks) -> bool:
@@ -549,7 +556,7 @@ def name_of(listener: Listener) -> str:
 
 
 def check_listener(listener: Any, run: Run) -> None:
-    "Raise `TypeError` for what is no listener, `ValueError` for one that waits for what this run does not do."
+    "Raise `TypeError` for what is no listener, and whatever its own `check` has to say."
     if not callable(listener):
         raise TypeError(
             f"listeners hold {listener!r}, expected what can be called with the run after each step"
@@ -558,8 +565,8 @@ def check_listener(listener: Any, run: Run) -> None:
         raise TypeError(
             f"{name_of(listener)} has state_dict and no load_state_dict: a run that goes on needs both"
         )
-    if isinstance(listener, Patience) and run.validation is None:
-        raise ValueError("Patience waits for a better validation score: pass validate to fit")
+    if hasattr(listener, "check"):
+        listener.check(run)
 
 # %% ../nbs/A05_runs.ipynb #84101a95
 def check_same_run(run: Run, state: dict[str, Any]) -> None:
