@@ -24,6 +24,7 @@ from metabook.maml import MAML
 from metabook.networks import MLP
 from metabook.prototypes import ProtoNet
 from metabook.saving import load, save
+from metabook.sources import SOURCES
 
 OURS = ["metabook", "bench", "tools", "docs", "tests"]
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -180,7 +181,7 @@ def test_the_library_does_not_write_pickles_either():
 
 
 def test_every_address_is_https_and_every_download_has_a_checksum():
-    remotes = [remote for source in sources.SOURCES.values() for remote in source.remotes]
+    remotes = [remote for source in SOURCES.values() for remote in source.remotes]
     assert remotes
     for remote in remotes:
         assert remote.url.startswith("https://"), remote.url

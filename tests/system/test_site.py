@@ -286,8 +286,11 @@ def external(url: str, address: str) -> bool:
 
 
 def pages(site: Path) -> list[str]:
+    """Every page that is read: at an old address there is only a line that leads on."""
     found = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
-    return [name for name in found if not name.startswith(("_static/", "_sources/"))]
+    moved = (build_site.ROOT / "docs" / "moved.txt").read_text(encoding="utf-8").splitlines()
+    old = tuple(f"{line.split()[0]}.html" for line in moved if not line.startswith("#"))
+    return [n for n in found if not n.startswith(("_static/", "_sources/")) and n not in old]
 
 
 LOOK = """async () => {
