@@ -97,16 +97,25 @@ class Shared:
         return sorted((piece.names.needs | again) - self.chapter.outside - BUILTINS)
 
     def callable(self, test: Test, piece: Piece) -> bool:
-        """Whether the cell means the same when a test calls it: nothing that it will look up later is bound later."""
+        """Whether the cell means the same when a test calls it: nothing that it will look up later is bound later.
+
+        What it defines can look up nothing later where no cell below takes anything of it.
+        """
         at = test.pieces.index(piece)
         below = {n for p in test.pieces[at + 1 :] for n in p.names.binds}
         above = {n for p in test.pieces[:at] for n in p.names.binds} | test.shared | {"device"}
-        return not (piece.later & below or set(self.takes(piece)) - above or piece.deletes)
+        looks_up = piece.later & below if self.taken(piece, [test]) else set()
+        return not (looks_up or set(self.takes(piece)) - above or piece.deletes)
+
+    @staticmethod
+    def taken(piece: Piece, tests: list[Test]) -> list[str]:
+        """The names that a cell binds and cells below it need, in some tests."""
+        below = [p for test in tests for p in test.pieces[test.pieces.index(piece) + 1 :]]
+        return sorted(piece.names.binds & {n for p in below for n in p.names.needs | p.reads_first})
 
     def gives(self, piece: Piece) -> list[str]:
-        """The names that a cell binds and cells below it need, in any of the tests."""
-        below = [p for f in self.users[piece] for p in f.pieces[f.pieces.index(piece) + 1 :]]
-        return sorted(piece.names.binds & {n for p in below for n in p.names.needs | p.reads_first})
+        """The names that it returns."""
+        return self.taken(piece, self.users[piece])
 
     def call(self, piece: Piece) -> str:
         """The line that runs a cell in a test."""

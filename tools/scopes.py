@@ -68,8 +68,15 @@ def later(code: str) -> set[str]:
     if not tree.body:
         return set()
     cell = symtable.symtable(in_function(code), "cell", "exec").get_children()[0]
-    inner = [t for child in cell.get_children() for t in _tables(child) if not _at_once(t)]
-    return {s.get_name() for t in inner for s in t.get_symbols() if s.is_free() or s.is_global()}
+    own = [
+        t
+        for child in cell.get_children()
+        for t in ([child] if not _at_once(child) else child.get_children())
+    ]
+    outside = {
+        s.get_name() for t in own for u in _tables(t) for s in u.get_symbols() if s.is_global()
+    }
+    return outside | {s.get_name() for t in own for s in t.get_symbols() if s.is_free()}
 
 
 def _at_once(table: symtable.SymbolTable) -> bool:

@@ -21,6 +21,31 @@ from metabook.testing import ContractError, check_learner
 from metabook.training import fit
 
 
+def cell_4401ba57():
+    # cell 4401ba57
+    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
+    learner = ProtoNet(net)
+    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
+
+    def averages_after(prepare, *layers):
+        "Whether training leaves the running averages of layers alone."
+        learner.train()
+        prepare()
+        modes = {name: module.training for name, module in learner.named_modules()}
+        evaluate(learner, tasks, 4)
+        assert modes == {name: module.training for name, module in learner.named_modules()}
+        before = [layer.running_mean.clone() for layer in layers]
+        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
+        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
+
+    def set_parts():
+        frozen.eval(), resting.eval()
+
+    assert averages_after(set_parts, frozen, resting) == [True, True]
+    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
+
+
 def cell_4122cac2():
     # cell 4122cac2
     class RidgeWave(Learner):
@@ -173,6 +198,22 @@ def cell_1d9b4c21():
     message
 
 
+def cell_c581f961():
+    # cell c581f961
+    def by_numpy(episodes, omega, ridge):
+        "The loss of every task of a batch, without torch and without `Learner`."
+        found = []
+        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
+            psi, psi_q = (
+                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
+            )
+            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
+            found.append(np.mean((psi_q @ phi - yq) ** 2))
+        return torch.tensor(np.array(found))
+
+    return by_numpy
+
+
 def cell_d1cfa56c():
     # cell d1cfa56c
     def four_tasks():
@@ -191,6 +232,23 @@ def cell_03160d73(RidgeWave, by_numpy, four_tasks):
     )
     assert math.isclose(learner.combine(values).item(), sum(values.tolist()) / 4, rel_tol=1e-12)
     values
+
+
+def cell_215f5635(RidgeWave, by_numpy, four_tasks):
+    # cell 215f5635
+    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
+    whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
+
+    alone = []
+    for i in range(4):
+        sides = (Examples(side.x[i], side.y[i]) for side in episodes)
+        alone.append(torch.autograd.grad(learner.loss(Episode(*sides)), learner.omega)[0])
+    assert math.isclose(whole, sum(alone) / 4, rel_tol=1e-12)
+
+    omega, step = learner.omega.item(), 1e-6
+    up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
+    assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
+    [g.item() for g in alone], whole.item()
 
 
 def cell_6c182fed(RidgeWave, by_numpy, four_tasks):
@@ -265,109 +323,25 @@ def cell_9e42fd33(RidgeWave, flaws_of):
 
 
 def test_each_part_keeps_its_mode():
-    # cell 4401ba57
-    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
-    learner = ProtoNet(net)
-    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-
-    def averages_after(prepare, *layers):
-        "Whether training leaves the running averages of layers alone."
-        learner.train()
-        prepare()
-        modes = {name: module.training for name, module in learner.named_modules()}
-        evaluate(learner, tasks, 4)
-        assert modes == {name: module.training for name, module in learner.named_modules()}
-        before = [layer.running_mean.clone() for layer in layers]
-        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
-
-    def set_parts():
-        frozen.eval(), resting.eval()
-
-    assert averages_after(set_parts, frozen, resting) == [True, True]
-    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
+    cell_4401ba57()
 
 
 @pytest.mark.proves("eq-meta-learner")
 def test_a_learner_is_adapt_then_predict():
-    # cell 4401ba57
-    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
-    learner = ProtoNet(net)
-    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-
-    def averages_after(prepare, *layers):
-        "Whether training leaves the running averages of layers alone."
-        learner.train()
-        prepare()
-        modes = {name: module.training for name, module in learner.named_modules()}
-        evaluate(learner, tasks, 4)
-        assert modes == {name: module.training for name, module in learner.named_modules()}
-        before = [layer.running_mean.clone() for layer in layers]
-        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
-
-    def set_parts():
-        frozen.eval(), resting.eval()
-
-    assert averages_after(set_parts, frozen, resting) == [True, True]
-    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
+    cell_4401ba57()
     RidgeWave = cell_4122cac2()
     cell_b25f01cd(RidgeWave)
 
 
 def test_what_is_frozen_is_not_trained():
-    # cell 4401ba57
-    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
-    learner = ProtoNet(net)
-    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-
-    def averages_after(prepare, *layers):
-        "Whether training leaves the running averages of layers alone."
-        learner.train()
-        prepare()
-        modes = {name: module.training for name, module in learner.named_modules()}
-        evaluate(learner, tasks, 4)
-        assert modes == {name: module.training for name, module in learner.named_modules()}
-        before = [layer.running_mean.clone() for layer in layers]
-        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
-
-    def set_parts():
-        frozen.eval(), resting.eval()
-
-    assert averages_after(set_parts, frozen, resting) == [True, True]
-    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
+    cell_4401ba57()
     RidgeWave = cell_4122cac2()
     cell_b25f01cd(RidgeWave)
     cell_4a44eb4e(RidgeWave)
 
 
 def test_examples_that_do_not_fit_are_refused():
-    # cell 4401ba57
-    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
-    learner = ProtoNet(net)
-    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-
-    def averages_after(prepare, *layers):
-        "Whether training leaves the running averages of layers alone."
-        learner.train()
-        prepare()
-        modes = {name: module.training for name, module in learner.named_modules()}
-        evaluate(learner, tasks, 4)
-        assert modes == {name: module.training for name, module in learner.named_modules()}
-        before = [layer.running_mean.clone() for layer in layers]
-        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
-
-    def set_parts():
-        frozen.eval(), resting.eval()
-
-    assert averages_after(set_parts, frozen, resting) == [True, True]
-    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
+    cell_4401ba57()
     RidgeWave = cell_4122cac2()
     cell_b25f01cd(RidgeWave)
     cell_4a44eb4e(RidgeWave)
@@ -375,28 +349,7 @@ def test_examples_that_do_not_fit_are_refused():
 
 
 def test_an_inner_loop_that_cannot_work_is_refused():
-    # cell 4401ba57
-    frozen, resting = torch.nn.BatchNorm1d(8).requires_grad_(False), torch.nn.BatchNorm1d(8)
-    net = torch.nn.Sequential(torch.nn.Linear(3, 8), frozen, resting, torch.nn.Linear(8, 4))
-    learner = ProtoNet(net)
-    tasks = FewShot(Classes.of({str(i): torch.randn(8, 3) + i for i in range(6)}), 2, 1, 3)
-
-    def averages_after(prepare, *layers):
-        "Whether training leaves the running averages of layers alone."
-        learner.train()
-        prepare()
-        modes = {name: module.training for name, module in learner.named_modules()}
-        evaluate(learner, tasks, 4)
-        assert modes == {name: module.training for name, module in learner.named_modules()}
-        before = [layer.running_mean.clone() for layer in layers]
-        fit(learner, tasks, steps=2, meta_batch=2, progress=False)
-        return [torch.equal(layer.running_mean, b) for layer, b in zip(layers, before, strict=True)]
-
-    def set_parts():
-        frozen.eval(), resting.eval()
-
-    assert averages_after(set_parts, frozen, resting) == [True, True]
-    assert averages_after(learner.eval, frozen, resting) == [True, False]  # as one that was loaded
+    cell_4401ba57()
     RidgeWave = cell_4122cac2()
     cell_b25f01cd(RidgeWave)
     cell_4a44eb4e(RidgeWave)
@@ -497,19 +450,7 @@ def test_a_price_falls_as_the_training_goes_on():
 @pytest.mark.proves("eq-outer-objective")
 def test_the_objective_is_the_mean_over_tasks():
     RidgeWave = cell_4122cac2()
-
-    # cell c581f961
-    def by_numpy(episodes, omega, ridge):
-        "The loss of every task of a batch, without torch and without `Learner`."
-        found = []
-        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
-            psi, psi_q = (
-                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
-            )
-            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
-            found.append(np.mean((psi_q @ phi - yq) ** 2))
-        return torch.tensor(np.array(found))
-
+    by_numpy = cell_c581f961()
     four_tasks = cell_d1cfa56c()
     cell_03160d73(RidgeWave, by_numpy, four_tasks)
 
@@ -517,104 +458,29 @@ def test_the_objective_is_the_mean_over_tasks():
 @pytest.mark.proves("eq-mean-gradient")
 def test_the_gradient_is_the_mean_of_task_gradients():
     RidgeWave = cell_4122cac2()
-
-    # cell c581f961
-    def by_numpy(episodes, omega, ridge):
-        "The loss of every task of a batch, without torch and without `Learner`."
-        found = []
-        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
-            psi, psi_q = (
-                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
-            )
-            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
-            found.append(np.mean((psi_q @ phi - yq) ** 2))
-        return torch.tensor(np.array(found))
-
+    by_numpy = cell_c581f961()
     four_tasks = cell_d1cfa56c()
     cell_03160d73(RidgeWave, by_numpy, four_tasks)
-    # cell 215f5635
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
-
-    alone = []
-    for i in range(4):
-        sides = (Examples(side.x[i], side.y[i]) for side in episodes)
-        alone.append(torch.autograd.grad(learner.loss(Episode(*sides)), learner.omega)[0])
-    assert math.isclose(whole, sum(alone) / 4, rel_tol=1e-12)
-
-    omega, step = learner.omega.item(), 1e-6
-    up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
-    assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
-    [g.item() for g in alone], whole.item()
+    cell_215f5635(RidgeWave, by_numpy, four_tasks)
 
 
 @pytest.mark.proves("eq-lifted-objective")
 def test_loop_and_vmap_agree():
     RidgeWave = cell_4122cac2()
-
-    # cell c581f961
-    def by_numpy(episodes, omega, ridge):
-        "The loss of every task of a batch, without torch and without `Learner`."
-        found = []
-        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
-            psi, psi_q = (
-                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
-            )
-            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
-            found.append(np.mean((psi_q @ phi - yq) ** 2))
-        return torch.tensor(np.array(found))
-
+    by_numpy = cell_c581f961()
     four_tasks = cell_d1cfa56c()
     cell_03160d73(RidgeWave, by_numpy, four_tasks)
-    # cell 215f5635
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
-
-    alone = []
-    for i in range(4):
-        sides = (Examples(side.x[i], side.y[i]) for side in episodes)
-        alone.append(torch.autograd.grad(learner.loss(Episode(*sides)), learner.omega)[0])
-    assert math.isclose(whole, sum(alone) / 4, rel_tol=1e-12)
-
-    omega, step = learner.omega.item(), 1e-6
-    up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
-    assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
-    [g.item() for g in alone], whole.item()
+    cell_215f5635(RidgeWave, by_numpy, four_tasks)
     cell_6c182fed(RidgeWave, by_numpy, four_tasks)
 
 
 @pytest.mark.proves("eq-combine-weights")
 def test_weights_stand_for_combine():
     RidgeWave = cell_4122cac2()
-
-    # cell c581f961
-    def by_numpy(episodes, omega, ridge):
-        "The loss of every task of a batch, without torch and without `Learner`."
-        found = []
-        for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
-            psi, psi_q = (
-                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
-            )
-            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
-            found.append(np.mean((psi_q @ phi - yq) ** 2))
-        return torch.tensor(np.array(found))
-
+    by_numpy = cell_c581f961()
     four_tasks = cell_d1cfa56c()
     cell_03160d73(RidgeWave, by_numpy, four_tasks)
-    # cell 215f5635
-    learner, episodes = RidgeWave(0.8, 1.0).double(), four_tasks()
-    whole = torch.autograd.grad(learner.combine(losses(learner, episodes)), learner.omega)[0]
-
-    alone = []
-    for i in range(4):
-        sides = (Examples(side.x[i], side.y[i]) for side in episodes)
-        alone.append(torch.autograd.grad(learner.loss(Episode(*sides)), learner.omega)[0])
-    assert math.isclose(whole, sum(alone) / 4, rel_tol=1e-12)
-
-    omega, step = learner.omega.item(), 1e-6
-    up, down = (by_numpy(episodes, omega + s, 1.0).mean() for s in (step, -step))
-    assert math.isclose(whole, (up - down) / (2 * step), rel_tol=1e-7)
-    [g.item() for g in alone], whole.item()
+    cell_215f5635(RidgeWave, by_numpy, four_tasks)
     cell_6c182fed(RidgeWave, by_numpy, four_tasks)
 
     # cell a776b222

@@ -156,6 +156,31 @@ def cell_4f459f50(as_is, descended, points, some_features):
     )  # the two forms of the head
 
 
+def cell_6c34977a(as_is, some_features):
+    # cell 6c34977a
+    def largest_curvature(z, y, size):
+        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
+        m, r = spread(z)
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
+        support_loss = FineTune(as_is).support_loss
+
+        def loss_of(flat):
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
+
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
+        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
+        return torch.linalg.eigvalsh(curvature)[-1].item()
+
+    for size in (0.0, 1.0, 10.0):
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+
+
 def cell_3895283e(as_is, descended, some_features):
     # cell 3895283e
     z, y = some_features(scale=20.0)
@@ -171,6 +196,25 @@ def cell_3895283e(as_is, descended, some_features):
                 descended(after, u, y), u, y
             )
             assert gone >= fall - 1e-12 and fall > 0
+
+
+def cell_6dd18c8f(as_is, descended, some_features):
+    # cell 6dd18c8f
+    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
+    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
+    z_hat, w_hat = F.normalize(z), F.normalize(w)
+    across = z_hat - (w_hat * z_hat).sum() * w_hat
+    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
+
+    z, y = some_features()
+    lengths = torch.stack(
+        [
+            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
+            for k in range(6)
+        ]
+    )
+    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
+    assert (lengths.diff(dim=0) > 0).all()
 
 
 def cell_85add596(as_is, some_features):
@@ -339,29 +383,7 @@ def test_no_direction_is_curved_above_a_half():
     cell_fbe9af1e(as_is, some_features)
     cell_9891c75b(as_is, labels, points, some_features)
     cell_4f459f50(as_is, descended, points, some_features)
-
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    cell_6c34977a(as_is, some_features)
 
 
 @pytest.mark.proves("eq-transfer-descent")
@@ -369,47 +391,9 @@ def test_the_loss_falls_at_every_step():
     as_is, labels, points = cell_6c2bb46c()
     descended, some_features = cell_b5249cc2()
     cell_fbe9af1e(as_is, some_features)
-
-    # cell 9891c75b
-    def first_step(z, y, alpha=1.0):
-        "A step of gradient descent from zero."
-        zero = (
-            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
-            torch.zeros(y.shape[1], dtype=z.dtype),
-        )
-        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
-
-    w, b = first_step(points, labels)  # by hand
-    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
-
-    z, y = some_features()
-    w, b = first_step(z, y, alpha=0.3)
-    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
-    torch.testing.assert_close(b, torch.zeros(4).double())
+    cell_9891c75b(as_is, labels, points, some_features)
     cell_4f459f50(as_is, descended, points, some_features)
-
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    cell_6c34977a(as_is, some_features)
     cell_3895283e(as_is, descended, some_features)
 
 
@@ -418,128 +402,22 @@ def test_cosine_rows_only_grow():
     as_is, labels, points = cell_6c2bb46c()
     descended, some_features = cell_b5249cc2()
     cell_fbe9af1e(as_is, some_features)
-
-    # cell 9891c75b
-    def first_step(z, y, alpha=1.0):
-        "A step of gradient descent from zero."
-        zero = (
-            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
-            torch.zeros(y.shape[1], dtype=z.dtype),
-        )
-        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
-
-    w, b = first_step(points, labels)  # by hand
-    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
-
-    z, y = some_features()
-    w, b = first_step(z, y, alpha=0.3)
-    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
-    torch.testing.assert_close(b, torch.zeros(4).double())
+    cell_9891c75b(as_is, labels, points, some_features)
     cell_4f459f50(as_is, descended, points, some_features)
-
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    cell_6c34977a(as_is, some_features)
     cell_3895283e(as_is, descended, some_features)
-    # cell 6dd18c8f
-    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
-    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
-    z_hat, w_hat = F.normalize(z), F.normalize(w)
-    across = z_hat - (w_hat * z_hat).sum() * w_hat
-    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
-
-    z, y = some_features()
-    lengths = torch.stack(
-        [
-            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
-            for k in range(6)
-        ]
-    )
-    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
-    assert (lengths.diff(dim=0) > 0).all()
+    cell_6dd18c8f(as_is, descended, some_features)
 
 
 def test_without_steps_it_is_the_nearest_centroid():
     as_is, labels, points = cell_6c2bb46c()
     descended, some_features = cell_b5249cc2()
     cell_fbe9af1e(as_is, some_features)
-
-    # cell 9891c75b
-    def first_step(z, y, alpha=1.0):
-        "A step of gradient descent from zero."
-        zero = (
-            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
-            torch.zeros(y.shape[1], dtype=z.dtype),
-        )
-        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
-
-    w, b = first_step(points, labels)  # by hand
-    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
-
-    z, y = some_features()
-    w, b = first_step(z, y, alpha=0.3)
-    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
-    torch.testing.assert_close(b, torch.zeros(4).double())
+    cell_9891c75b(as_is, labels, points, some_features)
     cell_4f459f50(as_is, descended, points, some_features)
-
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    cell_6c34977a(as_is, some_features)
     cell_3895283e(as_is, descended, some_features)
-    # cell 6dd18c8f
-    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
-    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
-    z_hat, w_hat = F.normalize(z), F.normalize(w)
-    across = z_hat - (w_hat * z_hat).sum() * w_hat
-    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
-
-    z, y = some_features()
-    lengths = torch.stack(
-        [
-            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
-            for k in range(6)
-        ]
-    )
-    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
-    assert (lengths.diff(dim=0) > 0).all()
+    cell_6dd18c8f(as_is, descended, some_features)
     cell_85add596(as_is, some_features)
 
 
@@ -547,64 +425,11 @@ def test_fine_tuning_keeps_the_contract(device):
     as_is, labels, points = cell_6c2bb46c()
     descended, some_features = cell_b5249cc2()
     cell_fbe9af1e(as_is, some_features)
-
-    # cell 9891c75b
-    def first_step(z, y, alpha=1.0):
-        "A step of gradient descent from zero."
-        zero = (
-            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
-            torch.zeros(y.shape[1], dtype=z.dtype),
-        )
-        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
-
-    w, b = first_step(points, labels)  # by hand
-    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
-
-    z, y = some_features()
-    w, b = first_step(z, y, alpha=0.3)
-    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
-    torch.testing.assert_close(b, torch.zeros(4).double())
+    cell_9891c75b(as_is, labels, points, some_features)
     cell_4f459f50(as_is, descended, points, some_features)
-
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    cell_6c34977a(as_is, some_features)
     cell_3895283e(as_is, descended, some_features)
-    # cell 6dd18c8f
-    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
-    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
-    z_hat, w_hat = F.normalize(z), F.normalize(w)
-    across = z_hat - (w_hat * z_hat).sum() * w_hat
-    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
-
-    z, y = some_features()
-    lengths = torch.stack(
-        [
-            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
-            for k in range(6)
-        ]
-    )
-    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
-    assert (lengths.diff(dim=0) > 0).all()
+    cell_6dd18c8f(as_is, descended, some_features)
     cell_85add596(as_is, some_features)
     cell_c2fc5de4(device)
 
@@ -613,64 +438,11 @@ def test_the_last_layer_lives_where_the_network_does(device):
     as_is, labels, points = cell_6c2bb46c()
     descended, some_features = cell_b5249cc2()
     cell_fbe9af1e(as_is, some_features)
-
-    # cell 9891c75b
-    def first_step(z, y, alpha=1.0):
-        "A step of gradient descent from zero."
-        zero = (
-            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
-            torch.zeros(y.shape[1], dtype=z.dtype),
-        )
-        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
-
-    w, b = first_step(points, labels)  # by hand
-    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
-
-    z, y = some_features()
-    w, b = first_step(z, y, alpha=0.3)
-    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
-    torch.testing.assert_close(b, torch.zeros(4).double())
+    cell_9891c75b(as_is, labels, points, some_features)
     cell_4f459f50(as_is, descended, points, some_features)
-
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    cell_6c34977a(as_is, some_features)
     cell_3895283e(as_is, descended, some_features)
-    # cell 6dd18c8f
-    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
-    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
-    z_hat, w_hat = F.normalize(z), F.normalize(w)
-    across = z_hat - (w_hat * z_hat).sum() * w_hat
-    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
-
-    z, y = some_features()
-    lengths = torch.stack(
-        [
-            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
-            for k in range(6)
-        ]
-    )
-    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
-    assert (lengths.diff(dim=0) > 0).all()
+    cell_6dd18c8f(as_is, descended, some_features)
     cell_85add596(as_is, some_features)
     cell_c2fc5de4(device)
     cell_ca56e6da()
@@ -680,64 +452,11 @@ def test_a_class_without_an_example(device):
     as_is, labels, points = cell_6c2bb46c()
     descended, some_features = cell_b5249cc2()
     cell_fbe9af1e(as_is, some_features)
-
-    # cell 9891c75b
-    def first_step(z, y, alpha=1.0):
-        "A step of gradient descent from zero."
-        zero = (
-            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
-            torch.zeros(y.shape[1], dtype=z.dtype),
-        )
-        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
-
-    w, b = first_step(points, labels)  # by hand
-    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
-
-    z, y = some_features()
-    w, b = first_step(z, y, alpha=0.3)
-    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
-    torch.testing.assert_close(b, torch.zeros(4).double())
+    cell_9891c75b(as_is, labels, points, some_features)
     cell_4f459f50(as_is, descended, points, some_features)
-
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    cell_6c34977a(as_is, some_features)
     cell_3895283e(as_is, descended, some_features)
-    # cell 6dd18c8f
-    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
-    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
-    z_hat, w_hat = F.normalize(z), F.normalize(w)
-    across = z_hat - (w_hat * z_hat).sum() * w_hat
-    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
-
-    z, y = some_features()
-    lengths = torch.stack(
-        [
-            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
-            for k in range(6)
-        ]
-    )
-    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
-    assert (lengths.diff(dim=0) > 0).all()
+    cell_6dd18c8f(as_is, descended, some_features)
     cell_85add596(as_is, some_features)
     cell_c2fc5de4(device)
     cell_ca56e6da()
@@ -748,64 +467,11 @@ def test_what_is_refused(device):
     as_is, labels, points = cell_6c2bb46c()
     descended, some_features = cell_b5249cc2()
     cell_fbe9af1e(as_is, some_features)
-
-    # cell 9891c75b
-    def first_step(z, y, alpha=1.0):
-        "A step of gradient descent from zero."
-        zero = (
-            torch.zeros(y.shape[1], z.shape[1], dtype=z.dtype),
-            torch.zeros(y.shape[1], dtype=z.dtype),
-        )
-        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
-
-    w, b = first_step(points, labels)  # by hand
-    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
-
-    z, y = some_features()
-    w, b = first_step(z, y, alpha=0.3)
-    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
-    torch.testing.assert_close(b, torch.zeros(4).double())
+    cell_9891c75b(as_is, labels, points, some_features)
     cell_4f459f50(as_is, descended, points, some_features)
-
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
+    cell_6c34977a(as_is, some_features)
     cell_3895283e(as_is, descended, some_features)
-    # cell 6dd18c8f
-    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
-    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
-    z_hat, w_hat = F.normalize(z), F.normalize(w)
-    across = z_hat - (w_hat * z_hat).sum() * w_hat
-    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
-
-    z, y = some_features()
-    lengths = torch.stack(
-        [
-            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
-            for k in range(6)
-        ]
-    )
-    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
-    assert (lengths.diff(dim=0) > 0).all()
+    cell_6dd18c8f(as_is, descended, some_features)
     cell_85add596(as_is, some_features)
     cell_c2fc5de4(device)
     cell_ca56e6da()

@@ -59,6 +59,18 @@ def cell_cf1757cc():
     return Valley, best_start, curvature_after, valley
 
 
+def cell_23f520b2():
+    # cell 23f520b2
+    torch.manual_seed(0)
+    learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
+    phi, _ = learner.adapt(task.support)
+    assert learner(task.support, task.query.x).shape == (10, 1)
+    assert losses(learner, episodes).shape == (3,)
+    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+
+
 def cell_7b5041da(valley):
     # cell 7b5041da
     def plane(theta, **options):
@@ -366,29 +378,13 @@ def cell_0fe2da6c():
 
 
 def test_maml_in_use():
-    # cell 23f520b2
-    torch.manual_seed(0)
-    learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
-    phi, _ = learner.adapt(task.support)
-    assert learner(task.support, task.query.x).shape == (10, 1)
-    assert losses(learner, episodes).shape == (3,)
-    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+    cell_23f520b2()
 
 
 @pytest.mark.proves("eq-maml-inner")
 def test_inner_update():
     Valley, best_start, curvature_after, valley = cell_cf1757cc()
-    # cell 23f520b2
-    torch.manual_seed(0)
-    learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
-    phi, _ = learner.adapt(task.support)
-    assert learner(task.support, task.query.x).shape == (10, 1)
-    assert losses(learner, episodes).shape == (3,)
-    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+    cell_23f520b2()
     SMALL, close, plane = cell_7b5041da(valley)
     cell_76a7ae4a(SMALL, close, plane)
 
@@ -396,15 +392,7 @@ def test_inner_update():
 @pytest.mark.proves("eq-maml-objective")
 def test_objective():
     Valley, best_start, curvature_after, valley = cell_cf1757cc()
-    # cell 23f520b2
-    torch.manual_seed(0)
-    learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
-    phi, _ = learner.adapt(task.support)
-    assert learner(task.support, task.query.x).shape == (10, 1)
-    assert losses(learner, episodes).shape == (3,)
-    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+    cell_23f520b2()
     SMALL, close, plane = cell_7b5041da(valley)
     cell_76a7ae4a(SMALL, close, plane)
     cell_f8e51e37(SMALL, close, plane, valley)
@@ -412,15 +400,7 @@ def test_objective():
 
 def test_errors_say_what_to_do():
     Valley, best_start, curvature_after, valley = cell_cf1757cc()
-    # cell 23f520b2
-    torch.manual_seed(0)
-    learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
-    phi, _ = learner.adapt(task.support)
-    assert learner(task.support, task.query.x).shape == (10, 1)
-    assert losses(learner, episodes).shape == (3,)
-    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
+    cell_23f520b2()
     SMALL, close, plane = cell_7b5041da(valley)
     cell_76a7ae4a(SMALL, close, plane)
     cell_f8e51e37(SMALL, close, plane, valley)
@@ -880,32 +860,7 @@ def test_buffers_stay():
     cell_78a83895(SMALL, close, plane)
     cell_c08ec8a2(SMALL, plane, valley)
     cell_06299d39(close, plane, small_loss, small_support)
-    # cell 742357d4
-    way, shot, authors_rate = 5, 3, 0.4
-    torch.manual_seed(0)
-    net = MLP([4, 16, way]).double()
-    x, labels = torch.randn(way * shot, 4).double(), torch.arange(way * shot) % way
-    query = Examples.of(torch.randn(10, 4).double(), torch.arange(10) % way, way)
-
-    def authors_step(phi):
-        each = F.cross_entropy(functional_call(net, phi, (x,)), labels, reduction="none") / shot
-        gradients = torch.autograd.grad(each.sum(), list(phi.values()), create_graph=True)
-        return {k: p - authors_rate * g for (k, p), g in zip(phi.items(), gradients, strict=True)}
-
-    support = Examples(x, F.one_hot(labels, way).double())
-    theirs = authors_step(authors_step(dict(net.named_parameters())))
-    learner = MAML(net, lr=way * authors_rate, steps=2)
-    ours, _ = learner.adapt(support)
-    torch.testing.assert_close(ours, theirs)
-
-    their_loss = task_loss("classification", functional_call(net, theirs, (query.x,)), query.y)
-    parameters = list(net.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(learner.loss(Episode(support, query)), parameters),
-        torch.autograd.grad(their_loss, parameters),
-    )
-    copied, _ = MAML(net, lr=authors_rate, steps=2).adapt(support)  # the mistake: another step
-    assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
+    cell_742357d4()
     cell_0fe2da6c()
 
     # cell 83486aa4

@@ -78,6 +78,18 @@ def cell_68fc91c9(written_layers):
     assert four[-1] == pytest.approx((2 * n) ** 4, rel=0.8)  # one draw of few units scatters
 
 
+def cell_bc3ab5bb():
+    # cell bc3ab5bb
+    torch.manual_seed(0)
+    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
+    write = LowRankWriter(kernel, 32, gain=1.0)
+    added = (write(kernel, h) - kernel).flatten(1).detach()
+    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
+    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
+    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
+    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+
+
 def cell_4364eedb():
     # cell 4364eedb
     torch.manual_seed(0)
@@ -197,6 +209,59 @@ def cell_45541b6c():
     torch.testing.assert_close(learner.loss(episode), last)
 
 
+def cell_3420604a(one_wave, small_pgn):
+    # cell 3420604a
+    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
+
+    def same(learner, maml):
+        "Equal predictions, equal meta-gradients."
+        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
+        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
+        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
+        torch.testing.assert_close(ours, theirs)
+
+    for form in ("full", "chunks", "lowrank"):  # a constant description
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            learner.read.layers[0].weight.zero_()
+            start = MLP([1, 12, 1]).double()
+            start.load_state_dict(learner.generate(wave.support))
+        same(learner, MAML(start, **options))
+
+    for form in FORMS:  # nothing written at all
+        learner = small_pgn(form=form, lr=0.05, steps=2).double()
+        with torch.no_grad():
+            for p in learner.writers.parameters():
+                p.zero_()
+        same(learner, MAML(copy.deepcopy(learner.net), **options))
+
+
+def cell_91ae3904(one_wave, small_pgn):
+    # cell 91ae3904
+    wave, other = one_wave(seed=0), one_wave(seed=1)
+    told = small_pgn(description="task", task_size=2).double()
+    swapped = other.support._replace(info=wave.support.info)  # other points, the same description
+    torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
+    renamed = wave.support._replace(info=other.support.info)  # the same points, another description
+    assert not torch.allclose(*(told(s, wave.query.x) for s in (wave.support, renamed)))
+    nothing = wave.support._replace(x=wave.support.x[:0], y=wave.support.y[:0])
+    torch.testing.assert_close(told(nothing, wave.query.x), told(wave.support, wave.query.x))
+    reads = small_pgn(description="both", task_size=2).double()
+    assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
+
+    def refuses(learner):
+        "Does it say that it needs a support set?"
+        with pytest.raises(ValueError, match="support set is empty"):
+            learner(nothing, wave.query.x)
+        return True
+
+    assert refuses(reads)
+    assert refuses(small_pgn(description="task", task_size=2, steps=1).double())
+    assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
+    images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
+    assert PGN(images, "task", 2).needs_support
+
+
 def cell_de49674b(one_wave, small_pgn):
     # cell de49674b
     wave = one_wave()
@@ -288,56 +353,24 @@ def test_start_and_generator_share_the_budget():
 
 @pytest.mark.proves("eq-pgn-lowrank")
 def test_low_rank():
-    # cell bc3ab5bb
-    torch.manual_seed(0)
-    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = LowRankWriter(kernel, 32, gain=1.0)
-    added = (write(kernel, h) - kernel).flatten(1).detach()
-    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
-    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
-    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
-    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+    cell_bc3ab5bb()
 
 
 @pytest.mark.proves("eq-pgn-chunks")
 def test_chunks():
-    # cell bc3ab5bb
-    torch.manual_seed(0)
-    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = LowRankWriter(kernel, 32, gain=1.0)
-    added = (write(kernel, h) - kernel).flatten(1).detach()
-    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
-    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
-    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
-    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+    cell_bc3ab5bb()
     cell_4364eedb()
 
 
 @pytest.mark.proves("eq-pgn-film")
 def test_scale():
-    # cell bc3ab5bb
-    torch.manual_seed(0)
-    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = LowRankWriter(kernel, 32, gain=1.0)
-    added = (write(kernel, h) - kernel).flatten(1).detach()
-    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
-    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
-    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
-    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+    cell_bc3ab5bb()
     cell_4364eedb()
     cell_6496acc6()
 
 
 def test_every_form_keeps_the_gain():
-    # cell bc3ab5bb
-    torch.manual_seed(0)
-    h, kernel = unit_scale(torch.randn(32)), torch.randn(6, 4, 3, 3)
-    write = LowRankWriter(kernel, 32, gain=1.0)
-    added = (write(kernel, h) - kernel).flatten(1).detach()
-    A, B = (torch.einsum("ijl,l->ij", w, h).detach() for w in (write.A, write.B))
-    torch.testing.assert_close(added, A @ B.T, atol=1e-5, rtol=1e-4)
-    assert torch.linalg.matrix_rank(added, rtol=1e-4) == 2
-    assert write.sent == A.numel() + B.numel() == 2 * (6 + 36)
+    cell_bc3ab5bb()
     cell_4364eedb()
     cell_6496acc6()
     # cell 35c3ce50
@@ -390,19 +423,7 @@ def test_the_table_counts_what_is_written():
 @pytest.mark.proves("eq-pgn-refine")
 def test_refinement():
     costs = cell_2fca0143()
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
+    cell_9e7298bc()
     cell_94f2f068(costs)
     one_wave, small_pgn = cell_900723c5()
     cell_1968ff04(one_wave, small_pgn)
@@ -411,19 +432,7 @@ def test_refinement():
 @pytest.mark.proves("eq-pgn-objective")
 def test_objectives():
     costs = cell_2fca0143()
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
+    cell_9e7298bc()
     cell_94f2f068(costs)
     one_wave, small_pgn = cell_900723c5()
     cell_1968ff04(one_wave, small_pgn)
@@ -432,19 +441,7 @@ def test_objectives():
 
 def test_every_point_is_judged_by_the_support_sets_statistics():
     costs = cell_2fca0143()
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
+    cell_9e7298bc()
     cell_94f2f068(costs)
     one_wave, small_pgn = cell_900723c5()
     cell_1968ff04(one_wave, small_pgn)
@@ -455,256 +452,50 @@ def test_every_point_is_judged_by_the_support_sets_statistics():
 @pytest.mark.proves("eq-pgn-maml")
 def test_blind_it_is_maml():
     costs = cell_2fca0143()
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
+    cell_9e7298bc()
     cell_94f2f068(costs)
     one_wave, small_pgn = cell_900723c5()
     cell_1968ff04(one_wave, small_pgn)
     cell_b8f666b8(one_wave, small_pgn)
     cell_45541b6c()
-    # cell 3420604a
-    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
-
-    def same(learner, maml):
-        "Equal predictions, equal meta-gradients."
-        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
-        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
-        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
-        torch.testing.assert_close(ours, theirs)
-
-    for form in ("full", "chunks", "lowrank"):  # a constant description
-        learner = small_pgn(form=form, lr=0.05, steps=2).double()
-        with torch.no_grad():
-            learner.read.layers[0].weight.zero_()
-            start = MLP([1, 12, 1]).double()
-            start.load_state_dict(learner.generate(wave.support))
-        same(learner, MAML(start, **options))
-
-    for form in FORMS:  # nothing written at all
-        learner = small_pgn(form=form, lr=0.05, steps=2).double()
-        with torch.no_grad():
-            for p in learner.writers.parameters():
-                p.zero_()
-        same(learner, MAML(copy.deepcopy(learner.net), **options))
+    cell_3420604a(one_wave, small_pgn)
 
 
 def test_without_steps_it_is_a_hypernetwork():
     costs = cell_2fca0143()
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
+    cell_9e7298bc()
     cell_94f2f068(costs)
     one_wave, small_pgn = cell_900723c5()
     cell_1968ff04(one_wave, small_pgn)
     cell_b8f666b8(one_wave, small_pgn)
     cell_45541b6c()
-    # cell 3420604a
-    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
-
-    def same(learner, maml):
-        "Equal predictions, equal meta-gradients."
-        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
-        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
-        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
-        torch.testing.assert_close(ours, theirs)
-
-    for form in ("full", "chunks", "lowrank"):  # a constant description
-        learner = small_pgn(form=form, lr=0.05, steps=2).double()
-        with torch.no_grad():
-            learner.read.layers[0].weight.zero_()
-            start = MLP([1, 12, 1]).double()
-            start.load_state_dict(learner.generate(wave.support))
-        same(learner, MAML(start, **options))
-
-    for form in FORMS:  # nothing written at all
-        learner = small_pgn(form=form, lr=0.05, steps=2).double()
-        with torch.no_grad():
-            for p in learner.writers.parameters():
-                p.zero_()
-        same(learner, MAML(copy.deepcopy(learner.net), **options))
-    # cell 91ae3904
-    wave, other = one_wave(seed=0), one_wave(seed=1)
-    told = small_pgn(description="task", task_size=2).double()
-    swapped = other.support._replace(info=wave.support.info)  # other points, the same description
-    torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
-    renamed = wave.support._replace(info=other.support.info)  # the same points, another description
-    assert not torch.allclose(*(told(s, wave.query.x) for s in (wave.support, renamed)))
-    nothing = wave.support._replace(x=wave.support.x[:0], y=wave.support.y[:0])
-    torch.testing.assert_close(told(nothing, wave.query.x), told(wave.support, wave.query.x))
-    reads = small_pgn(description="both", task_size=2).double()
-    assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
-
-    def refuses(learner):
-        "Does it say that it needs a support set?"
-        with pytest.raises(ValueError, match="support set is empty"):
-            learner(nothing, wave.query.x)
-        return True
-
-    assert refuses(reads)
-    assert refuses(small_pgn(description="task", task_size=2, steps=1).double())
-    assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
-    images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
-    assert PGN(images, "task", 2).needs_support
+    cell_3420604a(one_wave, small_pgn)
+    cell_91ae3904(one_wave, small_pgn)
 
 
 def test_errors_say_what_to_do():
     costs = cell_2fca0143()
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
+    cell_9e7298bc()
     cell_94f2f068(costs)
     one_wave, small_pgn = cell_900723c5()
     cell_1968ff04(one_wave, small_pgn)
     cell_b8f666b8(one_wave, small_pgn)
     cell_45541b6c()
-    # cell 3420604a
-    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
-
-    def same(learner, maml):
-        "Equal predictions, equal meta-gradients."
-        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
-        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
-        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
-        torch.testing.assert_close(ours, theirs)
-
-    for form in ("full", "chunks", "lowrank"):  # a constant description
-        learner = small_pgn(form=form, lr=0.05, steps=2).double()
-        with torch.no_grad():
-            learner.read.layers[0].weight.zero_()
-            start = MLP([1, 12, 1]).double()
-            start.load_state_dict(learner.generate(wave.support))
-        same(learner, MAML(start, **options))
-
-    for form in FORMS:  # nothing written at all
-        learner = small_pgn(form=form, lr=0.05, steps=2).double()
-        with torch.no_grad():
-            for p in learner.writers.parameters():
-                p.zero_()
-        same(learner, MAML(copy.deepcopy(learner.net), **options))
-    # cell 91ae3904
-    wave, other = one_wave(seed=0), one_wave(seed=1)
-    told = small_pgn(description="task", task_size=2).double()
-    swapped = other.support._replace(info=wave.support.info)  # other points, the same description
-    torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
-    renamed = wave.support._replace(info=other.support.info)  # the same points, another description
-    assert not torch.allclose(*(told(s, wave.query.x) for s in (wave.support, renamed)))
-    nothing = wave.support._replace(x=wave.support.x[:0], y=wave.support.y[:0])
-    torch.testing.assert_close(told(nothing, wave.query.x), told(wave.support, wave.query.x))
-    reads = small_pgn(description="both", task_size=2).double()
-    assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
-
-    def refuses(learner):
-        "Does it say that it needs a support set?"
-        with pytest.raises(ValueError, match="support set is empty"):
-            learner(nothing, wave.query.x)
-        return True
-
-    assert refuses(reads)
-    assert refuses(small_pgn(description="task", task_size=2, steps=1).double())
-    assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
-    images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
-    assert PGN(images, "task", 2).needs_support
+    cell_3420604a(one_wave, small_pgn)
+    cell_91ae3904(one_wave, small_pgn)
     cell_de49674b(one_wave, small_pgn)
 
 
 def test_keeps_the_contract():
     costs = cell_2fca0143()
-    # cell 9e7298bc
-    torch.manual_seed(0)
-    learner = PGN(MLP([1, 40, 40, 1]), form="film", kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    support, query = (Examples(side.x[0], side.y[0]) for side in episodes)
-    phi = learner.generate(support)
-    assert learner(support, query.x).shape == (10, 1)
-    assert phi.keys() == dict(learner.net.named_parameters()).keys()
-    torch.testing.assert_close(learner(support, query.x), call(learner.net, phi, query.x))
-    other = learner.generate(Examples(episodes.support.x[1], episodes.support.y[1]))
-    assert all(
-        (phi[k] != other[k]).any() for k in phi if "weight" in k
-    )  # another task, another network
+    cell_9e7298bc()
     cell_94f2f068(costs)
     one_wave, small_pgn = cell_900723c5()
     cell_1968ff04(one_wave, small_pgn)
     cell_b8f666b8(one_wave, small_pgn)
     cell_45541b6c()
-    # cell 3420604a
-    wave, options = one_wave(), dict(lr=0.05, steps=2, kind="regression")
-
-    def same(learner, maml):
-        "Equal predictions, equal meta-gradients."
-        torch.testing.assert_close(learner(*wave[:1], wave.query.x), maml(*wave[:1], wave.query.x))
-        ours = torch.autograd.grad(learner.loss(wave), list(learner.net.parameters()))
-        theirs = torch.autograd.grad(maml.loss(wave), list(maml.net.parameters()))
-        torch.testing.assert_close(ours, theirs)
-
-    for form in ("full", "chunks", "lowrank"):  # a constant description
-        learner = small_pgn(form=form, lr=0.05, steps=2).double()
-        with torch.no_grad():
-            learner.read.layers[0].weight.zero_()
-            start = MLP([1, 12, 1]).double()
-            start.load_state_dict(learner.generate(wave.support))
-        same(learner, MAML(start, **options))
-
-    for form in FORMS:  # nothing written at all
-        learner = small_pgn(form=form, lr=0.05, steps=2).double()
-        with torch.no_grad():
-            for p in learner.writers.parameters():
-                p.zero_()
-        same(learner, MAML(copy.deepcopy(learner.net), **options))
-    # cell 91ae3904
-    wave, other = one_wave(seed=0), one_wave(seed=1)
-    told = small_pgn(description="task", task_size=2).double()
-    swapped = other.support._replace(info=wave.support.info)  # other points, the same description
-    torch.testing.assert_close(told.generate(wave.support), told.generate(swapped))
-    renamed = wave.support._replace(info=other.support.info)  # the same points, another description
-    assert not torch.allclose(*(told(s, wave.query.x) for s in (wave.support, renamed)))
-    nothing = wave.support._replace(x=wave.support.x[:0], y=wave.support.y[:0])
-    torch.testing.assert_close(told(nothing, wave.query.x), told(wave.support, wave.query.x))
-    reads = small_pgn(description="both", task_size=2).double()
-    assert not torch.allclose(*(reads(s, wave.query.x) for s in (wave.support, swapped)))
-
-    def refuses(learner):
-        "Does it say that it needs a support set?"
-        with pytest.raises(ValueError, match="support set is empty"):
-            learner(nothing, wave.query.x)
-        return True
-
-    assert refuses(reads)
-    assert refuses(small_pgn(description="task", task_size=2, steps=1).double())
-    assert refuses(small_pgn(description="task", task_size=2, test_steps=1).double())
-    images = Conv4(1, out=1, size=16, width=4, stats="support")  # its layers read the support set
-    assert PGN(images, "task", 2).needs_support
+    cell_3420604a(one_wave, small_pgn)
+    cell_91ae3904(one_wave, small_pgn)
     cell_de49674b(one_wave, small_pgn)
     # cell f7c3d37f
     for form in FORMS:

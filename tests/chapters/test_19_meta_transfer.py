@@ -218,6 +218,32 @@ def cell_619cc1fd(many_classes):
     assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
 
 
+def cell_6e96542f(device, many_classes, rigged):
+    # cell 6e96542f
+    few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
+    tasks = HardTasks(few, every=2)
+    g = torch.Generator(device).manual_seed(0)
+    for bad in (3, 7):
+        tasks.feedback(rigged(tasks, 40, g, bad))
+    assert tasks.hard and tasks.failed.nonzero().flatten().tolist() == [3, 7]
+    one, two = (tasks.draw(200, torch.Generator(device).manual_seed(1)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for bad in (3, 7):
+        assert (one.classes == bad).any(-1).all()
+        places = (one.classes == bad).float().mean(0)  # which label the class has
+        assert (places > 0.08).all()
+    assert all(len(set(row)) == 5 for row in one.classes.tolist())
+    assert not (one.support[:, :, None] == one.query[:, None]).any()
+
+    for bad in (0, 1, 2, 3, 4, 5):
+        tasks.failed[bad] = True
+    assert (tasks.draw(50, g).classes < 8).all()  # 0 to 5 and 7: enough to fill each task
+    tasks.feedback(rigged(tasks, 40, g, bad=0))
+    assert not tasks.hard and tasks.failed.nonzero().tolist() == [[0]]  # a new list
+    tasks.feedback(rigged(tasks, 40, g, bad=99))  # all right: nothing has failed
+    assert tasks.failed.sum() == 1
+
+
 @pytest.mark.proves("eq-mtl-scale-shift")
 def test_a_layer_by_hand():
     # cell 10212ff0
@@ -262,23 +288,7 @@ def test_head_by_hand(device):
 @pytest.mark.proves("eq-mtl-first-step")
 def test_first_step_is_prototypes(device):
     cell_85ca25df(device)
-
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
+    by_hand, close = cell_00fa8660()
     cell_ebfc3054(by_hand, close)
     cell_94da6e7f()
 
@@ -286,23 +296,7 @@ def test_first_step_is_prototypes(device):
 @pytest.mark.proves("eq-mtl-shared-row")
 def test_a_shared_row_does_nothing(device):
     cell_85ca25df(device)
-
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
+    by_hand, close = cell_00fa8660()
     cell_ebfc3054(by_hand, close)
     cell_94da6e7f()
     cell_b3b4a3c1()
@@ -310,23 +304,7 @@ def test_a_shared_row_does_nothing(device):
 
 def test_contract(device):
     cell_85ca25df(device)
-
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
+    by_hand, close = cell_00fa8660()
     cell_ebfc3054(by_hand, close)
     cell_94da6e7f()
     cell_b3b4a3c1()
@@ -335,23 +313,7 @@ def test_contract(device):
 
 def test_errors_say_what_to_do(device):
     cell_85ca25df(device)
-
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
+    by_hand, close = cell_00fa8660()
     cell_ebfc3054(by_hand, close)
     cell_94da6e7f()
     cell_b3b4a3c1()
@@ -417,22 +379,7 @@ def test_as_good_as_the_affine():
 
 
 def test_accuracy_of_each_class():
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
+    by_hand, close = cell_00fa8660()
     cell_8b0e049c(close)
 
 
@@ -443,22 +390,7 @@ def test_hard_classes_come_more_often():
 
 
 def test_one_wrong_answer_fails():
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
+    by_hand, close = cell_00fa8660()
     cell_8b0e049c(close)
     many_classes, rigged = cell_08f6664e()
     cell_876329b6(many_classes, rigged)
@@ -466,95 +398,21 @@ def test_one_wrong_answer_fails():
 
 
 def test_hard_tasks_keep_their_promises(device):
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
+    by_hand, close = cell_00fa8660()
     cell_8b0e049c(close)
     many_classes, rigged = cell_08f6664e()
     cell_876329b6(many_classes, rigged)
     cell_619cc1fd(many_classes)
-    # cell 6e96542f
-    few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
-    tasks = HardTasks(few, every=2)
-    g = torch.Generator(device).manual_seed(0)
-    for bad in (3, 7):
-        tasks.feedback(rigged(tasks, 40, g, bad))
-    assert tasks.hard and tasks.failed.nonzero().flatten().tolist() == [3, 7]
-    one, two = (tasks.draw(200, torch.Generator(device).manual_seed(1)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    for bad in (3, 7):
-        assert (one.classes == bad).any(-1).all()
-        places = (one.classes == bad).float().mean(0)  # which label the class has
-        assert (places > 0.08).all()
-    assert all(len(set(row)) == 5 for row in one.classes.tolist())
-    assert not (one.support[:, :, None] == one.query[:, None]).any()
-
-    for bad in (0, 1, 2, 3, 4, 5):
-        tasks.failed[bad] = True
-    assert (tasks.draw(50, g).classes < 8).all()  # 0 to 5 and 7: enough to fill each task
-    tasks.feedback(rigged(tasks, 40, g, bad=0))
-    assert not tasks.hard and tasks.failed.nonzero().tolist() == [[0]]  # a new list
-    tasks.feedback(rigged(tasks, 40, g, bad=99))  # all right: nothing has failed
-    assert tasks.failed.sum() == 1
+    cell_6e96542f(device, many_classes, rigged)
 
 
 def test_hard_tasks_refuse(device):
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
-
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
+    by_hand, close = cell_00fa8660()
     cell_8b0e049c(close)
     many_classes, rigged = cell_08f6664e()
     cell_876329b6(many_classes, rigged)
     cell_619cc1fd(many_classes)
-    # cell 6e96542f
-    few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
-    tasks = HardTasks(few, every=2)
-    g = torch.Generator(device).manual_seed(0)
-    for bad in (3, 7):
-        tasks.feedback(rigged(tasks, 40, g, bad))
-    assert tasks.hard and tasks.failed.nonzero().flatten().tolist() == [3, 7]
-    one, two = (tasks.draw(200, torch.Generator(device).manual_seed(1)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    for bad in (3, 7):
-        assert (one.classes == bad).any(-1).all()
-        places = (one.classes == bad).float().mean(0)  # which label the class has
-        assert (places > 0.08).all()
-    assert all(len(set(row)) == 5 for row in one.classes.tolist())
-    assert not (one.support[:, :, None] == one.query[:, None]).any()
-
-    for bad in (0, 1, 2, 3, 4, 5):
-        tasks.failed[bad] = True
-    assert (tasks.draw(50, g).classes < 8).all()  # 0 to 5 and 7: enough to fill each task
-    tasks.feedback(rigged(tasks, 40, g, bad=0))
-    assert not tasks.hard and tasks.failed.nonzero().tolist() == [[0]]  # a new list
-    tasks.feedback(rigged(tasks, 40, g, bad=99))  # all right: nothing has failed
-    assert tasks.failed.sum() == 1
+    cell_6e96542f(device, many_classes, rigged)
     # cell fbf61fa3
     few = FewShot(many_classes(), way=5, shot=1, query=2)
     tasks = HardTasks(few, every=2)

@@ -109,7 +109,7 @@ def cell_16ad1c4d():
             apart.append(1 - a @ b.T)
         return torch.minimum(*apart)
 
-    return SCRIPTS, look_apart
+    return SCRIPTS, look_apart, shape
 
 
 def cell_81e4368c(look_apart):
@@ -145,6 +145,8 @@ def cell_6745690a(SCRIPTS, look_apart):
             if not kept or distances[i, kept].min() >= least:
                 kept.append(i)
         return "".join(letters[i] for i in kept)
+
+    return candidates, distinct
 
 
 def cell_7ce5e787():
@@ -353,39 +355,14 @@ def test_the_classes_of_glyphs_have_fixed_names():
 
 
 def test_distances_agree_with_the_eye():
-    SCRIPTS, look_apart = cell_16ad1c4d()
+    SCRIPTS, look_apart, shape = cell_16ad1c4d()
     cell_81e4368c(look_apart)
 
 
 def test_the_lists_follow_the_rules():
-    SCRIPTS, look_apart = cell_16ad1c4d()
+    SCRIPTS, look_apart, shape = cell_16ad1c4d()
     cell_81e4368c(look_apart)
-
-    # cell 6745690a
-    def candidates():
-        "For each split, letters that eight faces or more draw, on at most 50 of 56 pixels."
-        plain = ImageFont.Layout.BASIC
-        fonts = [ImageFont.truetype(_font_path(f), 36, layout_engine=plain) for f in _GLYPH_FACES]
-        known = [set(FT2Font(_font_path(face)).get_charmap()) for face in _GLYPH_FACES]
-        found = {"train": "", "val": "", "test": ""}
-        for letter in map(chr, sorted(set().union(*known))):
-            split = SCRIPTS.get(unicodedata.name(letter, "?").split()[0])
-            own = [font for font, codes in zip(fonts, known, strict=True) if ord(letter) in codes]
-            if split and len(own) >= 8 and unicodedata.category(letter) in ("Lu", "Ll", "Lo"):
-                boxes = torch.tensor([font.getbbox(letter) for font in own])
-                sides = boxes[:, 2:] - boxes[:, :2]
-                if sides.min() > 0 and sides.max() <= 50:
-                    found[split] += letter
-        return found
-
-    def distinct(letters, least=0.01):
-        "The letters without those that look like an earlier one."
-        distances, kept = look_apart(letters, letters), []
-        for i in range(len(letters)):
-            if not kept or distances[i, kept].min() >= least:
-                kept.append(i)
-        return "".join(letters[i] for i in kept)
-
+    candidates, distinct = cell_6745690a(SCRIPTS, look_apart)
     # cell ad747d5f
     lists = {split: distinct(letters) for split, letters in candidates().items()}
     nearest = look_apart(lists["train"], lists["val"] + lists["test"]).min(1).values
@@ -631,8 +608,8 @@ def test_a_global_generator_moves_the_split():
 
 
 def test_random_splits_leave_relatives_in_training():
-    SCRIPTS, look_apart = cell_16ad1c4d()
-    cell_6745690a(SCRIPTS, look_apart)
+    SCRIPTS, look_apart, shape = cell_16ad1c4d()
+    candidates, distinct = cell_6745690a(SCRIPTS, look_apart)
     # cell 7e42aa82
     test = shuffled(glyph_list("test"), "held out")[:150]
     every = set("".join(map(glyph_list, SPLITS))) - set(test)
@@ -648,42 +625,8 @@ def test_random_splits_leave_relatives_in_training():
 
 
 def test_some_letters_survive_a_half_turn():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    cell_6745690a(SCRIPTS, look_apart)
+    SCRIPTS, look_apart, shape = cell_16ad1c4d()
+    candidates, distinct = cell_6745690a(SCRIPTS, look_apart)
     cell_30cf7ada(shape)
 
 
@@ -706,42 +649,8 @@ def test_the_exact_leak():
 
 
 def test_small_letters_are_no_strangers_to_capitals():
-    # cell 16ad1c4d
-    SCRIPTS = {
-        "LATIN": "train",
-        "GEORGIAN": "val",
-        "ARMENIAN": "val",
-        "GREEK": "test",
-        "CYRILLIC": "test",
-    }
-
-    def shape(letter, font):
-        "A letter cut out, scaled to 28 pixels and put in the middle of 32 x 32."
-        image = Image.new("L", (192, 192))
-        ImageDraw.Draw(image).text((48, 48), letter, font=font, fill=255)
-        image = image.crop(image.getbbox())
-        scale = 28 / max(image.size)
-        image = image.resize(
-            [max(1, round(scale * side)) for side in image.size], Image.Resampling.BOX
-        )
-        middle = Image.new("L", (32, 32))
-        middle.paste(image, ((32 - image.width) // 2, (32 - image.height) // 2))
-        return torch.from_numpy(np.array(middle)).float()
-
-    def look_apart(letters, others):
-        "Distances [letters, others] between what two lists of letters look like."
-        apart = []
-        for face in ("DejaVuSans", "DejaVuSerif"):
-            font = ImageFont.truetype(_font_path(face), 64, layout_engine=ImageFont.Layout.BASIC)
-            shapes = (
-                torch.stack([shape(letter, font) for letter in some]) for some in (letters, others)
-            )
-            blurred = (torch.nn.functional.avg_pool2d(x, 3, 1, 1).flatten(1) for x in shapes)
-            a, b = (torch.nn.functional.normalize(x, dim=1) for x in blurred)
-            apart.append(1 - a @ b.T)
-        return torch.minimum(*apart)
-
-    cell_6745690a(SCRIPTS, look_apart)
+    SCRIPTS, look_apart, shape = cell_16ad1c4d()
+    candidates, distinct = cell_6745690a(SCRIPTS, look_apart)
     cell_30cf7ada(shape)
     # cell 02fa4cb6
     every = "".join(map(glyph_list, SPLITS))

@@ -48,6 +48,43 @@ def cell_40818f7d():
     print(y.flatten().tolist())
 
 
+def cell_b388c28e():
+    # cell b388c28e
+    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], dtype=torch.float64)
+    layer = BatchNorm(1).double()
+    jacobian = jacrev(lambda x: layer(x[:, None])[:, 0])(x)
+
+    n, s = len(x), (x.var(correction=0) + layer.eps).sqrt()
+    hat = (x - x.mean()) / s
+    formula = (torch.eye(n) - 1 / n - torch.outer(hat, hat) / n) / s
+    torch.testing.assert_close(jacobian, formula)
+    print(jacobian[0].detach().numpy().round(3))  # what each input does to the first output
+
+
+def cell_dbe27bab():
+    # cell dbe27bab
+    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], requires_grad=True)
+    g = torch.tensor([8.0, 0, 0, 0, 0, 0, 0, 0])
+    layer = BatchNorm(1, eps=0.0)
+    (by_hand,) = torch.autograd.grad(layer(x[:, None])[:, 0] @ g, x)
+    assert by_hand.tolist() == [2.375, -0.875, -0.875, -0.875, -0.5, -0.5, 0.25, 1.0]
+
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
+    layer = BatchNorm(3).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(3))
+    gamma = layer.weight.view(1, 3, 1, 1)
+
+    def mean(t):
+        return t.mean((0, 2, 3), keepdim=True)
+
+    s = (mean((x - mean(x)) ** 2) + layer.eps).sqrt()
+    hat = (x - mean(x)) / s
+    formula = gamma / s * (g - mean(g) - hat * mean(g * hat))
+    torch.testing.assert_close(grad(lambda x: (layer(x) * g).sum())(x), formula)
+
+
 def cell_1d6881cc():
     # cell 1d6881cc
     torch.manual_seed(0)
@@ -230,6 +267,32 @@ def cell_b93e5d27():
     return points, y
 
 
+def cell_7a5b4814():
+    # cell 7a5b4814
+    def inner_gradient(layer):
+        "The gradient of a linear loss with respect to gamma, as a function of one task."
+        return lambda x, g: grad(lambda gamma: (layer(x, gamma) * g).sum())(
+            torch.ones_like(x[0])
+        ).sum()
+
+    layer = BatchNorm(3).double()
+
+    def ours(x, gamma):
+        return call(layer, {"weight": gamma}, x)
+
+    def built_in(x, gamma):
+        return F.batch_norm(x, None, None, gamma, None, training=True)
+
+    def in_a_loop_and_lifted(layer, tasks, g):
+        "Its derivative with respect to the inputs, computed both ways."
+        f = inner_gradient(layer)
+        loop = [torch.autograd.grad(f(x, g), x)[0] for x in tasks]
+        lifted = torch.autograd.grad(vmap(f, (0, None))(tasks, g).sum(), tasks)[0]
+        return torch.stack(loop), lifted
+
+    return in_a_loop_and_lifted, ours
+
+
 def cell_0f9e3369(in_a_loop_and_lifted, ours):
     # cell 0f9e3369
     torch.manual_seed(0)
@@ -264,6 +327,23 @@ def cell_d6d12e3b():
     assert all(lost["batch"]) and lost["support"] == lost["running"] == only_the_broken_one
 
 
+def cell_0f142b65():
+    # cell 0f142b65
+    torch.manual_seed(0)
+    theirs = nn.BatchNorm2d(3)
+    with torch.no_grad():
+        theirs(torch.rand(4, 3, 5, 5))
+    assert theirs.running_mean.abs().min() > 0  # it has learned from a forward pass
+
+    pictures = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
+    tasks = FewShot(pictures, way=2, shot=1, query=2)
+    learner = ProtoNet(Conv4(width=8, stats="running"))
+    before = copy.deepcopy(learner.state_dict())
+    for mode in (True, False):
+        evaluate(learner.train(mode), tasks, n=4)
+    assert all(torch.equal(before[k], v) for k, v in learner.state_dict().items())
+
+
 @pytest.mark.proves("eq-batch-mean", "eq-batch-variance", "eq-batch-norm")
 def test_batch_norm_by_hand():
     cell_40818f7d()
@@ -272,88 +352,21 @@ def test_batch_norm_by_hand():
 @pytest.mark.proves("eq-batch-norm-jacobian")
 def test_one_value_moves_another():
     cell_40818f7d()
-    # cell b388c28e
-    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], dtype=torch.float64)
-    layer = BatchNorm(1).double()
-    jacobian = jacrev(lambda x: layer(x[:, None])[:, 0])(x)
-
-    n, s = len(x), (x.var(correction=0) + layer.eps).sqrt()
-    hat = (x - x.mean()) / s
-    formula = (torch.eye(n) - 1 / n - torch.outer(hat, hat) / n) / s
-    torch.testing.assert_close(jacobian, formula)
-    print(jacobian[0].detach().numpy().round(3))  # what each input does to the first output
+    cell_b388c28e()
 
 
 @pytest.mark.proves("eq-batch-norm-gradient")
 def test_batch_norm_gradient():
     cell_40818f7d()
-    # cell b388c28e
-    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], dtype=torch.float64)
-    layer = BatchNorm(1).double()
-    jacobian = jacrev(lambda x: layer(x[:, None])[:, 0])(x)
-
-    n, s = len(x), (x.var(correction=0) + layer.eps).sqrt()
-    hat = (x - x.mean()) / s
-    formula = (torch.eye(n) - 1 / n - torch.outer(hat, hat) / n) / s
-    torch.testing.assert_close(jacobian, formula)
-    print(jacobian[0].detach().numpy().round(3))  # what each input does to the first output
-    # cell dbe27bab
-    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], requires_grad=True)
-    g = torch.tensor([8.0, 0, 0, 0, 0, 0, 0, 0])
-    layer = BatchNorm(1, eps=0.0)
-    (by_hand,) = torch.autograd.grad(layer(x[:, None])[:, 0] @ g, x)
-    assert by_hand.tolist() == [2.375, -0.875, -0.875, -0.875, -0.5, -0.5, 0.25, 1.0]
-
-    torch.manual_seed(0)
-    x, g = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
-    layer = BatchNorm(3).double()
-    with torch.no_grad():
-        layer.weight.copy_(torch.rand(3))
-    gamma = layer.weight.view(1, 3, 1, 1)
-
-    def mean(t):
-        return t.mean((0, 2, 3), keepdim=True)
-
-    s = (mean((x - mean(x)) ** 2) + layer.eps).sqrt()
-    hat = (x - mean(x)) / s
-    formula = gamma / s * (g - mean(g) - hat * mean(g * hat))
-    torch.testing.assert_close(grad(lambda x: (layer(x) * g).sum())(x), formula)
+    cell_b388c28e()
+    cell_dbe27bab()
 
 
 @pytest.mark.proves("eq-batch-norm-scale", "eq-weight-scale")
 def test_weights_have_no_length():
     cell_40818f7d()
-    # cell b388c28e
-    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], dtype=torch.float64)
-    layer = BatchNorm(1).double()
-    jacobian = jacrev(lambda x: layer(x[:, None])[:, 0])(x)
-
-    n, s = len(x), (x.var(correction=0) + layer.eps).sqrt()
-    hat = (x - x.mean()) / s
-    formula = (torch.eye(n) - 1 / n - torch.outer(hat, hat) / n) / s
-    torch.testing.assert_close(jacobian, formula)
-    print(jacobian[0].detach().numpy().round(3))  # what each input does to the first output
-    # cell dbe27bab
-    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], requires_grad=True)
-    g = torch.tensor([8.0, 0, 0, 0, 0, 0, 0, 0])
-    layer = BatchNorm(1, eps=0.0)
-    (by_hand,) = torch.autograd.grad(layer(x[:, None])[:, 0] @ g, x)
-    assert by_hand.tolist() == [2.375, -0.875, -0.875, -0.875, -0.5, -0.5, 0.25, 1.0]
-
-    torch.manual_seed(0)
-    x, g = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
-    layer = BatchNorm(3).double()
-    with torch.no_grad():
-        layer.weight.copy_(torch.rand(3))
-    gamma = layer.weight.view(1, 3, 1, 1)
-
-    def mean(t):
-        return t.mean((0, 2, 3), keepdim=True)
-
-    s = (mean((x - mean(x)) ** 2) + layer.eps).sqrt()
-    hat = (x - mean(x)) / s
-    formula = gamma / s * (g - mean(g) - hat * mean(g * hat))
-    torch.testing.assert_close(grad(lambda x: (layer(x) * g).sum())(x), formula)
+    cell_b388c28e()
+    cell_dbe27bab()
     # cell 4e13cdf3
     torch.manual_seed(0)
     x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
@@ -383,68 +396,14 @@ def test_running_averages():
 
 
 def test_statistics_are_plain():
-    # cell 1d6881cc
-    torch.manual_seed(0)
-    support, query = torch.randn(5, 3, 4, 4), 2 + 3 * torch.randn(7, 3, 4, 4)
-
-    def by_statistics_of(x, eps=1e-5):
-        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-        return (query - mean) / (var + eps).sqrt()
-
-    torch.testing.assert_close(BatchNorm(3, "batch")(query), by_statistics_of(query))
-
-    layer = BatchNorm(3, "support")
-    statistics = support_statistics(layer, {}, support)
-    torch.testing.assert_close(call(layer, {}, query, statistics), by_statistics_of(support))
-
-    layer = BatchNorm(3, "running")
-    torch.testing.assert_close(layer(query), by_statistics_of(query))  # in training
-    layer.eval()
-    torch.testing.assert_close(layer(query), query / (1 + 1e-5) ** 0.5)  # averages still 0 and 1
-    layer.mean += 1
-    torch.testing.assert_close(layer(query), (query - 1) / (1 + 1e-5) ** 0.5)
+    cell_1d6881cc()
     cell_c95eeec3()
     cell_f1afc797()
 
 
 def test_batch_norm_errors():
-    # cell 1d6881cc
-    torch.manual_seed(0)
-    support, query = torch.randn(5, 3, 4, 4), 2 + 3 * torch.randn(7, 3, 4, 4)
-
-    def by_statistics_of(x, eps=1e-5):
-        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-        return (query - mean) / (var + eps).sqrt()
-
-    torch.testing.assert_close(BatchNorm(3, "batch")(query), by_statistics_of(query))
-
-    layer = BatchNorm(3, "support")
-    statistics = support_statistics(layer, {}, support)
-    torch.testing.assert_close(call(layer, {}, query, statistics), by_statistics_of(support))
-
-    layer = BatchNorm(3, "running")
-    torch.testing.assert_close(layer(query), by_statistics_of(query))  # in training
-    layer.eval()
-    torch.testing.assert_close(layer(query), query / (1 + 1e-5) ** 0.5)  # averages still 0 and 1
-    layer.mean += 1
-    torch.testing.assert_close(layer(query), (query - 1) / (1 + 1e-5) ** 0.5)
-    # cell c95eeec3
-    layer = BatchNorm(1, "running")
-
-    def seen_by_one_task(x):
-        with recording(layer, "running") as seen:
-            layer(x)
-        return seen
-
-    tasks = torch.tensor([[0.0, 2.0], [4.0, 8.0]])[..., None]
-    seen = vmap(seen_by_one_task)(tasks)
-    assert layer.mean.item() == 0 and layer.var.item() == 1  # nothing was written inside the lift
-    store_running(layer, {k: s.mean(0) for k, s in seen.items()})
-    torch.testing.assert_close(torch.stack([layer.mean, layer.var]), torch.tensor([[0.35], [1.15]]))
-    fast = BatchNorm(1, "running", momentum=1.0)  # forgets at once
-    store_running(fast, {k: s.mean(0).requires_grad_() for k, s in seen.items()})
-    assert not fast.mean.requires_grad and not fast.var.requires_grad
-    torch.testing.assert_close(torch.stack([fast.mean, fast.var]), torch.tensor([[3.5], [2.5]]))
+    cell_1d6881cc()
+    cell_c95eeec3()
     cell_f1afc797()
     # cell 9a0dbec9
     with pytest.raises(ValueError, match=r"expected \[n, 3, ...\]"):
@@ -556,54 +515,12 @@ def test_networks_say_what_they_cannot_read(device):
 
 @pytest.mark.proves("eq-gamma-gradient")
 def test_gamma_gradient():
-    # cell 7a5b4814
-    def inner_gradient(layer):
-        "The gradient of a linear loss with respect to gamma, as a function of one task."
-        return lambda x, g: grad(lambda gamma: (layer(x, gamma) * g).sum())(
-            torch.ones_like(x[0])
-        ).sum()
-
-    layer = BatchNorm(3).double()
-
-    def ours(x, gamma):
-        return call(layer, {"weight": gamma}, x)
-
-    def built_in(x, gamma):
-        return F.batch_norm(x, None, None, gamma, None, training=True)
-
-    def in_a_loop_and_lifted(layer, tasks, g):
-        "Its derivative with respect to the inputs, computed both ways."
-        f = inner_gradient(layer)
-        loop = [torch.autograd.grad(f(x, g), x)[0] for x in tasks]
-        lifted = torch.autograd.grad(vmap(f, (0, None))(tasks, g).sum(), tasks)[0]
-        return torch.stack(loop), lifted
-
+    in_a_loop_and_lifted, ours = cell_7a5b4814()
     cell_0f9e3369(in_a_loop_and_lifted, ours)
 
 
 def test_meta_gradients_are_accurate():
-    # cell 7a5b4814
-    def inner_gradient(layer):
-        "The gradient of a linear loss with respect to gamma, as a function of one task."
-        return lambda x, g: grad(lambda gamma: (layer(x, gamma) * g).sum())(
-            torch.ones_like(x[0])
-        ).sum()
-
-    layer = BatchNorm(3).double()
-
-    def ours(x, gamma):
-        return call(layer, {"weight": gamma}, x)
-
-    def built_in(x, gamma):
-        return F.batch_norm(x, None, None, gamma, None, training=True)
-
-    def in_a_loop_and_lifted(layer, tasks, g):
-        "Its derivative with respect to the inputs, computed both ways."
-        f = inner_gradient(layer)
-        loop = [torch.autograd.grad(f(x, g), x)[0] for x in tasks]
-        lifted = torch.autograd.grad(vmap(f, (0, None))(tasks, g).sum(), tasks)[0]
-        return torch.stack(loop), lifted
-
+    in_a_loop_and_lifted, ours = cell_7a5b4814()
     cell_0f9e3369(in_a_loop_and_lifted, ours)
 
     # cell e5fe712d
@@ -693,38 +610,12 @@ def test_a_lonely_value_says_nothing():
 
 def test_scoring_changes_no_buffer():
     cell_d6d12e3b()
-    # cell 0f142b65
-    torch.manual_seed(0)
-    theirs = nn.BatchNorm2d(3)
-    with torch.no_grad():
-        theirs(torch.rand(4, 3, 5, 5))
-    assert theirs.running_mean.abs().min() > 0  # it has learned from a forward pass
-
-    pictures = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
-    tasks = FewShot(pictures, way=2, shot=1, query=2)
-    learner = ProtoNet(Conv4(width=8, stats="running"))
-    before = copy.deepcopy(learner.state_dict())
-    for mode in (True, False):
-        evaluate(learner.train(mode), tasks, n=4)
-    assert all(torch.equal(before[k], v) for k, v in learner.state_dict().items())
+    cell_0f142b65()
 
 
 def test_running_averages_are_means_over_tasks():
     cell_d6d12e3b()
-    # cell 0f142b65
-    torch.manual_seed(0)
-    theirs = nn.BatchNorm2d(3)
-    with torch.no_grad():
-        theirs(torch.rand(4, 3, 5, 5))
-    assert theirs.running_mean.abs().min() > 0  # it has learned from a forward pass
-
-    pictures = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
-    tasks = FewShot(pictures, way=2, shot=1, query=2)
-    learner = ProtoNet(Conv4(width=8, stats="running"))
-    before = copy.deepcopy(learner.state_dict())
-    for mode in (True, False):
-        evaluate(learner.train(mode), tasks, n=4)
-    assert all(torch.equal(before[k], v) for k, v in learner.state_dict().items())
+    cell_0f142b65()
     # cell 6e49e793
     torch.manual_seed(0)
     pictures = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})

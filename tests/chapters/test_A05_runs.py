@@ -25,6 +25,40 @@ from metabook.scores import evaluate
 from metabook.training import fit
 
 
+def cell_fea88dcf():
+    # cell fea88dcf
+    def heard_from(f):
+        "What `f` gives, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
+    @contextmanager
+    def quiet():
+        "Within it nothing is said about what goes as expected."
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def wave_run(steps=4, folder=None, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(
+            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
+        )
+
+    return heard_from, quiet, wave_run
+
+
 def cell_5b6b343b(wave_run):
     # cell 5b6b343b
     room = tempfile.TemporaryDirectory()
@@ -102,6 +136,75 @@ def cell_f612cd90(falling, heard_from, wave_run):
         fit(waves, Brooding(), steps=2, folder=Path(room.name) / "other", progress=False)
 
 
+def cell_f44ee589(heard_from, wave_run):
+    # cell f44ee589
+    def interrupt_at(step):
+        "A schedule under which somebody presses Ctrl-C."
+
+        def rate(taken):
+            if taken == step:
+                raise KeyboardInterrupt
+            return 1.0
+
+        return rate
+
+    def asked_at(step):
+        "A schedule under which somebody asks the process to stop."
+
+        def rate(taken):
+            if taken == step:
+                signal.raise_signal(signal.SIGTERM)
+            return 1.0
+
+        return rate
+
+    room = tempfile.TemporaryDirectory()
+    polite, abrupt = Path(room.name) / "polite", Path(room.name) / "abrupt"
+    run, (asked, first) = heard_from(lambda: wave_run(1000, folder=polite, schedule=asked_at(5)))
+    _, (second,) = heard_from(lambda: wave_run(1000, folder=abrupt, schedule=interrupt_at(5)))
+    assert run.interrupted and run.outer.taken == 5
+    assert asked == "asked to stop: after this step (ask again to stop at once)"
+    assert first.startswith("interrupted: 5 steps in")
+    assert "to go on from the checkpoint of step 5" in first and "step 4" in second
+    assert run.best_step in (2, 4) and not run.learner.training
+    assert all(torch.equal(v, run.best_state[k]) for k, v in run.learner.state_dict().items())
+    assert metabook.load(polite).lr == metabook.load(abrupt).lr == 0.01
+    print(first)
+
+
+def cell_7b52ca61(quiet, wave_run, without_clocks):
+    # cell 7b52ca61
+    room = tempfile.TemporaryDirectory()
+    folder = Path(room.name) / "run"
+    disk, full = os.fsync, []
+
+    def fsync(file):
+        "A disk that is full when the run has taken four steps."
+        if (folder / "checkpoints" / "step-00000004.json").exists():
+            full.append(file)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        disk(file)
+
+    os.fsync = fsync
+    try:
+        with pytest.raises(
+            OSError, match=r"after step 6; make room .* the checkpoint of step 4"
+        ) as told:
+            wave_run(steps=8, folder=folder)
+    finally:
+        os.fsync = disk
+    print(told.value)
+    assert (
+        full and told.value.errno == errno.ENOSPC and "could not be written into" in str(told.value)
+    )
+    assert not list(folder.rglob("*.part")) and metabook.load(folder).lr == 0.01
+    with quiet():
+        run = wave_run(steps=8, folder=folder, resume=True)
+    assert without_clocks(run) == without_clocks(
+        wave_run(steps=8, folder=Path(room.name) / "whole")
+    )
+
+
 def cell_6bbe4632(quiet, wave_run):
     # cell 6bbe4632
     class Smooth:
@@ -133,70 +236,12 @@ def cell_6bbe4632(quiet, wave_run):
 
 
 def test_the_log_and_the_folder():
-    # cell fea88dcf
-    def heard_from(f):
-        "What `f` gives, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    def wave_run(steps=4, folder=None, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(
-            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
-        )
-
+    heard_from, quiet, wave_run = cell_fea88dcf()
     cell_5b6b343b(wave_run)
 
 
 def test_a_run_goes_on_where_it_was_left():
-    # cell fea88dcf
-    def heard_from(f):
-        "What `f` gives, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    def wave_run(steps=4, folder=None, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(
-            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
-        )
-
+    heard_from, quiet, wave_run = cell_fea88dcf()
     cell_5b6b343b(wave_run)
 
     # cell 25d3fb29
@@ -234,36 +279,7 @@ def test_a_run_goes_on_where_it_was_left():
 
 
 def test_another_run_does_not_go_on():
-    # cell fea88dcf
-    def heard_from(f):
-        "What `f` gives, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    def wave_run(steps=4, folder=None, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(
-            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
-        )
-
+    heard_from, quiet, wave_run = cell_fea88dcf()
     cell_5b6b343b(wave_run)
 
     # cell 25d3fb29
@@ -302,36 +318,7 @@ def test_another_run_does_not_go_on():
 
 
 def test_an_interrupted_run_keeps_what_it_learned():
-    # cell fea88dcf
-    def heard_from(f):
-        "What `f` gives, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    def wave_run(steps=4, folder=None, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(
-            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
-        )
-
+    heard_from, quiet, wave_run = cell_fea88dcf()
     cell_5b6b343b(wave_run)
 
     # cell 25d3fb29
@@ -367,73 +354,11 @@ def test_an_interrupted_run_keeps_what_it_learned():
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == again.log
     cell_f612cd90(falling, heard_from, wave_run)
-
-    # cell f44ee589
-    def interrupt_at(step):
-        "A schedule under which somebody presses Ctrl-C."
-
-        def rate(taken):
-            if taken == step:
-                raise KeyboardInterrupt
-            return 1.0
-
-        return rate
-
-    def asked_at(step):
-        "A schedule under which somebody asks the process to stop."
-
-        def rate(taken):
-            if taken == step:
-                signal.raise_signal(signal.SIGTERM)
-            return 1.0
-
-        return rate
-
-    room = tempfile.TemporaryDirectory()
-    polite, abrupt = Path(room.name) / "polite", Path(room.name) / "abrupt"
-    run, (asked, first) = heard_from(lambda: wave_run(1000, folder=polite, schedule=asked_at(5)))
-    _, (second,) = heard_from(lambda: wave_run(1000, folder=abrupt, schedule=interrupt_at(5)))
-    assert run.interrupted and run.outer.taken == 5
-    assert asked == "asked to stop: after this step (ask again to stop at once)"
-    assert first.startswith("interrupted: 5 steps in")
-    assert "to go on from the checkpoint of step 5" in first and "step 4" in second
-    assert run.best_step in (2, 4) and not run.learner.training
-    assert all(torch.equal(v, run.best_state[k]) for k, v in run.learner.state_dict().items())
-    assert metabook.load(polite).lr == metabook.load(abrupt).lr == 0.01
-    print(first)
+    cell_f44ee589(heard_from, wave_run)
 
 
 def test_a_full_disk_costs_only_what_came_after():
-    # cell fea88dcf
-    def heard_from(f):
-        "What `f` gives, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    def wave_run(steps=4, folder=None, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(
-            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
-        )
-
+    heard_from, quiet, wave_run = cell_fea88dcf()
     cell_5b6b343b(wave_run)
 
     # cell 25d3fb29
@@ -468,147 +393,13 @@ def test_a_full_disk_costs_only_what_came_after():
         assert all(torch.equal(a, b) for a, b in states)
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == again.log
-    # cell f612cd90
-    room = tempfile.TemporaryDirectory()
-    folder = Path(room.name) / "run"
-    wave_run(steps=4, folder=folder)
-    for how, message in [
-        (dict(lr=0.5), "settings.lr was 0.001 and is 0.5"),
-        (dict(seed=1), "settings.seed was 0 and is 1"),
-        (dict(schedule=falling), "rates.1 was 1.0 and is 0.5"),
-        (dict(optimizer=torch.optim.SGD), "settings.optimizer was 'Adam' and is 'SGD'"),
-        (dict(steps=3), "steps=3, but the run in .* has taken 4 already: ask for more"),
-        (dict(folder=None), "resume=True, but there is no folder"),
-        (dict(meta_batch=8), "settings.meta_batch was 4 and is 8"),
-        (dict(keep=-1), "keep=-1: expected how many"),
-        (dict(notes={"recipe": "another"}), "notes.recipe was None and is 'another'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            wave_run(**({"steps": 4, "folder": folder, "resume": True} | how))
-    with pytest.raises(ValueError, match=r"learner.args.lr was 0.01 and is 0.02"):
-        other = MAML(MLP([1, 8, 1]), lr=0.02, kind="regression", test_steps=2)
-        how = dict(meta_batch=4, every=2, log_every=2, validate=Sinusoids(5, 15), progress=False)
-        fit(other, Sinusoids(5, 10), steps=4, folder=folder, resume=True, **how)
-
-    _, said = heard_from(
-        lambda: wave_run(
-            steps=6, folder=folder, resume=True, clip=9.0, engine=Engine(nonfinite="skip")
-        )
-    )
-    told = (
-        "the run goes on, but not as it would have: clip was None and is 9.0; nonfinite was 'stop'"
-    )
-    assert said[0].startswith(told)
-    shutil.rmtree(folder / "checkpoints")  # to make room
-    with pytest.raises(FileExistsError, match="a trained learner, and no checkpoint to go on from"):
-        wave_run(steps=8, folder=folder, resume=True)
-
-    class Brooding(Sinusoids):
-        "Learns from feedback, and cannot say what."
-
-        def feedback(self, report):
-            pass
-
-    waves = MAML(MLP([1, 8, 1]), kind="regression")
-    with pytest.raises(TypeError, match="give them state_dict and load_state_dict"):
-        fit(waves, Brooding(), steps=2, folder=Path(room.name) / "other", progress=False)
-
-    # cell f44ee589
-    def interrupt_at(step):
-        "A schedule under which somebody presses Ctrl-C."
-
-        def rate(taken):
-            if taken == step:
-                raise KeyboardInterrupt
-            return 1.0
-
-        return rate
-
-    def asked_at(step):
-        "A schedule under which somebody asks the process to stop."
-
-        def rate(taken):
-            if taken == step:
-                signal.raise_signal(signal.SIGTERM)
-            return 1.0
-
-        return rate
-
-    room = tempfile.TemporaryDirectory()
-    polite, abrupt = Path(room.name) / "polite", Path(room.name) / "abrupt"
-    run, (asked, first) = heard_from(lambda: wave_run(1000, folder=polite, schedule=asked_at(5)))
-    _, (second,) = heard_from(lambda: wave_run(1000, folder=abrupt, schedule=interrupt_at(5)))
-    assert run.interrupted and run.outer.taken == 5
-    assert asked == "asked to stop: after this step (ask again to stop at once)"
-    assert first.startswith("interrupted: 5 steps in")
-    assert "to go on from the checkpoint of step 5" in first and "step 4" in second
-    assert run.best_step in (2, 4) and not run.learner.training
-    assert all(torch.equal(v, run.best_state[k]) for k, v in run.learner.state_dict().items())
-    assert metabook.load(polite).lr == metabook.load(abrupt).lr == 0.01
-    print(first)
-    # cell 7b52ca61
-    room = tempfile.TemporaryDirectory()
-    folder = Path(room.name) / "run"
-    disk, full = os.fsync, []
-
-    def fsync(file):
-        "A disk that is full when the run has taken four steps."
-        if (folder / "checkpoints" / "step-00000004.json").exists():
-            full.append(file)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        disk(file)
-
-    os.fsync = fsync
-    try:
-        with pytest.raises(
-            OSError, match=r"after step 6; make room .* the checkpoint of step 4"
-        ) as told:
-            wave_run(steps=8, folder=folder)
-    finally:
-        os.fsync = disk
-    print(told.value)
-    assert (
-        full and told.value.errno == errno.ENOSPC and "could not be written into" in str(told.value)
-    )
-    assert not list(folder.rglob("*.part")) and metabook.load(folder).lr == 0.01
-    with quiet():
-        run = wave_run(steps=8, folder=folder, resume=True)
-    assert without_clocks(run) == without_clocks(
-        wave_run(steps=8, folder=Path(room.name) / "whole")
-    )
+    cell_f612cd90(falling, heard_from, wave_run)
+    cell_f44ee589(heard_from, wave_run)
+    cell_7b52ca61(quiet, wave_run, without_clocks)
 
 
 def test_a_listener_hears_every_step_and_goes_on():
-    # cell fea88dcf
-    def heard_from(f):
-        "What `f` gives, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    def wave_run(steps=4, folder=None, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(
-            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
-        )
-
+    heard_from, quiet, wave_run = cell_fea88dcf()
     cell_5b6b343b(wave_run)
 
     # cell 25d3fb29
@@ -643,148 +434,14 @@ def test_a_listener_hears_every_step_and_goes_on():
         assert all(torch.equal(a, b) for a, b in states)
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == again.log
-    # cell f612cd90
-    room = tempfile.TemporaryDirectory()
-    folder = Path(room.name) / "run"
-    wave_run(steps=4, folder=folder)
-    for how, message in [
-        (dict(lr=0.5), "settings.lr was 0.001 and is 0.5"),
-        (dict(seed=1), "settings.seed was 0 and is 1"),
-        (dict(schedule=falling), "rates.1 was 1.0 and is 0.5"),
-        (dict(optimizer=torch.optim.SGD), "settings.optimizer was 'Adam' and is 'SGD'"),
-        (dict(steps=3), "steps=3, but the run in .* has taken 4 already: ask for more"),
-        (dict(folder=None), "resume=True, but there is no folder"),
-        (dict(meta_batch=8), "settings.meta_batch was 4 and is 8"),
-        (dict(keep=-1), "keep=-1: expected how many"),
-        (dict(notes={"recipe": "another"}), "notes.recipe was None and is 'another'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            wave_run(**({"steps": 4, "folder": folder, "resume": True} | how))
-    with pytest.raises(ValueError, match=r"learner.args.lr was 0.01 and is 0.02"):
-        other = MAML(MLP([1, 8, 1]), lr=0.02, kind="regression", test_steps=2)
-        how = dict(meta_batch=4, every=2, log_every=2, validate=Sinusoids(5, 15), progress=False)
-        fit(other, Sinusoids(5, 10), steps=4, folder=folder, resume=True, **how)
-
-    _, said = heard_from(
-        lambda: wave_run(
-            steps=6, folder=folder, resume=True, clip=9.0, engine=Engine(nonfinite="skip")
-        )
-    )
-    told = (
-        "the run goes on, but not as it would have: clip was None and is 9.0; nonfinite was 'stop'"
-    )
-    assert said[0].startswith(told)
-    shutil.rmtree(folder / "checkpoints")  # to make room
-    with pytest.raises(FileExistsError, match="a trained learner, and no checkpoint to go on from"):
-        wave_run(steps=8, folder=folder, resume=True)
-
-    class Brooding(Sinusoids):
-        "Learns from feedback, and cannot say what."
-
-        def feedback(self, report):
-            pass
-
-    waves = MAML(MLP([1, 8, 1]), kind="regression")
-    with pytest.raises(TypeError, match="give them state_dict and load_state_dict"):
-        fit(waves, Brooding(), steps=2, folder=Path(room.name) / "other", progress=False)
-
-    # cell f44ee589
-    def interrupt_at(step):
-        "A schedule under which somebody presses Ctrl-C."
-
-        def rate(taken):
-            if taken == step:
-                raise KeyboardInterrupt
-            return 1.0
-
-        return rate
-
-    def asked_at(step):
-        "A schedule under which somebody asks the process to stop."
-
-        def rate(taken):
-            if taken == step:
-                signal.raise_signal(signal.SIGTERM)
-            return 1.0
-
-        return rate
-
-    room = tempfile.TemporaryDirectory()
-    polite, abrupt = Path(room.name) / "polite", Path(room.name) / "abrupt"
-    run, (asked, first) = heard_from(lambda: wave_run(1000, folder=polite, schedule=asked_at(5)))
-    _, (second,) = heard_from(lambda: wave_run(1000, folder=abrupt, schedule=interrupt_at(5)))
-    assert run.interrupted and run.outer.taken == 5
-    assert asked == "asked to stop: after this step (ask again to stop at once)"
-    assert first.startswith("interrupted: 5 steps in")
-    assert "to go on from the checkpoint of step 5" in first and "step 4" in second
-    assert run.best_step in (2, 4) and not run.learner.training
-    assert all(torch.equal(v, run.best_state[k]) for k, v in run.learner.state_dict().items())
-    assert metabook.load(polite).lr == metabook.load(abrupt).lr == 0.01
-    print(first)
-    # cell 7b52ca61
-    room = tempfile.TemporaryDirectory()
-    folder = Path(room.name) / "run"
-    disk, full = os.fsync, []
-
-    def fsync(file):
-        "A disk that is full when the run has taken four steps."
-        if (folder / "checkpoints" / "step-00000004.json").exists():
-            full.append(file)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        disk(file)
-
-    os.fsync = fsync
-    try:
-        with pytest.raises(
-            OSError, match=r"after step 6; make room .* the checkpoint of step 4"
-        ) as told:
-            wave_run(steps=8, folder=folder)
-    finally:
-        os.fsync = disk
-    print(told.value)
-    assert (
-        full and told.value.errno == errno.ENOSPC and "could not be written into" in str(told.value)
-    )
-    assert not list(folder.rglob("*.part")) and metabook.load(folder).lr == 0.01
-    with quiet():
-        run = wave_run(steps=8, folder=folder, resume=True)
-    assert without_clocks(run) == without_clocks(
-        wave_run(steps=8, folder=Path(room.name) / "whole")
-    )
+    cell_f612cd90(falling, heard_from, wave_run)
+    cell_f44ee589(heard_from, wave_run)
+    cell_7b52ca61(quiet, wave_run, without_clocks)
     cell_6bbe4632(quiet, wave_run)
 
 
 def test_patience_ends_a_run():
-    # cell fea88dcf
-    def heard_from(f):
-        "What `f` gives, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    @contextmanager
-    def quiet():
-        "Within it nothing is said about what goes as expected."
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-    def wave_run(steps=4, folder=None, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(
-            learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), folder=folder, **how
-        )
-
+    heard_from, quiet, wave_run = cell_fea88dcf()
     cell_5b6b343b(wave_run)
 
     # cell 25d3fb29
@@ -819,114 +476,9 @@ def test_patience_ends_a_run():
         assert all(torch.equal(a, b) for a, b in states)
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == again.log
-    # cell f612cd90
-    room = tempfile.TemporaryDirectory()
-    folder = Path(room.name) / "run"
-    wave_run(steps=4, folder=folder)
-    for how, message in [
-        (dict(lr=0.5), "settings.lr was 0.001 and is 0.5"),
-        (dict(seed=1), "settings.seed was 0 and is 1"),
-        (dict(schedule=falling), "rates.1 was 1.0 and is 0.5"),
-        (dict(optimizer=torch.optim.SGD), "settings.optimizer was 'Adam' and is 'SGD'"),
-        (dict(steps=3), "steps=3, but the run in .* has taken 4 already: ask for more"),
-        (dict(folder=None), "resume=True, but there is no folder"),
-        (dict(meta_batch=8), "settings.meta_batch was 4 and is 8"),
-        (dict(keep=-1), "keep=-1: expected how many"),
-        (dict(notes={"recipe": "another"}), "notes.recipe was None and is 'another'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            wave_run(**({"steps": 4, "folder": folder, "resume": True} | how))
-    with pytest.raises(ValueError, match=r"learner.args.lr was 0.01 and is 0.02"):
-        other = MAML(MLP([1, 8, 1]), lr=0.02, kind="regression", test_steps=2)
-        how = dict(meta_batch=4, every=2, log_every=2, validate=Sinusoids(5, 15), progress=False)
-        fit(other, Sinusoids(5, 10), steps=4, folder=folder, resume=True, **how)
-
-    _, said = heard_from(
-        lambda: wave_run(
-            steps=6, folder=folder, resume=True, clip=9.0, engine=Engine(nonfinite="skip")
-        )
-    )
-    told = (
-        "the run goes on, but not as it would have: clip was None and is 9.0; nonfinite was 'stop'"
-    )
-    assert said[0].startswith(told)
-    shutil.rmtree(folder / "checkpoints")  # to make room
-    with pytest.raises(FileExistsError, match="a trained learner, and no checkpoint to go on from"):
-        wave_run(steps=8, folder=folder, resume=True)
-
-    class Brooding(Sinusoids):
-        "Learns from feedback, and cannot say what."
-
-        def feedback(self, report):
-            pass
-
-    waves = MAML(MLP([1, 8, 1]), kind="regression")
-    with pytest.raises(TypeError, match="give them state_dict and load_state_dict"):
-        fit(waves, Brooding(), steps=2, folder=Path(room.name) / "other", progress=False)
-
-    # cell f44ee589
-    def interrupt_at(step):
-        "A schedule under which somebody presses Ctrl-C."
-
-        def rate(taken):
-            if taken == step:
-                raise KeyboardInterrupt
-            return 1.0
-
-        return rate
-
-    def asked_at(step):
-        "A schedule under which somebody asks the process to stop."
-
-        def rate(taken):
-            if taken == step:
-                signal.raise_signal(signal.SIGTERM)
-            return 1.0
-
-        return rate
-
-    room = tempfile.TemporaryDirectory()
-    polite, abrupt = Path(room.name) / "polite", Path(room.name) / "abrupt"
-    run, (asked, first) = heard_from(lambda: wave_run(1000, folder=polite, schedule=asked_at(5)))
-    _, (second,) = heard_from(lambda: wave_run(1000, folder=abrupt, schedule=interrupt_at(5)))
-    assert run.interrupted and run.outer.taken == 5
-    assert asked == "asked to stop: after this step (ask again to stop at once)"
-    assert first.startswith("interrupted: 5 steps in")
-    assert "to go on from the checkpoint of step 5" in first and "step 4" in second
-    assert run.best_step in (2, 4) and not run.learner.training
-    assert all(torch.equal(v, run.best_state[k]) for k, v in run.learner.state_dict().items())
-    assert metabook.load(polite).lr == metabook.load(abrupt).lr == 0.01
-    print(first)
-    # cell 7b52ca61
-    room = tempfile.TemporaryDirectory()
-    folder = Path(room.name) / "run"
-    disk, full = os.fsync, []
-
-    def fsync(file):
-        "A disk that is full when the run has taken four steps."
-        if (folder / "checkpoints" / "step-00000004.json").exists():
-            full.append(file)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        disk(file)
-
-    os.fsync = fsync
-    try:
-        with pytest.raises(
-            OSError, match=r"after step 6; make room .* the checkpoint of step 4"
-        ) as told:
-            wave_run(steps=8, folder=folder)
-    finally:
-        os.fsync = disk
-    print(told.value)
-    assert (
-        full and told.value.errno == errno.ENOSPC and "could not be written into" in str(told.value)
-    )
-    assert not list(folder.rglob("*.part")) and metabook.load(folder).lr == 0.01
-    with quiet():
-        run = wave_run(steps=8, folder=folder, resume=True)
-    assert without_clocks(run) == without_clocks(
-        wave_run(steps=8, folder=Path(room.name) / "whole")
-    )
+    cell_f612cd90(falling, heard_from, wave_run)
+    cell_f44ee589(heard_from, wave_run)
+    cell_7b52ca61(quiet, wave_run, without_clocks)
     cell_6bbe4632(quiet, wave_run)
 
     # cell 5aa59422

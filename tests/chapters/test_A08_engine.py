@@ -68,6 +68,36 @@ def cell_aab042d7():
     return Normalised, episodes
 
 
+def cell_b0e10e53():
+    # cell b0e10e53
+    class Halved(ProtoNet):
+        "Differentiates half of its criterion, and no more."
+
+        approximate = True
+
+        def loss(self, episode):
+            return super().loss(episode) / 2
+
+    y = one_hot(torch.arange(4) % 2, 2).expand(3, -1, -1)
+    episodes = Episode(*(Examples(torch.randn(3, 4, 2), y) for _ in range(2)))
+    learner = Halved(MLP([2, 5]))
+    whole = ProtoNet(learner.embed)
+    for lift in ("loop", "vmap"):
+        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
+        torch.testing.assert_close(found.losses, expected.losses.detach())
+        torch.testing.assert_close(found.differentiated, expected.losses / 2)
+        for m, factor in ((learner, 2), (whole, 1)):
+            m.zero_grad()
+            m.combine = lambda values: values.square().mean()  # weighs by the criterion
+            gradients(m, episodes, lift=lift)
+            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
+            if m is learner:
+                mine = slopes
+        torch.testing.assert_close(mine, slopes)
+    learner.approximate = False
+    assert grade(learner, episodes, Way("vmap")).surrogates is None
+
+
 def cell_d3840484():
     # cell d3840484
     def peak(f):
@@ -279,34 +309,7 @@ def test_surrogates_are_differentiated():
             torch.testing.assert_close(gradient(learner, **how), wanted, rtol=1e-8, atol=1e-12)
     with pytest.raises(ValueError, match="chunk=0"):
         gradients(learner, episodes, chunk=0)
-
-    # cell b0e10e53
-    class Halved(ProtoNet):
-        "Differentiates half of its criterion, and no more."
-
-        approximate = True
-
-        def loss(self, episode):
-            return super().loss(episode) / 2
-
-    y = one_hot(torch.arange(4) % 2, 2).expand(3, -1, -1)
-    episodes = Episode(*(Examples(torch.randn(3, 4, 2), y) for _ in range(2)))
-    learner = Halved(MLP([2, 5]))
-    whole = ProtoNet(learner.embed)
-    for lift in ("loop", "vmap"):
-        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
-        torch.testing.assert_close(found.losses, expected.losses.detach())
-        torch.testing.assert_close(found.differentiated, expected.losses / 2)
-        for m, factor in ((learner, 2), (whole, 1)):
-            m.zero_grad()
-            m.combine = lambda values: values.square().mean()  # weighs by the criterion
-            gradients(m, episodes, lift=lift)
-            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
-            if m is learner:
-                mine = slopes
-        torch.testing.assert_close(mine, slopes)
-    learner.approximate = False
-    assert grade(learner, episodes, Way("vmap")).surrogates is None
+    cell_b0e10e53()
 
 
 def test_chunks_change_nothing():
@@ -345,34 +348,7 @@ def test_chunks_change_nothing():
             torch.testing.assert_close(gradient(learner, **how), wanted, rtol=1e-8, atol=1e-12)
     with pytest.raises(ValueError, match="chunk=0"):
         gradients(learner, episodes, chunk=0)
-
-    # cell b0e10e53
-    class Halved(ProtoNet):
-        "Differentiates half of its criterion, and no more."
-
-        approximate = True
-
-        def loss(self, episode):
-            return super().loss(episode) / 2
-
-    y = one_hot(torch.arange(4) % 2, 2).expand(3, -1, -1)
-    episodes = Episode(*(Examples(torch.randn(3, 4, 2), y) for _ in range(2)))
-    learner = Halved(MLP([2, 5]))
-    whole = ProtoNet(learner.embed)
-    for lift in ("loop", "vmap"):
-        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
-        torch.testing.assert_close(found.losses, expected.losses.detach())
-        torch.testing.assert_close(found.differentiated, expected.losses / 2)
-        for m, factor in ((learner, 2), (whole, 1)):
-            m.zero_grad()
-            m.combine = lambda values: values.square().mean()  # weighs by the criterion
-            gradients(m, episodes, lift=lift)
-            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
-            if m is learner:
-                mine = slopes
-        torch.testing.assert_close(mine, slopes)
-    learner.approximate = False
-    assert grade(learner, episodes, Way("vmap")).surrogates is None
+    cell_b0e10e53()
 
     # cell e8fe771f
     class OwnLoss(ProtoNet):

@@ -99,6 +99,24 @@ def cell_197c357c(agree, large_maps):
     assert x.grad is None
 
 
+def cell_2ef86a99(large_maps):
+    # cell 2ef86a99
+    x, weight, bias = large_maps(n=3 * 24)
+    tasks = x.unflatten(0, (3, 24))
+
+    def inner_gradient(norm):
+        "Of one task: how its squared output changes with the scale, and how that depends on the maps."
+
+        def f(x, weight):
+            return grad(lambda w: norm(x, w, bias, 1e-5)[0].pow(3).sum())(weight)
+
+        return f
+
+    kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
+    lifted = vmap(kernel, (0, None))(tasks, weight)
+    torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
+
+
 def cell_cf8cbbe5(large_maps):
     # cell cf8cbbe5
     class Asked(TorchFunctionMode):
@@ -128,6 +146,20 @@ def cell_db819fb9():
         return F.relu(F.max_pool2d(y, 2) if pool == "max" else y), mean, var
 
     return conv_block
+
+
+def cell_84d9a7a0(agree, conv_block):
+    # cell 84d9a7a0
+    torch.manual_seed(0)
+    for channels, pool in itertools.product((1, 3), ("max", "stride")):
+        images = torch.randn(6, channels, 9, 12).double()
+        filters = torch.randn(8, channels, 3, 3).double()
+        shift, weight, bias = torch.randn(3, 8).double()
+        arguments = [images, filters, shift, weight, bias]
+        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
+        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
+            torch.testing.assert_close(found, wanted)
+        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
 
 
 def cell_6aa068a2():
@@ -203,42 +235,14 @@ def test_the_kernel_lifts():
     cell_e5f029c7()
     agree, large_maps = cell_4fc1d47c()
     cell_197c357c(agree, large_maps)
-    # cell 2ef86a99
-    x, weight, bias = large_maps(n=3 * 24)
-    tasks = x.unflatten(0, (3, 24))
-
-    def inner_gradient(norm):
-        "Of one task: how its squared output changes with the scale, and how that depends on the maps."
-
-        def f(x, weight):
-            return grad(lambda w: norm(x, w, bias, 1e-5)[0].pow(3).sum())(weight)
-
-        return f
-
-    kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
-    lifted = vmap(kernel, (0, None))(tasks, weight)
-    torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
+    cell_2ef86a99(large_maps)
 
 
 def test_helpers_save_detours():
     cell_e5f029c7()
     agree, large_maps = cell_4fc1d47c()
     cell_197c357c(agree, large_maps)
-    # cell 2ef86a99
-    x, weight, bias = large_maps(n=3 * 24)
-    tasks = x.unflatten(0, (3, 24))
-
-    def inner_gradient(norm):
-        "Of one task: how its squared output changes with the scale, and how that depends on the maps."
-
-        def f(x, weight):
-            return grad(lambda w: norm(x, w, bias, 1e-5)[0].pow(3).sum())(weight)
-
-        return f
-
-    kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
-    lifted = vmap(kernel, (0, None))(tasks, weight)
-    torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
+    cell_2ef86a99(large_maps)
     cell_cf8cbbe5(large_maps)
 
 
@@ -246,21 +250,7 @@ def test_the_kernel_in_bfloat16():
     cell_e5f029c7()
     agree, large_maps = cell_4fc1d47c()
     cell_197c357c(agree, large_maps)
-    # cell 2ef86a99
-    x, weight, bias = large_maps(n=3 * 24)
-    tasks = x.unflatten(0, (3, 24))
-
-    def inner_gradient(norm):
-        "Of one task: how its squared output changes with the scale, and how that depends on the maps."
-
-        def f(x, weight):
-            return grad(lambda w: norm(x, w, bias, 1e-5)[0].pow(3).sum())(weight)
-
-        return f
-
-    kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
-    lifted = vmap(kernel, (0, None))(tasks, weight)
-    torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
+    cell_2ef86a99(large_maps)
     cell_cf8cbbe5(large_maps)
     # cell 646ab370
     x, weight, bias = (t.float() for t in large_maps())
@@ -280,127 +270,22 @@ def test_the_kernel_in_bfloat16():
 
 @pytest.mark.proves("eq-folded-block")
 def test_the_first_block_is_the_block():
-    # cell 4fc1d47c
-    def agree(f, g, arguments):
-        "Do two functions of tensors have the same value, gradient and second derivative?"
-
-        def derivatives(f):
-            def loss(*x):
-                return f(*x).sin().sum()
-
-            inner = grad(loss, tuple(range(len(arguments))))
-            x = [a.clone().requires_grad_() for a in arguments]
-            value = f(*x)
-            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
-            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
-            return value, first, second
-
-        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
-            size = max(
-                w.abs().max().item() for w in wanted
-            )  # a gradient may be zero but for rounding
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
-
-    def large_maps(n=24, channels=64, size=28):
-        torch.manual_seed(0)
-        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
-        return x, torch.randn(channels).double(), torch.randn(channels).double()
-
+    agree, large_maps = cell_4fc1d47c()
     conv_block = cell_db819fb9()
-    # cell 84d9a7a0
-    torch.manual_seed(0)
-    for channels, pool in itertools.product((1, 3), ("max", "stride")):
-        images = torch.randn(6, channels, 9, 12).double()
-        filters = torch.randn(8, channels, 3, 3).double()
-        shift, weight, bias = torch.randn(3, 8).double()
-        arguments = [images, filters, shift, weight, bias]
-        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
-        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
-            torch.testing.assert_close(found, wanted)
-        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
+    cell_84d9a7a0(agree, conv_block)
 
 
 def test_the_first_block_keeps_its_digits():
-    # cell 4fc1d47c
-    def agree(f, g, arguments):
-        "Do two functions of tensors have the same value, gradient and second derivative?"
-
-        def derivatives(f):
-            def loss(*x):
-                return f(*x).sin().sum()
-
-            inner = grad(loss, tuple(range(len(arguments))))
-            x = [a.clone().requires_grad_() for a in arguments]
-            value = f(*x)
-            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
-            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
-            return value, first, second
-
-        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
-            size = max(
-                w.abs().max().item() for w in wanted
-            )  # a gradient may be zero but for rounding
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
-
-    def large_maps(n=24, channels=64, size=28):
-        torch.manual_seed(0)
-        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
-        return x, torch.randn(channels).double(), torch.randn(channels).double()
-
+    agree, large_maps = cell_4fc1d47c()
     conv_block = cell_db819fb9()
-    # cell 84d9a7a0
-    torch.manual_seed(0)
-    for channels, pool in itertools.product((1, 3), ("max", "stride")):
-        images = torch.randn(6, channels, 9, 12).double()
-        filters = torch.randn(8, channels, 3, 3).double()
-        shift, weight, bias = torch.randn(3, 8).double()
-        arguments = [images, filters, shift, weight, bias]
-        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
-        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
-            torch.testing.assert_close(found, wanted)
-        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
+    cell_84d9a7a0(agree, conv_block)
     cell_6aa068a2()
 
 
 def test_the_first_block_lifts():
-    # cell 4fc1d47c
-    def agree(f, g, arguments):
-        "Do two functions of tensors have the same value, gradient and second derivative?"
-
-        def derivatives(f):
-            def loss(*x):
-                return f(*x).sin().sum()
-
-            inner = grad(loss, tuple(range(len(arguments))))
-            x = [a.clone().requires_grad_() for a in arguments]
-            value = f(*x)
-            first = torch.autograd.grad(value.cos().sum(), x)  # an ordinary backward
-            second = torch.autograd.grad(sum(d.square().sum() for d in inner(*x)), x)
-            return value, first, second
-
-        for found, wanted in zip(derivatives(f), derivatives(g), strict=True):
-            size = max(
-                w.abs().max().item() for w in wanted
-            )  # a gradient may be zero but for rounding
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11 * size)
-
-    def large_maps(n=24, channels=64, size=28):
-        torch.manual_seed(0)
-        x = kernels.channels_last(3 + torch.randn(n, channels, size, size).double())
-        return x, torch.randn(channels).double(), torch.randn(channels).double()
-
+    agree, large_maps = cell_4fc1d47c()
     conv_block = cell_db819fb9()
-    # cell 84d9a7a0
-    torch.manual_seed(0)
-    for channels, pool in itertools.product((1, 3), ("max", "stride")):
-        images = torch.randn(6, channels, 9, 12).double()
-        filters = torch.randn(8, channels, 3, 3).double()
-        shift, weight, bias = torch.randn(3, 8).double()
-        arguments = [images, filters, shift, weight, bias]
-        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
-        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
-            torch.testing.assert_close(found, wanted)
-        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
+    cell_84d9a7a0(agree, conv_block)
     cell_6aa068a2()
     # cell cbc7d0b8
     tasks = torch.randn(2, 24, 1, 28, 28).double()

@@ -94,6 +94,16 @@ def cell_3d90be17(fresh):
     assert torch.equal(loaded.embed(points), halves.embed(points))
 
 
+def cell_516a67d6(fresh):
+    # cell 516a67d6
+    tied = MAML(MLP([2, 2, 2, 2]))
+    tied.net.layers[1].weight = tied.net.layers[0].weight
+    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
+    for learner in (tied, reordered):
+        again = metabook.load(save(fresh(), learner)).state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+
+
 def cell_0e4f6b52(fresh):
     # cell 0e4f6b52
     @register("reads-a-value", NETWORKS)
@@ -198,6 +208,54 @@ def cell_d8d93a81(broken, edit, fresh):
             metabook.load(broken(damage))
 
 
+def cell_c5a79e16(fresh):
+    # cell c5a79e16
+    def update(folder, *fail, after=False):
+        "Save another learner; the renames of these numbers fail, or fail once they are done."
+        original, renames = os.replace, []
+
+        def replace(source, target):
+            renames.append(target)
+            if len(renames) in fail and not after:
+                raise OSError("power cut")
+            original(source, target)
+            if len(renames) in fail:
+                raise OSError("power cut")
+
+        os.replace = replace
+        try:
+            with pytest.raises(OSError, match="power cut"):
+                save(folder, MAML(MLP([2, 8, 3]), lr=0.7))
+        finally:
+            os.replace = original
+
+    folder = save(fresh(), MAML(MLP([2, 8, 3]), lr=0.3))
+    update(folder, 2)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
+    assert metabook.load(folder).lr == 0.3
+    update(folder, 2, 3)
+    assert metabook.load(folder).lr == 0.3
+    update(folder, 3, 4)  # and again; the first rename is now a repair
+    assert metabook.load(folder).lr == 0.3
+    update(folder, 3, after=True)  # everything was done but to say so
+    assert metabook.load(folder).lr == 0.7
+    update(folder, 1)  # nothing of what happened before is remembered
+    assert metabook.load(folder).lr == 0.7
+    update(folder, 2, 3)
+    assert metabook.load(folder).lr == 0.7
+    hidden = folder / ".learner.safetensors.before"
+    hidden.rename(folder / "elsewhere")
+    with pytest.raises(ValueError, match="only one of the two files was replaced"):
+        metabook.load(folder)
+    (folder / "elsewhere").rename(hidden)
+    save(folder, MAML(MLP([2, 8, 3]), lr=0.9))
+    assert metabook.load(folder).lr == 0.9 and not hidden.exists()
+    hidden.write_bytes(b"left by somebody")
+    (folder / "config.json").write_text("{")  # and nobody knows what was meant
+    save(folder, MAML(MLP([2, 8, 3]), lr=0.6))
+    assert metabook.load(folder).lr == 0.6 and not hidden.exists()
+
+
 def test_a_failed_write_leaves_the_old_file():
     fresh = cell_18000005()
     # cell 1b537d9d
@@ -231,13 +289,7 @@ def test_shared_and_reordered_tensors_are_saved():
     predictions, some_learners, tasks_for = cell_291e6ef6()
     cell_00063326(fresh, predictions, some_learners)
     cell_3d90be17(fresh)
-    # cell 516a67d6
-    tied = MAML(MLP([2, 2, 2, 2]))
-    tied.net.layers[1].weight = tied.net.layers[0].weight
-    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
-    for learner in (tied, reordered):
-        again = metabook.load(save(fresh(), learner)).state_dict()
-        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+    cell_516a67d6(fresh)
 
 
 def test_what_cannot_be_loaded_is_not_trained():
@@ -245,13 +297,7 @@ def test_what_cannot_be_loaded_is_not_trained():
     predictions, some_learners, tasks_for = cell_291e6ef6()
     cell_00063326(fresh, predictions, some_learners)
     cell_3d90be17(fresh)
-    # cell 516a67d6
-    tied = MAML(MLP([2, 2, 2, 2]))
-    tied.net.layers[1].weight = tied.net.layers[0].weight
-    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
-    for learner in (tied, reordered):
-        again = metabook.load(save(fresh(), learner)).state_dict()
-        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+    cell_516a67d6(fresh)
     cell_0e4f6b52(fresh)
 
 
@@ -260,13 +306,7 @@ def test_a_learner_that_holds_a_learner_comes_back():
     predictions, some_learners, tasks_for = cell_291e6ef6()
     cell_00063326(fresh, predictions, some_learners)
     cell_3d90be17(fresh)
-    # cell 516a67d6
-    tied = MAML(MLP([2, 2, 2, 2]))
-    tied.net.layers[1].weight = tied.net.layers[0].weight
-    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
-    for learner in (tied, reordered):
-        again = metabook.load(save(fresh(), learner)).state_dict()
-        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+    cell_516a67d6(fresh)
     cell_0e4f6b52(fresh)
     cell_64b8f0e1(fresh)
 
@@ -276,13 +316,7 @@ def test_an_adapted_learner_is_exported():
     predictions, some_learners, tasks_for = cell_291e6ef6()
     cell_00063326(fresh, predictions, some_learners)
     cell_3d90be17(fresh)
-    # cell 516a67d6
-    tied = MAML(MLP([2, 2, 2, 2]))
-    tied.net.layers[1].weight = tied.net.layers[0].weight
-    reordered = ProtoNet(Conv4(3, size=16, width=4)).to(memory_format=torch.channels_last)
-    for learner in (tied, reordered):
-        again = metabook.load(save(fresh(), learner)).state_dict()
-        assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
+    cell_516a67d6(fresh)
     cell_0e4f6b52(fresh)
     cell_64b8f0e1(fresh)
 
@@ -321,52 +355,7 @@ def test_half_an_update_is_undone():
     fresh = cell_18000005()
     broken, edit = cell_bd42338f(fresh)
     cell_d8d93a81(broken, edit, fresh)
-
-    # cell c5a79e16
-    def update(folder, *fail, after=False):
-        "Save another learner; the renames of these numbers fail, or fail once they are done."
-        original, renames = os.replace, []
-
-        def replace(source, target):
-            renames.append(target)
-            if len(renames) in fail and not after:
-                raise OSError("power cut")
-            original(source, target)
-            if len(renames) in fail:
-                raise OSError("power cut")
-
-        os.replace = replace
-        try:
-            with pytest.raises(OSError, match="power cut"):
-                save(folder, MAML(MLP([2, 8, 3]), lr=0.7))
-        finally:
-            os.replace = original
-
-    folder = save(fresh(), MAML(MLP([2, 8, 3]), lr=0.3))
-    update(folder, 2)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
-    assert metabook.load(folder).lr == 0.3
-    update(folder, 2, 3)
-    assert metabook.load(folder).lr == 0.3
-    update(folder, 3, 4)  # and again; the first rename is now a repair
-    assert metabook.load(folder).lr == 0.3
-    update(folder, 3, after=True)  # everything was done but to say so
-    assert metabook.load(folder).lr == 0.7
-    update(folder, 1)  # nothing of what happened before is remembered
-    assert metabook.load(folder).lr == 0.7
-    update(folder, 2, 3)
-    assert metabook.load(folder).lr == 0.7
-    hidden = folder / ".learner.safetensors.before"
-    hidden.rename(folder / "elsewhere")
-    with pytest.raises(ValueError, match="only one of the two files was replaced"):
-        metabook.load(folder)
-    (folder / "elsewhere").rename(hidden)
-    save(folder, MAML(MLP([2, 8, 3]), lr=0.9))
-    assert metabook.load(folder).lr == 0.9 and not hidden.exists()
-    hidden.write_bytes(b"left by somebody")
-    (folder / "config.json").write_text("{")  # and nobody knows what was meant
-    save(folder, MAML(MLP([2, 8, 3]), lr=0.6))
-    assert metabook.load(folder).lr == 0.6 and not hidden.exists()
+    cell_c5a79e16(fresh)
 
 
 def test_an_error_while_writing_keeps_the_earlier_folder():
@@ -374,52 +363,7 @@ def test_an_error_while_writing_keeps_the_earlier_folder():
     predictions, some_learners, tasks_for = cell_291e6ef6()
     broken, edit = cell_bd42338f(fresh)
     cell_d8d93a81(broken, edit, fresh)
-
-    # cell c5a79e16
-    def update(folder, *fail, after=False):
-        "Save another learner; the renames of these numbers fail, or fail once they are done."
-        original, renames = os.replace, []
-
-        def replace(source, target):
-            renames.append(target)
-            if len(renames) in fail and not after:
-                raise OSError("power cut")
-            original(source, target)
-            if len(renames) in fail:
-                raise OSError("power cut")
-
-        os.replace = replace
-        try:
-            with pytest.raises(OSError, match="power cut"):
-                save(folder, MAML(MLP([2, 8, 3]), lr=0.7))
-        finally:
-            os.replace = original
-
-    folder = save(fresh(), MAML(MLP([2, 8, 3]), lr=0.3))
-    update(folder, 2)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "learner.safetensors"]
-    assert metabook.load(folder).lr == 0.3
-    update(folder, 2, 3)
-    assert metabook.load(folder).lr == 0.3
-    update(folder, 3, 4)  # and again; the first rename is now a repair
-    assert metabook.load(folder).lr == 0.3
-    update(folder, 3, after=True)  # everything was done but to say so
-    assert metabook.load(folder).lr == 0.7
-    update(folder, 1)  # nothing of what happened before is remembered
-    assert metabook.load(folder).lr == 0.7
-    update(folder, 2, 3)
-    assert metabook.load(folder).lr == 0.7
-    hidden = folder / ".learner.safetensors.before"
-    hidden.rename(folder / "elsewhere")
-    with pytest.raises(ValueError, match="only one of the two files was replaced"):
-        metabook.load(folder)
-    (folder / "elsewhere").rename(hidden)
-    save(folder, MAML(MLP([2, 8, 3]), lr=0.9))
-    assert metabook.load(folder).lr == 0.9 and not hidden.exists()
-    hidden.write_bytes(b"left by somebody")
-    (folder / "config.json").write_text("{")  # and nobody knows what was meant
-    save(folder, MAML(MLP([2, 8, 3]), lr=0.6))
-    assert metabook.load(folder).lr == 0.6 and not hidden.exists()
+    cell_c5a79e16(fresh)
     # cell 74b3ee62
     learner = MAML(MLP([2, 8, 3]))
     folder = save(fresh(), learner)

@@ -51,6 +51,22 @@ def cell_e6e99f56():
         pack({"a": object()}, {})
 
 
+def cell_43ac94ca():
+    # cell 43ac94ca
+    def heard(f):
+        "What `f` does, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
+    return heard
+
+
 def cell_6d0d32a8(fresh):
     # cell 6d0d32a8
     folder = fresh()
@@ -133,19 +149,7 @@ def test_the_last_checkpoints_are_kept():
 def test_damage_is_told_and_the_one_before_is_used():
     fresh = cell_7f37a553()
     cell_e6e99f56()
-
-    # cell 43ac94ca
-    def heard(f):
-        "What `f` does, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
+    heard = cell_43ac94ca()
     cell_6d0d32a8(fresh)
     cell_458d04f8(fresh, heard)
 
@@ -153,19 +157,7 @@ def test_damage_is_told_and_the_one_before_is_used():
 def test_one_process_at_a_time():
     fresh = cell_7f37a553()
     cell_e6e99f56()
-
-    # cell 43ac94ca
-    def heard(f):
-        "What `f` does, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
+    heard = cell_43ac94ca()
     cell_6d0d32a8(fresh)
     cell_458d04f8(fresh, heard)
     cell_3e81edb8(fresh)
@@ -193,19 +185,7 @@ def test_what_differs_is_named():
 def test_a_killed_run_goes_on_to_the_bit():
     fresh = cell_7f37a553()
     cell_e6e99f56()
-
-    # cell 43ac94ca
-    def heard(f):
-        "What `f` does, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
+    heard = cell_43ac94ca()
     cell_6d0d32a8(fresh)
     cell_458d04f8(fresh, heard)
     cell_3e81edb8(fresh)

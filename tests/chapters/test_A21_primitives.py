@@ -10,6 +10,24 @@ from torch.nn import functional as F
 from metabook import primitives
 
 
+def cell_194da5af():
+    # cell 194da5af
+    def after_a_step(w, x):
+        "The loss of one task after an inner step from w."
+
+        def loss(w):
+            return F.layer_norm(x * w, (4,), w).exp().mean()
+
+        return loss(w - grad(loss)(w))
+
+    def meta_gradients(w, x):
+        "Lifted, and in a loop."
+        lifted = torch.autograd.grad(vmap(after_a_step, (None, 0))(w, x).sum(), w)[0]
+        return lifted, torch.autograd.grad(sum(after_a_step(w, one) for one in x), w)[0]
+
+    return meta_gradients
+
+
 def cell_cd7a53ba():
     # cell cd7a53ba
     def derivatives(f, *inputs, twice=True):
@@ -93,20 +111,7 @@ def cell_b1b13e7c(derivatives):
 
 
 def test_a_plain_lift_is_wrong():
-    # cell 194da5af
-    def after_a_step(w, x):
-        "The loss of one task after an inner step from w."
-
-        def loss(w):
-            return F.layer_norm(x * w, (4,), w).exp().mean()
-
-        return loss(w - grad(loss)(w))
-
-    def meta_gradients(w, x):
-        "Lifted, and in a loop."
-        lifted = torch.autograd.grad(vmap(after_a_step, (None, 0))(w, x).sum(), w)[0]
-        return lifted, torch.autograd.grad(sum(after_a_step(w, one) for one in x), w)[0]
-
+    meta_gradients = cell_194da5af()
     # cell bf012acc
     torch.manual_seed(0)
     w, x = torch.randn(4, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, 4).double()
@@ -122,20 +127,7 @@ def test_entries_are_what_they_replace():
 
 
 def test_a_composed_lift_is_right():
-    # cell 194da5af
-    def after_a_step(w, x):
-        "The loss of one task after an inner step from w."
-
-        def loss(w):
-            return F.layer_norm(x * w, (4,), w).exp().mean()
-
-        return loss(w - grad(loss)(w))
-
-    def meta_gradients(w, x):
-        "Lifted, and in a loop."
-        lifted = torch.autograd.grad(vmap(after_a_step, (None, 0))(w, x).sum(), w)[0]
-        return lifted, torch.autograd.grad(sum(after_a_step(w, one) for one in x), w)[0]
-
+    meta_gradients = cell_194da5af()
     derivatives = cell_cd7a53ba()
     cell_b1b13e7c(derivatives)
     # cell 0ef7f273
