@@ -29,6 +29,7 @@ lab: $(READY)  ## read and run the chapters in JupyterLab
 export: $(READY)  ## write the library and the chapter tests from the notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/python tools/cells_to_tests.py nbs tests/chapters
+	$(BIN)/python tools/folds.py nbs
 
 check: $(READY)  ## fast: generated files are up to date, notebooks clean, import order kept, ruff passes
 	$(BIN)/python tools/check.py

@@ -120,5 +120,31 @@ def without_handlers(app, page, template, context, doctree) -> None:
         group["buttons"] = [b for b in group["buttons"] if b["type"] != "javascript"]
 
 
+def fold_checks(app, doctree: nodes.document) -> None:
+    """Put what is marked as a check, text and code, into one fold at the end of its section."""
+    for section in list(doctree.findall(nodes.section)):
+        marked = [n for n in section.children if {"metabook-checks", "tag_checks"} & classes_of(n)]
+        if not marked:
+            continue
+        for node in marked:
+            section.remove(node)
+        cells = sum("cell" in classes_of(node) for node in marked)
+        title = f"Checks ({cells})" if cells else "Details"
+        start = f'<details class="metabook-fold"><summary>{title}</summary>'
+        fold = [
+            nodes.raw("", start, format="html"),
+            *marked,
+            nodes.raw("", "</details>", format="html"),
+        ]
+        inner = (i for i, n in enumerate(section.children) if isinstance(n, nodes.section))
+        at = next(inner, len(section.children))
+        section[at:at] = fold
+
+
+def classes_of(node: nodes.Node) -> set[str]:
+    return set(node["classes"]) if isinstance(node, nodes.Element) else set()
+
+
 def setup(app) -> None:
+    app.connect("doctree-read", fold_checks)
     app.connect("html-page-context", without_handlers, priority=900)  # after the theme

@@ -159,13 +159,19 @@ def execute(chapter: Chapter, threads: int) -> Chapter:
     try:
         client.execute(env=environment(threads))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        said = "".join(f"\nwhich should show: {text}" for text in claimed(at[0]))
         raise chapter_pages.PageError(
-            f"{chapter_pages.where(chapter.name, at[0])}:\n{shortened(str(error))}"
+            f"{chapter_pages.where(chapter.name, at[0])}:{said}\n{shortened(str(error))}"
         ) from None
     for cell in chapter.code:
         cell.outputs = tidy(cell.outputs)
     chapter.seconds = time.perf_counter() - started
     return chapter
+
+
+def claimed(cell: NotebookNode) -> list[str]:
+    """The sentences of the page that a cell checks."""
+    return split_directives(cell.source)[0].get("claim", []) if cell.cell_type == "code" else []
 
 
 def shortened(error: str) -> str:
@@ -229,8 +235,9 @@ def write_source(chapters: list[Chapter], source: Path) -> list[str]:
     for name in ("CHANGELOG.md", "settings.ini"):
         shutil.copy(ROOT / name, source / name.replace("CHANGELOG", "changelog"))
     there = [chapter.name for chapter in chapters]
-    index = source / "index.md"
-    index.write_text(only_written(index.read_text(encoding="utf-8"), there), encoding="utf-8")
+    for frame in source.glob("*.md"):
+        text = only_written(frame.read_text(encoding="utf-8"), there)
+        frame.write_text(unlinked(text, there), encoding="utf-8")
     modules = api_pages.load(LIBRARY)
     names, problems = api_pages.names(modules), []
     for chapter in chapters:
@@ -256,6 +263,15 @@ def only_written(index: str, chapters: list[str]) -> str:
     return re.sub(
         r"(```\{toctree\}\n(?::[^\n]*\n)*:glob:\n\n)(.*?)\n```\n", kept, index, flags=re.S
     )
+
+
+def unlinked(markdown: str, chapters: list[str]) -> str:
+    """Take the links to chapters out that are still to be written."""
+
+    def kept(found: re.Match) -> str:
+        return found[0] if found[2] in chapters else found[1]
+
+    return re.sub(r"\[([^\]]*)\]\((\w+)\.ipynb\)", kept, markdown)
 
 
 def run_sphinx(build: Path, strict: bool) -> Path | None:

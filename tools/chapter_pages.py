@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import re
 
+from folds import CHECKS, fold, main_path
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
-from notebooks import split_directives, without_magics
+from notebooks import IN_CHECKS, split_directives
 
 TAGS = {
     ("hide", ""): "remove-cell",
@@ -57,7 +58,8 @@ def page(
         }:
             cells += code_cell(name, cell, skipped.get(cell.id))
     title, found, rest = book.cells[0].source.partition("\n")
-    book.cells[0].source = f"{title}\n\n{facts(module, code, seconds, names)}\n{found}{rest}"
+    known = facts(module, code, seconds, main_path(name, book), names)
+    book.cells[0].source = f"{title}\n\n{known}\n{found}{rest}"
     book.cells, book.metadata.file_format = cells, "mystnb"
     book.metadata.pop("widgets", None)
     return book
@@ -88,6 +90,9 @@ def prose(name: str, cell: NotebookNode, names: dict[str, str]) -> NotebookNode:
             f"{where(name, cell)}: an image has no alternative text: ![what it shows](...)"
         )
     cell.source = link_names(cell.source, names)
+    if fold(name, cell):
+        folded = cell.source.removeprefix(IN_CHECKS).strip()
+        cell.source = f"::::::::{{div}} metabook-checks\n{folded}\n::::::::"
     return cell
 
 
@@ -102,16 +107,24 @@ def link_names(markdown: str, names: dict[str, str]) -> str:
     return "".join(part if n % 2 else NAME.sub(link, part) for n, part in enumerate(parts))
 
 
-def facts(module: str, code: list[str], seconds: float, names: dict[str, str]) -> str:
-    """A small line below the title: what the library has of the chapter, what is tested, how long it runs."""
+def facts(
+    module: str, code: list[str], seconds: float, shown: tuple[int, int], names: dict[str, str]
+) -> str:
+    """A small line below the title: how long a chapter takes to read and to run, what the library has of it, what is tested."""
     where = f"metabook.{module}"
     directives = [split_directives(source)[0] for source in code]
     tests, proofs = (sum(key in d for d in directives) for key in ("test", "proves"))
     role = "{py:mod}" if where in names else ""  # a module that exports nothing has no page
-    said = [f"In the library: {role}`{where}`"] if module else []
+    said = [f"{reading_minutes(*shown)} minutes to read"]
+    said += [f"{max(seconds, 1):.0f} s to run"] if seconds else []
+    said += [f"In the library: {role}`{where}`"] if module else []
     said += [counted(n, word) for n, word in ((tests, "test"), (proofs, "proof")) if n]
-    said += [f"runs in {seconds:.0f} s"] if seconds >= 1 else []
     return small(" · ".join(said), "metabook-facts")
+
+
+def reading_minutes(words: int, lines: int) -> int:
+    """200 words or 20 lines of code a minute, in steps of five."""
+    return max(5, 5 * round((words / 200 + lines / 20) / 5))
 
 
 def counted(n: int, word: str) -> str:
@@ -131,34 +144,28 @@ def code_cell(name: str, cell: NotebookNode, skipped: str | None) -> list[Notebo
         return []
     check_outputs(name, cell, directives)
     tags = {TAGS[key, v] for key, vs in directives.items() for v in vs if (key, v) in TAGS}
-    folded = one(directives, "code-summary")
+    folded = fold(name, cell)
     if folded.startswith("Solution"):
         tags = {"hide-cell"}  # what it gives would give it away
-    if imports_only(source) and not tags:
-        tags, folded = {"hide-input"}, "Imports"
+    elif folded == CHECKS:
+        tags, folded = tags | {"checks"}, ""  # they are folded together
+    elif folded:
+        tags |= {"hide-input"}
     if "exporti" in directives:
         tags |= {"export"}
-        if not name.startswith("A"):  # the workshop shows how it is made
-            tags, folded = tags | {"hide-input"}, "Helpers of the library"
     tags |= {key for key in ("export", "test") if key in directives}
     cell.metadata = NotebookNode(tags=sorted(tags), mystnb=NotebookNode(settings(cell, directives)))
     if folded:
         cell.metadata.mystnb |= {"code_prompt_show": folded, "code_prompt_hide": folded}
     note = "" if "remove-cell" in tags else caption(directives, skipped)
     cell.source = source
-    return [cell, new_markdown_cell(small(note, "metabook-note"))] if note else [cell]
+    css = "metabook-note" + " metabook-checks" * ("checks" in tags)
+    return [cell, new_markdown_cell(small(note, css))] if note else [cell]
 
 
 def one(directives: dict[str, list[str]], key: str) -> str:
     """The value of a directive that is given once, without its quotes."""
     return directives.get(key, [""])[0].strip("\"'")
-
-
-def imports_only(source: str) -> bool:
-    """Whether a cell does nothing but import: readers may fold it."""
-    body = ast.parse(without_magics(source)).body
-    inner = [n for node in body for n in (node.body if isinstance(node, ast.Try) else [node])]
-    return bool(inner) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in inner)
 
 
 def settings(cell: NotebookNode, directives: dict[str, list[str]]) -> dict:
@@ -193,6 +200,8 @@ def caption(directives: dict[str, list[str]], skipped: str | None) -> str:
     """What a cell tests, proves and needs, in a few words."""
     if skipped:
         return f"Not run on this page: {skipped}."
+    if claims := directives.get("claim"):
+        return "Checks what the text says: " + ", ".join(text.strip("\"'") for text in claims)
     if "test" not in directives:
         return ""
     proved = re.findall(r"[\w-]+", " ".join(directives.get("proves", [])))

@@ -188,7 +188,7 @@ class Chapter:
         never_run = cell.directives.get("eval") == ["false"]
         code = cell.source if never_run else self._hoist(cell)
         tree = ast.parse(code)
-        exported, left_out = cell.has(*EXPORTS), never_run or cell.has("show", "notest")
+        exported, left_out = cell.has(*EXPORTS), never_run or self._unseen(cell)
         if exported:
             self._export(cell, code)
         elif left_out:
@@ -198,11 +198,16 @@ class Chapter:
             return
         if cell.has("test", "proves", "breaks"):
             self.refuse(cell, "is flagged as a test, but holds nothing that tests may hold")
-        elif cell.has("show") and asserts(tree):
+        elif cell.has("show") and not cell.has("claim") and asserts(tree):
             self.refuse(
                 cell,
                 "asserts and is flagged `#| show`, so that no test holds it: give it a name instead",
             )
+
+    @staticmethod
+    def _unseen(cell: Cell) -> bool:
+        """Whether no test holds a cell: what is only shown, and what the build alone checks."""
+        return cell.has("show", "notest") or (cell.has("claim") and not cell.has("test", "setup"))
 
     def _hoist(self, cell: Cell) -> str:
         """Take the imports of a cell to the top of the file, drop `device = ...`, return the rest."""

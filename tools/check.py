@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import folds
+import nbformat
 from cells_to_tests import files_of
 from chapters import LIBRARY, Refused, read_book
 from notebooks import ROOT, find, read, unclean
@@ -62,6 +64,18 @@ def stale_tests() -> list[str]:
 
 def unclean_notebooks() -> list[str]:
     return [problem for path in find(NBS) for problem in unclean(path)]
+
+
+def unfolded() -> list[str]:
+    """Chapters that show too much outside folds, and cells that are collapsed where they should not be."""
+    bad = []
+    for path in find(NBS):
+        book = nbformat.read(path, as_version=4)
+        bad += folds.problems(path.stem, book)
+        before = [dict(cell.metadata) for cell in book.cells]
+        if before != [dict(cell.metadata) for cell in folds.collapse(path.stem, book).cells]:
+            bad.append(f"{path.name} is not collapsed where it is folded: run `make export`")
+    return bad
 
 
 def unproved() -> list[str]:

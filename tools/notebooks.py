@@ -22,8 +22,9 @@ KNOWN = {
     *("default_exp", "export", "exporti", "exports", "eval", "notest"),  # nbdev's
     *("test", "proves", "breaks", "setup", "show", "slow", "cuda", "data"),  # the tests'
     *("hide", "echo", "output", "include", "warning", "code-fold", "code-summary", "output-fold"),
-    *("label", "fig-cap", "fig-alt", "tbl-cap"),  # the site's
+    *("label", "fig-cap", "fig-alt", "tbl-cap", "checks", "claim"),  # the site's
 }
+IN_CHECKS = "<!-- checks -->"  # leads a markdown cell that belongs to the checks of its section
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def unclean(path: Path) -> list[str]:
     for cell in book.cells:
         if cell.get("outputs") or cell.get("execution_count"):
             bad.append(f"cell {cell.id} holds outputs or an execution count")
-        if cell.metadata:
+        if cell.metadata not in ({}, {"jupyter": {"source_hidden": True}}):
             bad.append(f"cell {cell.id} has metadata {sorted(cell.metadata)}")
     try:
         nbformat.validate(book)

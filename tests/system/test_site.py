@@ -39,6 +39,8 @@ SMALL = {
         "#| setup\nimport matplotlib.pyplot as plt",
         '#| label: fig-line\n#| fig-cap: "A line."\n#| fig-alt: "A rising line."\nplt.plot([1, 2])\nplt.show()',
         '#| test: sum\n#| proves: eq-step\n#| breaks: "a" -> "b"\nprint("x" * 300)\nassert 1 + 1 == 2',
+        "#| checks\n#| test: folded\nassert 2 + 2 == 4",
+        "print('after the checks')",
         "#| slow\nraise RuntimeError('a slow cell is not for pages')",
     ],
     "A14_explore": [
@@ -174,6 +176,8 @@ def test_directives_become_tags_and_notes():
     assert cell.metadata.mystnb == {
         "image": {"alt": "Two dots", "width": "300px"},
         "figure": {"caption": "Dots."},
+        "code_prompt_show": "The figure's code",
+        "code_prompt_hide": "The figure's code",
     }
     assert page(new_code_cell("#| default_exp maml"))[1:] == []
     assert page(new_code_cell("#| hide\nx = 1"))[1].metadata.tags == ["remove-cell"]
@@ -317,6 +321,23 @@ def test_every_page_is_whole_at_both_widths(site, address, tab):
             if tab.evaluate(WIDER):
                 tab.problems.append(f"{name} scrolls sideways at {width} pixels")
     assert "\n".join(tab.problems) == ""
+
+
+def test_checks_stand_in_one_fold_at_the_end_of_their_section(site):
+    (page,) = (
+        site.glob("08_maml.html")
+        if (site / "08_maml.html").exists()
+        else site.glob("01_learning_to_learn.html")
+    )
+    folds = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").select(
+        "details.metabook-fold"
+    )
+    for fold in folds:
+        (said,) = fold.find("summary").stripped_strings
+        assert said == f"Checks ({len(fold.select('div.cell'))})"
+        after = [tag.name for tag in fold.find_next_siblings() if tag.get_text(strip=True)]
+        assert set(after) <= {"section"}
+    assert folds
 
 
 def test_sliders_move_by_keyboard(site, address, tab):
