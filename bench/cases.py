@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metabook.episodes import Classes, Episode, FewShot, Frozen
+from metabook.classes import Classes
+from metabook.episodes import Episode, FewShot, Frozen
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.networks import Conv4

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from bench.cases import QUERIES, data_here
 from bench.measure import quartiles
 from bench.worker import Failed, Work, Worker
-from metabook.episodes import Classes, FewShot
+from metabook.classes import Classes
+from metabook.episodes import FewShot
 from metabook.graphs import Replayed
 from metabook.sources import SOURCES
 

@@ -21,7 +21,8 @@ import torch
 import metabook
 from bench.cases import QUERIES, Case, Job, data_here, noise
 from bench.measure import resident
-from metabook.episodes import Classes, FewShot
+from metabook.classes import Classes
+from metabook.episodes import FewShot
 from metabook.scores import evaluate
 from metabook.sources import SOURCES
 from metabook.training import fit

@@ -17,9 +17,10 @@ from torch import Tensor
 import metabook
 from . import processes
 from .checks import check_device
+from .classes import Classes
 from .datasets import own_images, read_image
 from .engine import Engine
-from .episodes import Classes, Examples
+from .episodes import Examples
 from .learners import Learner
 from metabook.recipes import (
     EVERY,

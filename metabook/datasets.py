@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_positive
-from .episodes import Classes, FewShot
+from .classes import Classes
+from .episodes import FewShot
 from .registry import log, lookup, moved
 from .saving import at_home, write_atomically
 

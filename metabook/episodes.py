@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import operator
 import random
-import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -22,9 +20,6 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Generator, Tensor
 
 from metabook.checks import (
-    check_alike,
-    check_class_images,
-    check_class_sizes,
     check_device,
     check_enough,
     check_finite,
@@ -32,12 +27,12 @@ from metabook.checks import (
     check_positive,
     check_tensors,
 )
+from .classes import Classes, digest, known_in_part, summary
 from .registry import number, undisturbed
 from .structures import count, tree_leaves, tree_map
 
 # %% auto #0
-__all__ = ['Examples', 'Episode', 'one_hot', 'Tasks', 'Frozen', 'Sinusoids', 'Stored', 'Classes', 'choose', 'sides', 'FewShot',
-           'VariedWayShot']
+__all__ = ['Examples', 'Episode', 'one_hot', 'Tasks', 'Frozen', 'Sinusoids', 'choose', 'sides', 'FewShot', 'VariedWayShot']
 
 # %% ../nbs/02_episodes.ipynb #72dcceca
 class Examples(NamedTuple):
@@ -285,26 +280,6 @@ def one_of(tasks: Tasks) -> Episode | None:
         return twin_of(tasks).sample(1, torch.Generator().manual_seed(LOOK))
     return None
 
-# %% ../nbs/02_episodes.ipynb #d527da3c
-def digest(
-    numbers: Iterable[Tensor],  # on any device
-    text: str = "",
-) -> str:
-    "Twelve hexadecimal digits of a text and of tensors, their types and shapes: as good as never twice."
-    found = hashlib.sha256(text.encode())
-    for t in numbers:
-        if isinstance(t, np.ndarray):
-            t = torch.from_numpy(t)
-        if not isinstance(t, Tensor):
-            found.update(repr(t).encode())
-            continue
-        found.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        if not t.is_meta:  # which holds none
-            row = t.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
-            row = row if row.stride(0) == 1 else row.clone(memory_format=torch.contiguous_format)
-            found.update(row.view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
-
 # %% ../nbs/02_episodes.ipynb #972c3e19
 class Waves(NamedTuple):
     "Drawn sinusoids: what `Sinusoids.gather` turns into episodes."
@@ -355,207 +330,6 @@ class Sinusoids(Tasks):
             Examples(x, amplitude * torch.sin(x - phase), {"task": task}) for x in (support, query)
         ]
         return Episode(*sides)
-
-# %% ../nbs/02_episodes.ipynb #3c40d713
-@dataclass(frozen=True, repr=False)
-class Stored:
-    """Examples in one tensor, class after class, and what a network sees of them.
-
-    What a draw needs to know of them stands on the data's device, so that it need not copy or wait.
-    """
-
-    x: Shaped[Tensor, "n *features"]  # uint8 images [n, channels, height, width], or floats
-    sizes: Int[Tensor, "classes"]  # how many examples each class has
-    names: Sequence[str] = ()  # one a class
-    cut: Int[Tensor, "classes"] | None = None  # see `sides`: examples before and after the cut
-    mean: tuple[float, ...] = (0.0,)  # of each channel, after division by 255
-    std: tuple[float, ...] = (1.0,)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def name(self, i: int) -> str:
-        "The name of class `i`, or its number where the classes have no names."
-        return self.names[i] if self.names else str(i)
-
-    @cached_property
-    def starts(self) -> Int[Tensor, "classes"]:
-        "Where each class begins in `x`."
-        return self.sizes.cumsum(0) - self.sizes
-
-    @cached_property
-    def largest(self) -> int:
-        "How many examples the largest class has."
-        return max(self.sizes.tolist(), default=0)
-
-    def of_class(self, i: int) -> Shaped[Tensor, "n *features"]:
-        "The examples of class `i`, as they are stored."
-        return self.x[self.starts[i] : self.starts[i] + self.sizes[i]]
-
-    def settle(self) -> None:
-        "Bring the numbers that draws need to the data's device, and compute the others from them."
-        for name in ("sizes", "cut"):
-            numbers = getattr(self, name)
-            if numbers is not None and not self.x.is_meta:  # a device that holds no numbers
-                object.__setattr__(self, name, numbers.to(self.x.device))
-        for name in ("starts", "largest", "scaling"):
-            getattr(self, name)
-
-    @cached_property
-    def scaling(self) -> list[Tensor]:
-        "`mean` and `std` as `prepare` needs them, each [channels, 1, 1] or [1, 1, 1]."
-        exact = {"dtype": torch.float64, "device": self.x.device}
-        return [torch.tensor(v, **exact)[:, None, None] for v in (self.mean, self.std)]
-
-    def prepare(
-        self,
-        x: Shaped[Tensor, "*n channels height width"] | Shaped[Tensor, "*shape"],  # stored examples
-    ) -> Shaped[Tensor, "*shape"]:
-        "What a network sees: bytes become (x / 255 - mean) / std, other numbers stay as they are."
-        if x.dtype != torch.uint8:
-            return x
-        dtype = torch.get_default_dtype()
-        mean, std = (t.to(x.device, dtype) for t in self.scaling)
-        return (x.to(dtype) / 255 - mean) / std
-
-# %% ../nbs/02_episodes.ipynb #3c40d714
-@dataclass(frozen=True, repr=False)
-class Classes(Stored):
-    """Class-organised data in one tensor: the examples of a class stand together.
-
-    Raises `TypeError` for what is no tensor, and `ValueError` where the sizes do not add up to the
-    data, a class is empty, a number is NaN or infinite, or bytes are no images with a `mean` and a
-    positive `std` for each channel (or one for all).
-    """
-
-    origin: str = field(default="", init=False)  # digest of the data behind, see `with_features`
-
-    def __post_init__(self) -> None:
-        check_tensors(x=self.x, sizes=self.sizes)
-        check_class_sizes(self)
-        check_finite(self.x)
-        if self.x.dtype == torch.uint8:
-            check_class_images(self)
-        self.settle()
-
-    def __repr__(self) -> str:
-        shape = "x".join(map(str, self.x.shape[1:]))
-        return f"Classes({len(self)} classes, {len(self.x)} examples of {shape}, {self.x.dtype})"
-
-    @classmethod
-    def of(
-        cls,
-        examples: dict[str, Tensor],  # for each class its name and its examples [n, *features]
-        **more: Any,  # `mean`, `std`
-    ) -> Classes:
-        "Classes from a dictionary of tensors, for data that you already hold."
-        check_alike(examples)
-        sizes = torch.tensor([len(x) for x in examples.values()])
-        return cls(torch.cat(list(examples.values())), sizes, list(examples), **more)
-
-    @property
-    def digest(self) -> str:
-        "Twelve hexadecimal digits that name what the data hold, see `digest_of`."
-        return digest_of(self)
-
-    def select(
-        self,
-        classes: Sequence[int] | Sequence[bool] | Tensor,  # numbers in the order wanted, or a mask
-    ) -> Classes:
-        """Only these classes: their numbers, or `True` and `False` for every class, as in `data.sizes >= 20`.
-
-        Raises `ValueError` where there is none, where a number is out of range or given twice, and where
-        a mask is of another length.
-        """
-        keep = which(classes, len(self))
-        return self.known_as(
-            self.origin and digest([keep], self.origin),
-            x=torch.cat([self.of_class(i) for i in keep.tolist()]),
-            sizes=self.sizes[keep],
-            names=[self.names[i] for i in keep.tolist()] if self.names else (),
-            cut=None if self.cut is None else self.cut[keep],
-        )
-
-    def to(self, device: torch.device | str) -> Classes:
-        "The data on another device; images stay bytes.  Raises `ValueError` for one that cannot be used."
-        return self.known_as(self.origin, x=self.x.to(check_device(device)))
-
-    def with_features(
-        self,
-        z: Shaped[Tensor, "n *features"],  # numbers that somebody computed from `x`, row by row
-    ) -> Classes:
-        """The same examples in other numbers: say, by a frozen network.  Their episodes keep their names,
-        so that scores on features and on images can be paired.  Raises `ValueError` unless each has a row.
-        """
-        if len(z) != len(self.x):
-            told = f"z has {len(z)} rows, but the data {len(self.x)} examples"
-            raise ValueError(f"{told}: give a row for each, in their order")
-        return self.known_as(self.origin or self.digest, x=z)
-
-    def known_as(self, origin: str, **changes: Any) -> Classes:
-        "These data with changes, computed from the data of that digest."
-        changed = replace(self, **changes)
-        object.__setattr__(changed, "origin", origin)
-        return changed
-
-# %% ../nbs/02_episodes.ipynb #3c40d715
-def digest_of(data: Classes) -> str:
-    """Twelve hexadecimal digits that name what the data hold.
-
-    Of data of more than `LARGE` bytes, which may lie in a file, they know only every so many-th example.
-    """
-    version = None if data.x.is_inference() else data.x._version  # counts what was written
-    known = vars(data).get("_known", ())
-    if known[:1] != (version,):
-        step = -(-data.x.nbytes // LARGE) or 1
-        cut = [] if data.cut is None else [data.cut]
-        seen = [[float(v) for v in pair] for pair in (data.mean, data.std)]
-        seen = seen if data.x.dtype == torch.uint8 else ""
-        name = digest([data.sizes, *cut, data.x[::step]], f"{type(data).__qualname__} {seen}")
-        known = vars(data)["_known"] = version, name
-    return known[1]
-
-
-def which(
-    classes: Sequence[int] | Sequence[bool] | Tensor,  # numbers, or a mask
-    n: int,  # of the data
-) -> Int[Tensor, "chosen"]:
-    "Which classes numbers or a mask mean.  Raises `ValueError`."
-    listed = classes if hasattr(classes, "__array__") else list(classes)
-    if any(isinstance(name, str) for name in listed):
-        raise ValueError(
-            f"classes={reprlib.repr(listed)}, expected numbers or a mask: for names, "
-            "[i for i, name in enumerate(data.names) if name in wanted]"
-        )
-    keep = classes = torch.as_tensor(listed).cpu()
-    if classes.dtype == torch.bool:
-        if classes.shape != (n,):
-            raise ValueError(
-                f"classes is a mask of shape {tuple(classes.shape)}, expected ({n},): True or False "
-                "for every class of the data"
-            )
-        keep = classes.nonzero().flatten()
-    whole = keep.numel() == 0 or not (keep.is_floating_point() or keep.is_complex())
-    if not whole or keep.ndim != 1:
-        raise ValueError(
-            f"classes={reprlib.repr(classes.tolist())}, expected a list of whole numbers, or a mask of True and "
-            "False: give one of them"
-        )
-    keep = keep.long()
-    if len(keep) == 0 or not 0 <= int(keep.min()) <= int(keep.max()) < n:
-        raise ValueError(
-            f"classes={classes.tolist()}, but the data has {n} classes: select at least one, "
-            f"by numbers from 0 to {n - 1}"
-        )
-    if len(keep.unique()) < len(keep):
-        raise ValueError(
-            f"classes={classes.tolist()}, expected each class once, for two labels of one class cannot be told apart: "
-            "take it out where it stands again; a mask is of True and False, as mask.bool() makes it"
-        )
-    return keep
-
-# %% ../nbs/02_episodes.ipynb #e20bce28
-LARGE = 2**30  # bytes
 
 # %% ../nbs/02_episodes.ipynb #3da5c99b
 class Picks(NamedTuple):
@@ -634,7 +408,7 @@ class ClassTasks(Tasks):
     def content(self, drawn: Picks) -> Iterator[Tensor]:
         "Also the chosen examples, where the data are too large for their digest to know all."
         yield from super().content(drawn)
-        if self.classes.x.nbytes > LARGE and not self.classes.origin:
+        if known_in_part(self.classes) and not self.classes.origin:
             yield from (
                 self.classes.x[rows.to(self.device)] for rows in (drawn.support, drawn.query)
             )
@@ -701,12 +475,6 @@ class FewShot(ClassTasks):
         rows = self.classes.starts.to(chosen.device)[chosen][..., None] + positions
         labels = torch.arange(chosen.shape[-1], device=chosen.device)[:, None].expand_as(rows)
         return rows.flatten(1), labels.flatten(1)
-
-# %% ../nbs/02_episodes.ipynb #08b6a102
-def summary(classes: Classes) -> str:
-    "A short name for data, of the names and sizes of the classes; what they hold, `Classes.digest` says."
-    text = repr((list(classes.names), classes.sizes.tolist()))
-    return f"{len(classes)} classes {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 # %% ../nbs/02_episodes.ipynb #02c155a6
 class VariedWayShot(FewShot):

@@ -16,9 +16,10 @@ from torch import nn
 
 from . import processes
 from .checks import spelled
+from .classes import Classes
 from .datasets import SPLITS, class_folders
 from .engine import Engine
-from .episodes import Classes, Examples, FewShot, Tasks, one_of
+from .episodes import Examples, FewShot, Tasks, one_of
 from .learners import Learner
 from .meta_transfer import HardTasks
 from .registry import NETWORKS, build, lookup, methods, moved, plain

@@ -15,7 +15,8 @@ import torch
 
 import metabook
 from .checks import check_device
-from .episodes import Classes, FewShot, Tasks
+from .classes import Classes
+from .episodes import FewShot, Tasks
 from .learners import Learner
 from .networks import parameter_count
 from metabook.recipes import (

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .classes import Classes
 from metabook.datasets import (
     CIFAR_FILES,
     CIFAR_PARTS,
@@ -31,7 +32,7 @@ from metabook.datasets import (
     own_images,
     shown,
 )
-from .episodes import Classes, FewShot, Sinusoids, Tasks
+from .episodes import FewShot, Sinusoids, Tasks
 from .registry import log, lookup
 
 # %% auto #0

@@ -11,7 +11,8 @@ from torch import Generator, Tensor, nn
 from torch.func import grad
 
 from .checks import check_class_data, check_network, check_positive, check_rate, check_steps
-from .episodes import Classes, ClassTasks, Examples, Picks, summary
+from .classes import Classes, summary
+from .episodes import ClassTasks, Examples, Picks
 from .learners import InnerLoop, Learner
 from .networks import Statistics, batch_norms, embedded, recording
 from .prototypes import TINY, prototypes, unit

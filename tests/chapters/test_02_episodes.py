@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metabook.classes import Classes
 from metabook.episodes import (
-    Classes,
     Episode,
     Examples,
     FewShot,
@@ -269,41 +269,13 @@ def test_a_task_is_one_curve_seen_at_different_points():
     assert there.support.y.device.type == "meta" and Sinusoids().describe()["kind"] == "regression"
 
 
-def test_classes_of_different_size():
-    # cell 5820fcde
-    data = Classes.of({"cat": torch.zeros(3, 1, 2, 2), "dog": torch.ones(5, 1, 2, 2)})
-    assert len(data) == 2 and data.sizes.tolist() == [3, 5] and data.starts.tolist() == [0, 3]
-    assert torch.equal(data.of_class(1), torch.ones(5, 1, 2, 2))
-    assert data.select([1]).names == ["dog"] and len(data.select([1]).x) == 5
-    swapped = replace(data, cut=torch.tensor([1, 2])).to("cpu").select([1, 0])
-    assert swapped.sizes.tolist() == [5, 3] and swapped.cut.tolist() == [2, 1]
-    assert torch.equal(swapped.of_class(0), torch.ones(5, 1, 2, 2)) and swapped.name(0) == "dog"
-    assert repr(data) == "Classes(2 classes, 8 examples of 1x2x2, torch.float32)"
-
-
-def test_bytes_become_what_the_network_sees():
-    # cell f2539e7c
-    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    seen = Classes(pixels, torch.tensor([2]), mean=(0.5,), std=(0.25,)).prepare(pixels)
-    assert seen.flatten().tolist() == [-2.0, 2.0]  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25
-
-
-def test_broken_data_is_refused():
-    # cell b1d97c34
-    with pytest.raises(ValueError, match="'dog' has no examples"):
-        Classes.of({"cat": torch.zeros(3, 2), "dog": torch.zeros(0, 2)})
-    with pytest.raises(ValueError, match="at least one class"):
-        Classes.of({})
-    with pytest.raises(ValueError, match="add up to 4"):
-        Classes(torch.zeros(3, 2), torch.tensor([4]))
-    with pytest.raises(ValueError, match="1 names for 2 classes"):
-        Classes(torch.zeros(3, 2), torch.tensor([1, 2]), names=["cat"])
-    with pytest.raises(ValueError, match=r"x\[2, 1\] is inf"):
-        Classes(torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, math.inf]]), torch.tensor([3]))
-    with pytest.raises(ValueError, match="images are"):
-        Classes(torch.zeros(3, 2, dtype=torch.uint8), torch.tensor([3]))
-    with pytest.raises(ValueError, match="for images of 3 channels"):
-        Classes(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([1]), std=(1.0, 1.0))
+def test_classes_by_hand():
+    # cell 0e26c1a5
+    animals = Classes.of({"cat": torch.zeros(3, 1, 2, 2), "dog": torch.ones(5, 1, 2, 2)})
+    assert len(animals) == 2 and animals.x.shape == (8, 1, 2, 2)
+    assert torch.equal(animals.of_class(1), torch.ones(5, 1, 2, 2))
+    same = Classes(animals.x, sizes=torch.tensor([3, 5]), names=["cat", "dog"])
+    assert same.digest == animals.digest and same.select([1]).names == ["dog"]
 
 
 @pytest.mark.proves("eq-ordered-choice")

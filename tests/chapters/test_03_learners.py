@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.func import vmap
 
+from metabook.classes import Classes
 from metabook.engine import losses
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids
 from metabook.learners import FastWeights, Learner, task_loss, task_score
 from metabook.networks import MLP
 from metabook.prototypes import ProtoNet

@@ -11,7 +11,8 @@ from torch.func import grad
 from torch.nn import functional as F
 
 from metabook.checks import check_every_class
-from metabook.episodes import Classes, Examples, FewShot, one_hot
+from metabook.classes import Classes
+from metabook.episodes import Examples, FewShot, one_hot
 from metabook.networks import Conv4
 from metabook.prototypes import (
     DISTANCES,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from metabook.classes import Classes
 from metabook.engine import Engine
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids, Tasks
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.networks import MLP

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from metabook.classes import Classes
 from metabook.engine import Engine
-from metabook.episodes import Classes, Examples, FewShot, Sinusoids, Tasks
+from metabook.episodes import Examples, FewShot, Sinusoids, Tasks
 from metabook.learners import Learner, place, task_loss
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4

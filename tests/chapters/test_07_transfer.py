@@ -10,7 +10,8 @@ from torch import nn
 from torch.func import grad, hessian
 from torch.nn import functional as F
 
-from metabook.episodes import Classes, Episode, Examples, FewShot, one_hot
+from metabook.classes import Classes
+from metabook.episodes import Episode, Examples, FewShot, one_hot
 from metabook.networks import Conv4
 from metabook.prototypes import ProtoNet, prototypes, squared_euclidean
 from metabook.registry import METHODS

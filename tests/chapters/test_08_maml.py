@@ -11,8 +11,9 @@ import torch
 from torch.func import functional_call, grad, hessian
 from torch.nn import functional as F
 
+from metabook.classes import Classes
 from metabook.engine import losses
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids
 from metabook.learners import Learner, task_loss
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, call

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
+from metabook.classes import Classes
 from metabook.engine import losses
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids, Tasks
 from metabook.maml import MAML
 from metabook.meta_lstm import (
     CoordinateLSTM,

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
+from metabook.classes import Classes
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, call, parameter_count
 from metabook.pgn import (

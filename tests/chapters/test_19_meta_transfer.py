@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from metabook.episodes import Classes, Episode, Examples, FewShot, VariedWayShot, one_hot
+from metabook.classes import Classes
+from metabook.episodes import Episode, Examples, FewShot, VariedWayShot, one_hot
 from metabook.learners import Learner
 from metabook.meta_transfer import (
     HardTasks,

@@ -9,9 +9,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from metabook.classes import Classes
 from metabook.datasets import Glyphs, Omniglot
 from metabook.engine import gradients, over_tasks
-from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.episodes import FewShot, Sinusoids
 from metabook.kernels import channels_last
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4

@@ -17,6 +17,7 @@ import torch
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from metabook.classes import Classes
 from metabook.datasets import (
     _CIFAR_FS,
     _FC100,
@@ -50,7 +51,6 @@ from metabook.datasets import (
     shuffled,
     turned,
 )
-from metabook.episodes import Classes
 from metabook.sources import present
 
 

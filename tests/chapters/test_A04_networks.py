@@ -11,8 +11,9 @@ from torch import nn
 from torch.func import grad, jacrev, vmap
 from torch.nn import functional as F
 
+from metabook.classes import Classes
 from metabook.engine import losses
-from metabook.episodes import Classes, Examples, FewShot
+from metabook.episodes import Examples, FewShot
 from metabook.maml import MAML
 from metabook.networks import (
     MLP,

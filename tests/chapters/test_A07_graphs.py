@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metabook.classes import Classes
 from metabook.engine import Engine
-from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.episodes import FewShot, Sinusoids
 from metabook.graphs import Replayed
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from metabook import engine
+from metabook.classes import Classes
 from metabook.engine import (
     Way,
     choose_lift,
@@ -19,7 +20,7 @@ from metabook.engine import (
     losses,
     over_tasks,
 )
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, one_hot
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids, one_hot
 from metabook.kernels import precise
 from metabook.maml import MAML
 from metabook.networks import MLP, BatchNorm, Conv4

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.classes import Classes
+from metabook.episodes import FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.recipes import (
     STRIDED,

@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from metabook.episodes import Classes, FewShot
+from metabook.classes import Classes
+from metabook.episodes import FewShot
 from metabook.learners import Learner
 from metabook.recipes import make_learner, network_of, unseen_tasks
 from metabook.registry import methods

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.func import grad
 
-from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.classes import Classes
+from metabook.episodes import FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4

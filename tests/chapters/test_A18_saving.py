@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import metabook
-from metabook.episodes import Classes, FewShot
+from metabook.classes import Classes
+from metabook.episodes import FewShot
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, ResNet12

@@ -12,7 +12,8 @@ from torch import nn
 from torch.func import grad
 
 import metabook
-from metabook.episodes import Classes, Examples, FewShot
+from metabook.classes import Classes
+from metabook.episodes import Examples, FewShot
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, call
 from metabook.prototypes import ProtoNet

@@ -8,8 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from metabook import primitives, trust, verified
+from metabook.classes import Classes
 from metabook.engine import gradients, losses
-from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.episodes import FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.prototypes import ProtoNet
 from metabook.scores import evaluate

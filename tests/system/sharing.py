@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from metabook import engine, processes
-from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.classes import Classes
+from metabook.episodes import FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.meta_transfer import HardTasks

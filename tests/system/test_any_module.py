@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from metabook import lending, primitives, trust
+from metabook.classes import Classes
 from metabook.engine import Engine, gradients, losses
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.meta_lstm import MetaLSTM

@@ -26,10 +26,11 @@ from torch import nn
 
 from metabook import datasets, processes, recipes, registry, reproduction, saving, sources
 from metabook.checks import check_every_class
+from metabook.classes import Classes
 from metabook.cli import main
 from metabook.datasets import DataError
 from metabook.engine import gradients
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, VariedWayShot
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids, VariedWayShot
 from metabook.explore import Explore
 from metabook.learners import Learner
 from metabook.maml import MAML

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from metabook import engine, learners
-from metabook.episodes import Classes, Examples, FewShot, Sinusoids, Tasks
+from metabook.classes import Classes
+from metabook.episodes import Examples, FewShot, Sinusoids, Tasks
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4

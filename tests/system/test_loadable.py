@@ -27,9 +27,10 @@ from typer.testing import CliRunner
 import metabook
 from metabook import checkpoints, cli, datasets, recipes, registry, saving
 from metabook.checkpoints import write_checkpoint
+from metabook.classes import Classes
 from metabook.datasets import from_folder
 from metabook.engine import Engine
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks, VariedWayShot
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids, Tasks, VariedWayShot
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.meta_lstm import MetaLSTM
@@ -1081,7 +1082,8 @@ def test_the_script_of_a_user_runs_as_written(tmp_path: Path):
     """Without the hook that holds every call of the tests against its signature."""
     script = """
         import numpy as np, torch
-        from metabook.episodes import Classes, FewShot
+        from metabook.classes import Classes
+        from metabook.episodes import FewShot
         from metabook.networks import MLP
         from metabook.prototypes import ProtoNet
         from metabook.scores import evaluate

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from metabook import recipes
+from metabook.classes import Classes
 from metabook.cli import main
-from metabook.episodes import Classes, Examples, FewShot, Sinusoids
+from metabook.episodes import Examples, FewShot, Sinusoids
 from metabook.learners import Learner
 from metabook.networks import MLP, Conv4, ResNet12
 from metabook.prototypes import prototypes, squared_euclidean

@@ -18,8 +18,9 @@ from torch import Generator, Tensor, nn
 from typer.testing import CliRunner
 
 from metabook import cli
+from metabook.classes import Classes
 from metabook.engine import Engine, gradients, losses
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks, one_hot
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids, Tasks, one_hot
 from metabook.learners import InnerLoop, Learner, Metric
 from metabook.maml import MAML
 from metabook.meta_transfer import HardTasks

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
+from metabook.classes import Classes
 from metabook.engine import answer, gradients, losses, over_tasks
 from metabook.episodes import (
-    Classes,
     Episode,
     Examples,
     FewShot,

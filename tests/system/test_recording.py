@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metabook.classes import Classes
 from metabook.engine import Engine
-from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.episodes import FewShot, Sinusoids
 from metabook.graphs import Replayed, capturable
 from metabook.learners import phases, set_progress
 from metabook.maml import MAML

@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metabook import episodes as library
+from metabook import classes as library
+from metabook.classes import Classes
 from metabook.engine import Engine
-from metabook.episodes import Classes, Episode, Examples, FewShot, Sinusoids, Tasks
+from metabook.episodes import Episode, Examples, FewShot, Sinusoids, Tasks
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4, mixes
 from metabook.prototypes import ProtoNet

@@ -13,7 +13,8 @@ import torch
 
 import metabook
 from metabook import saving
-from metabook.episodes import Classes, FewShot, Sinusoids
+from metabook.classes import Classes
+from metabook.episodes import FewShot, Sinusoids
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
 from metabook.saving import load, read_config, save
@@ -24,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 SHARED = """
 import json, sys, torch, metabook
-from metabook.episodes import Classes, Examples, FewShot
+from metabook.classes import Classes
+from metabook.episodes import Examples, FewShot
 
 def letters():
     g = torch.Generator().manual_seed(0)
