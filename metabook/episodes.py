@@ -100,6 +100,8 @@ def like(
     return y.to(x.dtype) if x.is_floating_point() else y
 
 # %% ../nbs/02_episodes.ipynb #279564a4
+#| code-fold: true
+#| code-summary: "Tasks: sample, freeze, describe"
 class Tasks:
     """A distribution over tasks: draw what an episode consists of, gather its tensors, or both.
 
@@ -179,6 +181,8 @@ class Tasks:
         return Frozen(self, [self.draw(k, generator) for k in sizes], seed)
 
 # %% ../nbs/02_episodes.ipynb #febb5f21
+#| code-fold: true
+#| code-summary: "Frozen: episodes that stay the same, and their hash"
 @dataclass(frozen=True)
 class Frozen:
     """Episodes that stay the same: what two methods must share to be compared."""
@@ -290,9 +294,9 @@ class Waves(NamedTuple):
 
 # %% ../nbs/02_episodes.ipynb #af67afb6
 class Sinusoids(Tasks):
-    """Regression tasks y = A sin(x - p): amplitude A in [0.1, 5], phase p in [0, pi], x in [-5, 5].
+    """Regression tasks y = A sin(x - phase): amplitude A in [0.1, 5], phase in [0, pi], x in [-5, 5].
 
-    All three are uniform; `info["task"]` holds A and p.  Predicting zero costs E[A^2] / 2 = 4.25.
+    All three are uniform; `info["task"]` holds both.  Predicting zero costs E[A^2] / 2 = 4.25.
     Source: Finn et al. 2017, section 5.1.
     """
 
@@ -343,7 +347,7 @@ class Picks(NamedTuple):
 
 # %% ../nbs/02_episodes.ipynb #bbda898d
 def choose(
-    allowed: Bool[Tensor, "*shape m"],  # which of m things may be taken
+    allowed: Bool[Tensor, "*shape M"],  # which of M things may be taken
     k: int,  # how many to take of each row
     generator: Generator | None = None,  # where the random numbers come from
 ) -> Int[Tensor, "*shape k"]:
@@ -355,12 +359,14 @@ def choose(
     numbers = torch.rand(allowed.shape, generator=generator, device=allowed.device)
     return numbers.masked_fill(~allowed, -1.0).topk(k).indices
 
-
+# %% ../nbs/02_episodes.ipynb #bbda898e
+#| code-fold: true
+#| code-summary: "sides: which examples may be support, which may be query"
 def sides(
     classes: Classes,  # the data
     chosen: Int[Tensor, "*shape"],  # class indices
     generator: Generator | None = None,  # where the random numbers come from
-) -> tuple[Bool[Tensor, "*shape m"], Bool[Tensor, "*shape m"]]:
+) -> tuple[Bool[Tensor, "*shape M"], Bool[Tensor, "*shape M"]]:
     """Which examples of each chosen class the support set and the query set may use.
 
     Both may use all, unless the data has a `cut` (say, half of a character's typefaces): then a coin
@@ -477,6 +483,8 @@ class FewShot(ClassTasks):
         return rows.flatten(1), labels.flatten(1)
 
 # %% ../nbs/02_episodes.ipynb #02c155a6
+#| code-fold: true
+#| code-summary: "VariedWayShot: another way and uneven shots in each batch"
 class VariedWayShot(FewShot):
     """Few-shot tasks of varied way, and with a varied number of support examples for each class.
 
@@ -532,11 +540,11 @@ class VariedWayShot(FewShot):
 
 # %% ../nbs/02_episodes.ipynb #70b22721
 def uneven(
-    spare: Bool[Tensor, "tasks way m"],  # which examples of each class may be taken
+    spare: Bool[Tensor, "tasks way M"],  # which examples of each class may be taken
     total: int,  # how many to take in each task
     generator: Generator | None = None,  # where the random numbers come from
 ) -> Int[Tensor, "tasks total"]:
-    """Positions in the flattened `[way * m]`: at least one of each class, the others unevenly.
+    """Positions in the flattened `[way * M]`: at least one of each class, the others unevenly.
 
     Each class has a weight, log-uniform in [1/2, 2]; the largest of log weight + Gumbel noise win,
     which draws without replacement in proportion to the weights.

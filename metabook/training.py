@@ -125,6 +125,8 @@ class Outer:
         return math.nan if self.latest is None else self.latest.norm.item()
 
 # %% ../nbs/05_training.ipynb #0d218bbd
+#| code-fold: true
+#| code-summary: "stepping: a step on fresh tasks, careful, shared or recorded as asked"
 def stepping(
     outer: Outer,  # whose step is taken
     tasks: Tasks,  # to draw from

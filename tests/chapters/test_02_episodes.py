@@ -176,21 +176,21 @@ def cell_43b6a85c():
 
 def cell_bf5e85ca(best_memoriser):
     # cell bf5e85ca
-    C, N = 20, 5
-    total = math.comb(C - 1, N - 1)
+    M, N = 20, 5
+    total = math.comb(M - 1, N - 1)
     best = [
-        max(math.comb(i, j) * math.comb(C - 1 - i, N - 1 - j) for j in range(N)) / total
-        for i in range(C)
+        max(math.comb(i, j) * math.comb(M - 1 - i, N - 1 - j) for j in range(N)) / total
+        for i in range(M)
     ]
-    leak = sum(best) / C
+    leak = sum(best) / M
     print(
         f"sorted labels: {leak:.1%} without any learning from the support set; chance is {1 / N:.0%}"
     )
     assert leak > 0.5
-    every = torch.ones(40_000, C, dtype=torch.bool)
+    every = torch.ones(40_000, M, dtype=torch.bool)
     rows = choose(every, N, torch.Generator().manual_seed(0)).sort(1).values  # the mistake
     part = Examples(rows, rows, {"classes": rows})
-    assert abs(best_memoriser(Episode(part, part), C).mean().item() - leak) < 0.02
+    assert abs(best_memoriser(Episode(part, part), M).mean().item() - leak) < 0.02
 
 
 def cell_fecee98c(numbered):
@@ -247,8 +247,7 @@ def test_episode_moves_and_keeps_integers():
 @pytest.mark.proves("eq-zero-baseline")
 def test_predicting_zero_costs_what_the_formula_says():
     # cell d72b6bf2
-    a, b = 0.1, 5.0
-    formula = (b**3 - a**3) / (3 * (b - a)) / 2
+    formula = (5**3 - 0.1**3) / (3 * (5 - 0.1)) / 2
     waves = Sinusoids(shot=1, query=1).sample(1_000_000, torch.Generator().manual_seed(0))
     squares = waves.query.y.square()
     four_errors = 4 * (squares.std() / 1000).item()  # of the mean of a million
@@ -260,8 +259,8 @@ def test_a_task_is_one_curve_seen_at_different_points():
     support, query = Sinusoids(shot=4, query=6).sample(20_000, torch.Generator().manual_seed(0))
     assert support.x.shape == (20_000, 4, 1) and query.y.shape == (20_000, 6, 1)
     for part in (support, query):
-        A, p = part.info["task"].T[..., None, None]
-        assert torch.allclose(part.y, A * torch.sin(part.x - p))
+        A, phase = part.info["task"].T[..., None, None]
+        assert torch.allclose(part.y, A * torch.sin(part.x - phase))
         assert -5 <= part.x.min() < -4.99 and 4.99 < part.x.max() <= 5
         assert 0.1 <= A.min() < 0.11 and 4.99 < A.max() <= 5
     assert (support.x[:, :, None] != query.x[:, None]).float().mean() > 0.9999  # no point in both
@@ -518,9 +517,11 @@ def test_redrawing_covers_every_example():
 
 def test_nearest_neighbour_by_hand():
     # cell 78e49543
-    def nearest_neighbour(episodes):
+    def nearest_neighbour(episodes, angle=False):
         "Accuracy of every task: each query takes the label of the nearest support image."
         s, q = (part.x.flatten(2) for part in episodes)
+        if angle:  # at length 1 the smallest distance is the smallest angle
+            s, q = (torch.nn.functional.normalize(z, dim=-1) for z in (s, q))
         nearest = torch.cdist(q, s).argmin(-1)  # [tasks, queries]
         predicted = episodes.support.y.argmax(-1).gather(1, nearest)
         return (predicted == episodes.query.y.argmax(-1)).float().mean(1)
@@ -531,6 +532,12 @@ def test_nearest_neighbour_by_hand():
         torch.tensor([[[1.0], [4.0], [6.0], [9.0]]]), torch.tensor([[0, 1, 1, 1]]), way=2
     )
     assert nearest_neighbour(Episode(support, query)).tolist() == [0.75]  # 4 is nearer to 0
+    corner = Examples.of(torch.tensor([[[1.0, 0.0], [9.0, 9.0]]]), torch.tensor([[0, 1]]), way=2)
+    faint = Examples.of(torch.tensor([[[1.0, 1.0]]]), torch.tensor([[1]]), way=2)
+    assert (
+        nearest_neighbour(Episode(corner, faint)).item() == 0
+    )  # near in distance to the wrong one
+    assert nearest_neighbour(Episode(corner, faint), angle=True).item() == 1
 
 
 def test_lines_are_a_distribution_too():
@@ -542,19 +549,19 @@ def test_lines_are_a_distribution_too():
             return torch.randn(n, 2, generator=generator), torch.rand(n, 30, 1, generator=generator)
 
         def gather(self, indices):
-            (a, b), x = indices[0].T[..., None, None], 2 * indices[1] - 1
-            y = a * x + b
+            (w, b), x = indices[0].T[..., None, None], 2 * indices[1] - 1
+            y = w * x + b
             return Episode(Examples(x[:, :10], y[:, :10]), Examples(x[:, 10:], y[:, 10:]))
 
     assert Lines().freeze(5, seed=1).hash == Lines().freeze(5, seed=1).hash
     cost = Lines().sample(100_000, torch.Generator().manual_seed(0)).query.y.square().mean()
-    assert abs(cost - (1 / 3 + 1)) < 0.02  # E[a^2] E[x^2] + E[b^2]
+    assert abs(cost - (1 / 3 + 1)) < 0.02  # E[w^2] E[x^2] + E[b^2]
 
 
 def test_a_narrow_range_of_phases_can_be_memorised():
     # cell 6cd8da68
     # No single curve fits them all, so yes; but over phases in [0, pi] the mean curve is
-    # E[A] E[sin(x - p)] = -2.55 * (2 / pi) * cos(x), which is not zero. Predicting it already beats 4.25:
+    # E[A] E[sin(x - phase)] = -2.55 * (2 / pi) * cos(x), which is not zero. Predicting it already beats 4.25:
     # the best that ignores the support set costs 3.0. With phases in [0, 0.1] the mean
     # curve is nearly the task itself, up to its amplitude.
     waves = Sinusoids(shot=1, query=100).sample(20_000, torch.Generator().manual_seed(0)).query

@@ -11,14 +11,30 @@ import torch
 from torch import nn
 
 from metabook.classes import Classes
-from metabook.engine import Engine
+from metabook.engine import Engine, losses
 from metabook.episodes import Episode, Examples, FewShot, Sinusoids, Tasks
 from metabook.learners import Learner
 from metabook.maml import MAML
 from metabook.networks import MLP
+from metabook.prototypes import ProtoNet
 from metabook.runs import Run, consider, finish
 from metabook.scores import Score
-from metabook.training import VALIDATION_TASKS, Outer, fit
+from metabook.training import TRAINING, VALIDATION_TASKS, Outer, fit
+
+
+def cell_5a0e1002():
+    # cell 5a0e1002
+    def recited(learner, tasks, steps, meta_batch, lr, generator):
+        "The outer loop, and nothing else: `fit` below takes the same steps."
+        optimizer = torch.optim.Adam(learner.parameters(), lr=lr)
+        for _ in range(steps):
+            episodes = tasks.sample(meta_batch, generator)  # draw
+            loss = losses(learner, episodes).mean()  # adapt to each task, judge it by its queries
+            optimizer.zero_grad()
+            loss.backward()  # gradient
+            optimizer.step()  # step
+
+    return recited
 
 
 def cell_0e416f25():
@@ -38,6 +54,11 @@ def cell_0e416f25():
         def predict(self, state, x):
             return (self.theta * state).expand(len(x), 1)
 
+    return Shrink
+
+
+def cell_0e416f26():
+    # cell 0e416f26
     class Sightings(Tasks):
         "A hidden number, seen with noise: `shot` times in the support set, `query` times to predict."
 
@@ -58,7 +79,7 @@ def cell_0e416f25():
             y = indices.cpu().split([self.shot, self.query], 1)
             return Episode(*(Examples(torch.zeros_like(side), side) for side in y))
 
-    return Shrink, Sightings
+    return Sightings
 
 
 def cell_732608c8(Shrink):
@@ -87,6 +108,23 @@ def cell_3733d06d(one_step, two_tasks):
         assert learner.theta.item() == pytest.approx(0.2)
         outer.step(two_tasks())  # derivatives -2.4 and 0.4 at 0.2, their mean -1
         assert learner.theta.item() == pytest.approx(0.3)
+
+
+def cell_5a0e1003(recited):
+    # cell 5a0e1003
+    points = Classes(
+        torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.full((6,), 10)
+    )
+    tasks, ends = FewShot(points, way=3, shot=2, query=4), []
+    for way_to_train in ("recited", "fit"):
+        torch.manual_seed(0)
+        learner = ProtoNet(MLP([3, 8, 4]))
+        if way_to_train == "fit":
+            fit(learner, tasks, steps=5, meta_batch=4, lr=0.01, seed=0, progress=False)
+        else:  # `fit` adds a large number to its seed: see "The same numbers twice"
+            recited(learner, tasks, 5, 4, 0.01, torch.Generator().manual_seed(TRAINING))
+        ends.append(torch.cat([p.detach().flatten() for p in learner.parameters()]))
+    torch.testing.assert_close(*ends)
 
 
 def cell_7073776a(Shrink, Sightings):
@@ -215,16 +253,33 @@ def cell_f7852066(wave_run):
     assert len(seen) > 30 * 25 + 2 * VALIDATION_TASKS and not set(seen) & set(tested)
 
 
+def test_the_gradient_takes_two_ways():
+    # cell 5a0e1005
+    points = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    support = Examples.of(points[0].clone().requires_grad_(), torch.tensor([0, 1, 2, 0, 1]), way=3)
+    query = Examples.of(points[1].clone().requires_grad_(), torch.tensor([0, 0, 1, 2, 2]), way=3)
+    torch.manual_seed(0)
+    learner = ProtoNet(MLP([3, 8, 4]))
+    first = next(learner.parameters())
+    learner.loss(Episode(support, query)).backward()
+    assert support.x.grad.abs().min() > 0 and query.x.grad.abs().min() > 0
+    whole = first.grad.clone()
+    learner.zero_grad()
+    state = [t.detach() if isinstance(t, torch.Tensor) else t for t in learner.adapt(support)]
+    learner.criterion(learner.predict(tuple(state), query.x), query.y).backward()
+    assert (first.grad - whole).norm() > 0.1 * whole.norm()  # the other way counts
+
+
 @pytest.mark.proves("eq-outer-update")
 def test_one_outer_step_by_hand():
-    Shrink, Sightings = cell_0e416f25()
+    Shrink = cell_0e416f25()
     one_step, two_tasks = cell_732608c8(Shrink)
     cell_3733d06d(one_step, two_tasks)
 
 
 @pytest.mark.proves("eq-clip")
 def test_one_clipped_step_by_hand():
-    Shrink, Sightings = cell_0e416f25()
+    Shrink = cell_0e416f25()
     one_step, two_tasks = cell_732608c8(Shrink)
     cell_3733d06d(one_step, two_tasks)
     # cell 89daeaac
@@ -235,32 +290,49 @@ def test_one_clipped_step_by_hand():
         one_step(clip=0.0)
 
 
+def test_fit_is_the_loop_that_you_can_recite():
+    recited = cell_5a0e1002()
+    cell_5a0e1003(recited)
+
+
 def test_tasks_are_told_how_it_went():
-    Shrink, Sightings = cell_0e416f25()
+    recited = cell_5a0e1002()
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
     one_step, two_tasks = cell_732608c8(Shrink)
+    cell_5a0e1003(recited)
     cell_7073776a(Shrink, Sightings)
 
 
 @pytest.mark.proves("eq-shrinkage")
 def test_fit_finds_what_the_pencil_found():
-    Shrink, Sightings = cell_0e416f25()
+    recited = cell_5a0e1002()
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
     one_step, two_tasks = cell_732608c8(Shrink)
+    cell_5a0e1003(recited)
     cell_7073776a(Shrink, Sightings)
     cell_f5827b51(Shrink, Sightings)
 
 
 @pytest.mark.proves("eq-selection")
 def test_the_best_parameters_are_kept():
-    Shrink, Sightings = cell_0e416f25()
+    recited = cell_5a0e1002()
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
     one_step, two_tasks = cell_732608c8(Shrink)
+    cell_5a0e1003(recited)
     cell_7073776a(Shrink, Sightings)
     cell_f5827b51(Shrink, Sightings)
     cell_254f7d93(Shrink, Sightings)
 
 
 def test_each_phase_has_its_mode():
-    Shrink, Sightings = cell_0e416f25()
+    recited = cell_5a0e1002()
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
     one_step, two_tasks = cell_732608c8(Shrink)
+    cell_5a0e1003(recited)
     cell_7073776a(Shrink, Sightings)
     cell_f5827b51(Shrink, Sightings)
     cell_254f7d93(Shrink, Sightings)
@@ -268,8 +340,11 @@ def test_each_phase_has_its_mode():
 
 
 def test_a_bad_run_is_refused_before_it_begins():
-    Shrink, Sightings = cell_0e416f25()
+    recited = cell_5a0e1002()
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
     one_step, two_tasks = cell_732608c8(Shrink)
+    cell_5a0e1003(recited)
     cell_7073776a(Shrink, Sightings)
     cell_f5827b51(Shrink, Sightings)
     cell_254f7d93(Shrink, Sightings)
@@ -299,7 +374,8 @@ def test_training_never_meets_the_test_tasks():
 
 
 def test_equal_runs_are_equal(device):
-    Shrink, Sightings = cell_0e416f25()
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
     one_step, two_tasks = cell_732608c8(Shrink)
     wave_run = cell_3a5e0001()
     cell_f7852066(wave_run)
