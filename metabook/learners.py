@@ -53,6 +53,8 @@ __all__ = ['ACCURACY', 'MSE', 'Metric', 'Promising', 'Learner', 'scoring', 'plac
            'task_score']
 
 # %% ../nbs/03_learners.ipynb #1f0a5c3d
+#| code-fold: true
+#| code-summary: "Metric: the name, unit and direction of a score"
 @dataclass(frozen=True)
 class Metric:
     "What a score measures: which way is up, and how it is written."
@@ -213,6 +215,8 @@ class Judged(Timed):
         )
 
 # %% ../nbs/03_learners.ipynb #b4878f94
+#| code-fold: true
+#| code-summary: "Promising: what a learner says of itself"
 class Promising(Judged):
     "What holds for a method: it says so here, and `metabook.testing.check_learner` tests it."
 
@@ -472,6 +476,8 @@ def check_tasks(learner: Learner, tasks: Tasks | Frozen, name: str = "tasks") ->
             give_sizes(learner, one)
 
 # %% ../nbs/03_learners.ipynb #3b5d7c1a
+#| code-fold: true
+#| code-summary: "InnerLoop: start, then step after step, then result"
 class InnerLoop(Learner):
     """A learner that adapts by steps: `start`, then `step` after `step`, then `result`.
 
@@ -541,6 +547,8 @@ class InnerLoop(Learner):
         return torch.stack([self.criterion(self.predict(s, query.x), query.y) for s in states])
 
 # %% ../nbs/03_learners.ipynb #6a1f3d9b
+#| code-fold: true
+#| code-summary: "FastWeights: an inner loop over the parameters of a network"
 class FastWeights(InnerLoop):
     """An inner loop over the parameters of a network: a subclass writes `start` and `step`.
 
@@ -608,7 +616,7 @@ def task_loss(
         return (predictions - y).square().mean()
     return -(y * F.log_softmax(predictions, -1)).sum(-1).mean()
 
-
+# %% ../nbs/03_learners.ipynb #67160fdc
 def task_score(
     kind: Kind,  # of task
     predictions: Tensors,  # logits, or predicted targets: a tensor [n, out]

@@ -31,9 +31,11 @@ from .registry import lookup
 from .structures import count, tree_flatten, tree_map, tree_unflatten
 
 # %% auto #0
-__all__ = ['Score', 'paired', 'evaluate', 'answers', 'Calibration', 'binned', 'calibration']
+__all__ = ['Score', 'paired', 'holm', 'evaluate', 'answers', 'Calibration', 'binned', 'calibration']
 
 # %% ../nbs/06_scores.ipynb #ffbc5a51
+#| code-fold: true
+#| code-summary: "Score: a mean over tasks with its interval"
 @dataclass(frozen=True)
 class Score:
     """A mean over tasks with its 95% interval, and what it takes to compare it with another.
@@ -136,7 +138,23 @@ def paired(
     metric = replace(a.metric, difference=True)
     return Score(a.per_task - b.per_task, metric, a.episodes, queries, undefined)
 
+# %% ../nbs/06_scores.ipynb #401a0002
+def holm(
+    *differences: Score,  # as `paired` gives them
+) -> list[float]:  # for each a number in [0, 1]
+    """How likely luck alone gives each difference, corrected for their number: below 0.05 it may be claimed.
+
+    Source: Holm 1979.  A difference that is no number counts as luck.
+    """
+    luck = [math.erfc(abs(d.mean) / max(d.standard_error, 1e-300) / 2**0.5) for d in differences]
+    p, order = torch.tensor(luck, dtype=torch.float64).nan_to_num(1.0).sort()
+    left = torch.arange(len(p), 0, -1)  # how many are still to be looked at
+    held = (left * p).cummax(0).values.clamp(max=1)
+    return held[order.argsort()].tolist()
+
 # %% ../nbs/06_scores.ipynb #e0cfda5a
+#| code-fold: true
+#| code-summary: "evaluate: a score on frozen tasks"
 def evaluate(
     learner: Learner,  # its mode (training or evaluation) is the same afterwards
     tasks: Tasks | Frozen,  # frozen here, unless it is frozen already
@@ -217,6 +235,8 @@ def frozen_of(tasks: Tasks | Frozen, n: int | None, seed: int | None) -> Frozen:
     return tasks
 
 # %% ../nbs/06_scores.ipynb #d9e67742
+#| code-fold: true
+#| code-summary: "answers: predictions for frozen tasks"
 def answers(
     learner: Learner,  # where it is
     frozen: Frozen,  # what it is asked
@@ -282,7 +302,7 @@ class Calibration:
     def __str__(self) -> str:
         return f"calibration error {100 * self.ece:.2f} ± {100 * self.ci95:.2f}% ({len(self.count)} tasks)"
 
-
+# %% ../nbs/06_scores.ipynb #e47bb026
 def binned(
     logits: Float[Tensor, "tasks n way"],  # answers to the queries
     y: Float[Tensor, "tasks n way"],  # the right ones, one-hot
@@ -296,6 +316,8 @@ def binned(
     return tuple((v[..., None] * inside).sum(1) for v in (torch.ones_like(hit), confidence, hit))
 
 # %% ../nbs/06_scores.ipynb #43b8a6a2
+#| code-fold: true
+#| code-summary: "calibration: of a learner, over tasks"
 def calibration(
     learner: Learner,  # for classification
     tasks: Tasks | Frozen,  # frozen here, unless it is frozen already

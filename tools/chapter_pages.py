@@ -48,7 +48,7 @@ def page(
     """Change a chapter into its page. Raises PageError for a figure without alternative text."""
     code = [cell.source for cell in book.cells if cell.cell_type == "code"]
     module = default_exp(code)
-    linked = linkable(names, module, code)
+    linked, shown = linkable(names, module, code), main_path(name, book)
     cells = []
     for cell in book.cells:
         if cell.cell_type == "markdown":
@@ -58,7 +58,7 @@ def page(
         }:
             cells += code_cell(name, cell, skipped.get(cell.id))
     title, found, rest = book.cells[0].source.partition("\n")
-    known = facts(module, code, seconds, main_path(name, book), names)
+    known = facts(module, code, seconds, shown, names)
     book.cells[0].source = f"{title}\n\n{known}\n{found}{rest}"
     book.cells, book.metadata.file_format = cells, "mystnb"
     book.metadata.pop("widgets", None)

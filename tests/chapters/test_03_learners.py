@@ -13,7 +13,7 @@ from torch.func import vmap
 from metabook.classes import Classes
 from metabook.engine import losses
 from metabook.episodes import Episode, Examples, FewShot, Sinusoids
-from metabook.learners import FastWeights, Learner, task_loss, task_score
+from metabook.learners import FastWeights, InnerLoop, Learner, task_loss, task_score
 from metabook.networks import MLP
 from metabook.prototypes import ProtoNet
 from metabook.registry import register
@@ -59,13 +59,13 @@ def cell_4122cac2():
             self.omega = nn.Parameter(torch.tensor(float(omega)))
             self.log_ridge = nn.Parameter(torch.tensor(math.log(ridge)))
 
-        def features(self, x):  # psi(x) [n, 2]
+        def features(self, x):  # z, or Z [n, 2]
             return torch.cat([torch.sin(self.omega * x), torch.cos(self.omega * x)], -1)
 
         def adapt(self, support):  # phi [2, 1]
-            psi = self.features(support.x)
-            gram = psi.T @ psi + self.log_ridge.exp() * torch.eye(2).to(psi)
-            return torch.linalg.solve(gram, psi.T @ support.y)
+            z = self.features(support.x)
+            gram = z.T @ z + self.log_ridge.exp() * torch.eye(2).to(z)
+            return torch.linalg.solve(gram, z.T @ support.y)
 
         def predict(self, phi, x):
             return self.features(x) @ phi
@@ -122,6 +122,37 @@ def cell_3eddb1b5(RidgeWave):
         assert part in messages[-1]
     assert len(messages) == len(wrong) + 2
     messages
+
+
+def cell_3b5d7c1c(RidgeWave):
+    # cell 3b5d7c1c
+    class WaveBySteps(InnerLoop):
+        "The weights of a wave, by steps downhill."
+
+        kind = "regression"
+
+        def __init__(self, wave, lr, steps, test_steps=None):
+            super().__init__(steps, test_steps)
+            self.wave, self.lr = wave, lr
+
+        def start(self, support):
+            return torch.zeros(2, 1)
+
+        def step(self, phi, support):
+            z = self.wave.features(support.x)
+            slope = z.T @ (z @ phi - support.y) + self.wave.log_ridge.exp() * phi
+            return phi - self.lr * slope
+
+        def predict(self, phi, x):
+            return self.wave.features(x) @ phi
+
+    wave = RidgeWave(omega=1.0, ridge=1.0)
+    support = Examples(torch.tensor([[0.0], [math.pi / 2]]), torch.tensor([[3.0], [2.0]]))
+    walker = WaveBySteps(wave, lr=0.25, steps=2, test_steps=30)
+    path = torch.stack(list(walker.path(support)))[..., 0]
+    torch.testing.assert_close(path, torch.tensor([[0.0, 0.0], [0.5, 0.75], [0.75, 1.125]]))
+    torch.testing.assert_close(walker.eval().adapt(support), wave.adapt(support))  # 30 steps later
+    path
 
 
 def cell_a02f42d4():
@@ -205,11 +236,9 @@ def cell_c581f961():
         "The loss of every task of a batch, without torch and without `Learner`."
         found = []
         for x, y, xq, yq in zip(*(t.numpy() for side in episodes for t in side[:2]), strict=True):
-            psi, psi_q = (
-                np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq)
-            )
-            phi = np.linalg.solve(psi.T @ psi + ridge * np.eye(2), psi.T @ y)
-            found.append(np.mean((psi_q @ phi - yq) ** 2))
+            z, z_q = (np.concatenate([np.sin(omega * u), np.cos(omega * u)], 1) for u in (x, xq))
+            phi = np.linalg.solve(z.T @ z + ridge * np.eye(2), z.T @ y)
+            found.append(np.mean((z_q @ phi - yq) ** 2))
         return torch.tensor(np.array(found))
 
     return by_numpy
@@ -349,12 +378,22 @@ def test_examples_that_do_not_fit_are_refused():
     cell_3eddb1b5(RidgeWave)
 
 
+def test_steps_lead_to_the_solution():
+    cell_4401ba57()
+    RidgeWave = cell_4122cac2()
+    cell_b25f01cd(RidgeWave)
+    cell_4a44eb4e(RidgeWave)
+    cell_3eddb1b5(RidgeWave)
+    cell_3b5d7c1c(RidgeWave)
+
+
 def test_an_inner_loop_that_cannot_work_is_refused():
     cell_4401ba57()
     RidgeWave = cell_4122cac2()
     cell_b25f01cd(RidgeWave)
     cell_4a44eb4e(RidgeWave)
     cell_3eddb1b5(RidgeWave)
+    cell_3b5d7c1c(RidgeWave)
     # cell d1498452
     refusals = []
     for impossible in (

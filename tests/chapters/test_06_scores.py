@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from metabook.classes import Classes
 from metabook.engine import Engine
@@ -15,7 +17,7 @@ from metabook.learners import Learner, place, task_loss
 from metabook.maml import MAML
 from metabook.networks import MLP, Conv4
 from metabook.prototypes import ProtoNet
-from metabook.scores import Calibration, Score, answers, binned, calibration, evaluate, paired
+from metabook.scores import Calibration, Score, answers, binned, calibration, evaluate, holm, paired
 from metabook.training import fit
 
 
@@ -62,6 +64,19 @@ def cell_c2b809e7(accuracies):
         variance = 0.08**2 + (0.25 - 0.08**2) / m
         measured = Score(accuracies(100_000, queries=m)[0].float()).standard_error ** 2 * 100_000
         assert abs(measured / variance - 1) < 0.03
+
+
+def cell_7e89ac2a():
+    # cell 7e89ac2a
+    rng = np.random.default_rng(9)
+    skill = rng.normal(0.5, 0.1, (200, 20))  # how well each class of each world is recognised
+    five = rng.random((200, 600, 20)).argpartition(5, -1)[..., :5]  # the classes of each task
+    of_task = skill[np.arange(200)[:, None, None], five].mean(-1) + rng.normal(0, 0.05, (200, 600))
+    worlds = [Score(torch.tensor(row)) for row in of_task]
+    own = np.mean([abs(w.mean - m) <= w.ci95 for w, m in zip(worlds, skill.mean(1), strict=True)])
+    every = np.mean([abs(w.mean - 0.5) <= w.ci95 for w in worlds])
+    print(f"covers the mean of its own 20 classes: {own:.0%}, of all classes: {every:.0%}")
+    assert own > 0.9 and every < 0.35
 
 
 def cell_e6c7453f():
@@ -132,6 +147,23 @@ def cell_fe2b3ecc():
         [0.4, 0.6]
     )
     assert torch.allclose(accuracy, torch.tensor([1 / 2, 2 / 3]))
+
+
+def cell_0d9c31e0(images):
+    # cell 0d9c31e0
+    class Sure(Learner):
+        "Always gives logits ln 9 to the first class and 0 to the second."
+
+        def adapt(self, support):
+            return support.y
+
+        def predict(self, state, x):
+            return torch.tensor([math.log(9.0), 0.0]).expand(len(x), 2)
+
+    tasks = FewShot(images(), way=2, shot=1, query=5)
+    for temperature, confidence in [(1.0, 0.9), (2.0, 0.75)]:
+        measured, accuracy, _ = calibration(Sure(), tasks, 10, temperature=temperature).curve()
+        assert measured.item() == pytest.approx(confidence) and accuracy.item() == 0.5
 
 
 def cell_24d67be0(images, small_net):
@@ -208,6 +240,28 @@ def test_only_one_of_three_intervals_is_right():
     assert few.mean() > 4 * many.mean()
 
 
+def test_the_interval_counts_tasks_not_classes():
+    cell_27d2e460()
+    cell_7e89ac2a()
+
+
+@pytest.mark.proves("eq-seed-variance")
+def test_seeds_and_tasks_share_the_variance():
+    cell_27d2e460()
+    cell_7e89ac2a()
+    # cell 5eed0002
+    rng = np.random.default_rng(10)
+    for seeds, n in [(1, 50), (3, 50), (3, 200)]:
+        of_seed = rng.normal(50, 1, (2000, seeds, 1))  # true accuracies of the trained learners
+        hard = rng.normal(0, 8, (2000, 1, n))  # how hard a task is for all of them
+        scored = of_seed + hard + rng.normal(0, 6, (2000, seeds, n))
+        papers = [
+            Score(torch.tensor(row)) for row in scored.mean(1)
+        ]  # means over seeds, task by task
+        formula = 1 / seeds + np.mean([paper.standard_error**2 for paper in papers])
+        assert abs(np.var([paper.mean for paper in papers]) / formula - 1) < 0.1
+
+
 @pytest.mark.proves("eq-paired-variance")
 def test_a_paired_difference_subtracts_the_covariance():
     accuracies = cell_2a12a91c()
@@ -231,6 +285,36 @@ def test_a_paired_difference_subtracts_the_covariance():
     ]:
         with pytest.raises(ValueError, match=message):
             paired(a, other)
+
+
+@pytest.mark.proves("eq-holm")
+def test_holm_by_hand_and_in_many_tables():
+    # cell 401a0003
+    def far_out(z):
+        "A difference that lies z standard errors from zero."
+        return Score(torch.tensor([z - 1, z + 1], dtype=torch.float64))
+
+    def as_lucky_as(p):
+        return far_out(NormalDist().inv_cdf(1 - p / 2))
+
+    assert holm(*map(as_lucky_as, (0.01, 0.04, 0.03))) == pytest.approx([0.03, 0.06, 0.06])
+    tables = np.random.default_rng(13).standard_normal(
+        (2000, 10)
+    )  # ten comparisons where nothing differs
+    alarm = np.mean(np.abs(tables).max(1) > 1.96)
+    corrected = np.mean([min(holm(*map(far_out, row))) < 0.05 for row in tables])
+    print(
+        f"tables with a false claim: {alarm:.0%} by intervals, {corrected:.1%} after the correction"
+    )
+    assert abs(alarm - 0.40) < 0.04 and corrected < 0.065
+
+
+def test_holm_takes_what_there_is():
+    # cell 401a0004
+    assert holm() == []
+    nothing, certain = Score(torch.zeros(5)), Score(torch.full((5,), 0.1))
+    lost, single = Score(torch.tensor([0.1, math.nan])), Score(torch.tensor([0.3]))
+    assert holm(nothing, certain, lost, single) == [1.0, 0.0, 1.0, 1.0]
 
 
 @pytest.mark.proves("eq-single-query")
@@ -280,7 +364,7 @@ def test_the_calibration_error_by_hand():
 
 @pytest.mark.proves("eq-jackknife")
 def test_the_jackknife_agrees_with_what_it_replaces():
-    # cell 8e40e006
+    # cell 8e40e005
     def overconfident(tasks, seed):
         "Answers with confidence 0.7 or 0.9; the tasks differ, and most answers are less often right."
         g = torch.Generator().manual_seed(seed)
@@ -294,6 +378,7 @@ def test_the_jackknife_agrees_with_what_it_replaces():
         ]
         return Calibration(*columns)
 
+    # cell 8e40e006
     one = overconfident(300, seed=0)
     gaps = (one.confidence - one.hits).sum(1) / 20
     assert one.ece == pytest.approx(gaps.mean().item(), abs=1e-6)
@@ -307,24 +392,18 @@ def test_the_jackknife_agrees_with_what_it_replaces():
 def test_temperature_changes_confidence_only():
     images, small_net = cell_e6c7453f()
     cell_fe2b3ecc()
+    cell_0d9c31e0(images)
 
-    # cell 0d9c31e0
-    class Sure(Learner):
-        "Always gives logits ln 9 to the first class and 0 to the second."
 
-        def adapt(self, support):
-            return support.y
-
-        def predict(self, state, x):
-            return torch.tensor([math.log(9.0), 0.0]).expand(len(x), 2)
-
+def test_calibration_that_means_nothing_is_refused():
+    images, small_net = cell_e6c7453f()
+    cell_fe2b3ecc()
+    cell_0d9c31e0(images)
+    # cell 0d9c31e1
     tasks = FewShot(images(), way=2, shot=1, query=5)
-    for temperature, confidence in [(1.0, 0.9), (2.0, 0.75)]:
-        measured, accuracy, _ = calibration(Sure(), tasks, 10, temperature=temperature).curve()
-        assert measured.item() == pytest.approx(confidence) and accuracy.item() == 0.5
     for wrong in (0.0, math.nan):
         with pytest.raises(ValueError, match="positive temperature"):
-            calibration(Sure(), tasks, 10, temperature=wrong)
+            calibration(ProtoNet(nn.Flatten()), tasks, 10, temperature=wrong)
     with pytest.raises(ValueError, match="regression"):
         calibration(MAML(MLP([1, 8, 1]), kind="regression"), Sinusoids(), 10)
 
