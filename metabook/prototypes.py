@@ -49,8 +49,8 @@ def squared_euclidean(
     The expanded square, centred at the mean prototype: a matrix product, without the loss of digits
     far from the origin.  Rounding may leave a distance of zero slightly negative.
     """
-    m = c.mean(0)
-    z, c = z - m, c - m
+    mean = c.mean(0)
+    z, c = z - mean, c - mean
     return z.square().sum(-1)[:, None] - 2 * z @ c.T + c.square().sum(-1)
 
 
@@ -90,7 +90,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 class ProtoNet(Learner):
     """Classify by the nearest class mean in a learned space.  Source: Snell et al. 2017.
 
-    `distance="squared"` is the paper's choice.  `"cosine"` has a learned scale, 10 at the start (Gidaris
+    `distance="squared"` is the paper's choice.  `"cosine"` has a learned scale 1 / tau, 10 at the start (Gidaris
     & Komodakis 2018).  The support and the query set pass through the network one after the other:
     with `BatchNorm(stats="batch")` each has its own statistics, where the authors' code normalises
     both together in training.  Raises `ValueError` for an unknown distance.  A class without a

@@ -33,6 +33,19 @@ def cell_0f9e4c2e():
     return labels, points
 
 
+def cell_2b81566c(labels, points):
+    # cell 2b81566c
+    def classify(support, z):
+        "The probabilities [n, way] of embedded queries `z`, from an embedded support set."
+        c = prototypes(support.x, support.y)  # [way, d]
+        squared = (z[:, None] - c).square().sum(-1)  # [n, way]: |z - c_k|^2
+        return (-squared).softmax(-1)
+
+    p = classify(Examples(points, labels), torch.tensor([[2.0, 1.0]]))
+    torch.testing.assert_close(p[0, 0].item(), 1 / (1 + math.exp(-3)), atol=1e-6, rtol=0)
+    p
+
+
 def cell_6448f4f5(labels, points):
     # cell 6448f4f5
     c = prototypes(points, labels)
@@ -132,6 +145,19 @@ def cell_08014747(AsIs, two, z_query):
     torch.testing.assert_close(learner.predict(state, z).softmax(1), linear.softmax(1))
 
 
+def cell_b2aeae33(AsIs, two, z_query):
+    # cell b2aeae33
+    z, c = z_query.double().requires_grad_(), two.double().requires_grad_()
+    learner, y = ProtoNet(AsIs()), torch.tensor([[1.0, 0.0]]).double()
+    logits = learner.predict((c, {}), z)
+    for_z, for_c = torch.autograd.grad(F.cross_entropy(logits, y), (z, c))
+
+    p = logits.softmax(1)
+    torch.testing.assert_close(for_z, 2 * (p @ c - y @ c))
+    torch.testing.assert_close(for_c, 2 * (p - y).T * (z - c))
+    torch.testing.assert_close(for_z, torch.tensor([[0.285, 0.190]]).double(), atol=5e-4, rtol=0)
+
+
 def cell_68bec3c6(AsIs, two):
     # cell 68bec3c6
     direction = (two[0] - two[1]).double()
@@ -144,6 +170,25 @@ def cell_68bec3c6(AsIs, two):
     assert lead[1][-1, 0] > 100 * gap
 
 
+def cell_72bc3fd2(AsIs):
+    # cell 72bc3fd2
+    def lowest(scale, way):
+        return math.log(1 + (way - 1) * math.exp(-2 * scale))
+
+    z = torch.tensor([[3.0, 4.0]])
+    c = torch.cat([z, -z.expand(4, 2)])  # one class where the query points, four opposite
+    y = one_hot(torch.tensor([0]), 5)
+    for scale in (1.0, 2.0):
+        learner = ProtoNet(AsIs(), "cosine")
+        learner.scale.data.fill_(scale)
+        loss = F.cross_entropy(learner.predict((c, {}), z), y)
+        torch.testing.assert_close(loss.item(), lowest(scale, 5), atol=1e-5, rtol=1e-5)
+        others = F.cross_entropy(learner.predict((torch.randn(5, 2), {}), z), y)
+        assert others >= lowest(scale, 5)
+    assert list(dict(learner.named_parameters())) == ["scale"]  # it is learned
+    round(lowest(1, 20), 2), round(math.exp(-lowest(1, 20)), 2)
+
+
 def cell_263a6745(two, z_query):
     # cell 263a6745
     def is_squared(distance):
@@ -153,10 +198,62 @@ def cell_263a6745(two, z_query):
     assert is_squared(lambda z, c: torch.cdist(z, c).square())  # the repair
     assert is_squared(squared_euclidean)
 
+
+def cell_263a6746(two, z_query):
+    # cell 263a6746
     z = z_query.clone().requires_grad_()
     (g,) = torch.autograd.grad(torch.cdist(z, two).sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
         torch.autograd.grad(g.square().sum(), z)
+
+
+def cell_d9a066aa():
+    # cell d9a066aa
+    def distances(z, c):  # mistake
+        return (z - c).square().sum(-1)
+
+    c = torch.randn(5, 8)
+    same, seven = torch.randn(5, 8), torch.randn(7, 8)
+    torch.testing.assert_close(
+        distances(same, c), squared_euclidean(same, c).diagonal()
+    )  # no error
+    with pytest.raises(RuntimeError, match="must match the size"):
+        distances(seven, c)  # only other sizes tell
+    assert squared_euclidean(seven, c).shape == (7, 5)
+
+    truth = torch.arange(20) % 5
+    answers = truth  # perfect
+    assert (answers == truth[:, None]).float().mean() == 1 / 5  # mistake: [20, 20] pairs
+    assert (answers == truth).float().mean() == 1
+
+
+def cell_2b3e068d(AsIs):
+    # cell 2b3e068d
+    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
+    learner = ProtoNet(AsIs())
+    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
+
+    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
+    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
+    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
+    assert right.all() and not misled.any()
+
+
+def cell_688f2662(AsIs, labels, points):
+    # cell 688f2662
+    y = one_hot(torch.tensor([0, 0, 1, 1]), 3)  # three classes, two of them shown
+    support = Examples(points, y)
+    logits = ProtoNet(AsIs())(support, points)
+    assert logits.isnan().all()
+    assert len(logits.argmax(1).unique()) == 1  # an answer all the same
+
+    c = y.T @ points / y.sum(0).clamp_min(1)[:, None]  # no repair: (0, 0) is shown as class 0,
+    assert squared_euclidean(points[:1], c).argmin() == 2  # and goes to the class never shown
+
+    check_every_class(Examples(points, labels))
+    with pytest.raises(ValueError, match="no support example of class 2"):
+        check_every_class(support)
 
 
 def cell_6f227c05(two, z_query):
@@ -180,55 +277,25 @@ def cell_6f227c05(two, z_query):
     assert are_log_probabilities(logits.log_softmax(1))
 
 
-def cell_2b3e068d(AsIs):
-    # cell 2b3e068d
-    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
-    learner = ProtoNet(AsIs())
-    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
-
-    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
-    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
-    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
-    assert right.all() and not misled.any()
+def test_classifier_by_hand():
+    labels, points = cell_0f9e4c2e()
+    cell_2b81566c(labels, points)
 
 
 @pytest.mark.proves("eq-proto-mean")
 def test_means_by_hand():
     labels, points = cell_0f9e4c2e()
+    cell_2b81566c(labels, points)
     cell_6448f4f5(labels, points)
 
 
 def test_empty_support():
     labels, points = cell_0f9e4c2e()
+    cell_2b81566c(labels, points)
     cell_6448f4f5(labels, points)
     # cell a9933ffa
     with pytest.raises(ValueError, match="every class at least one example"):
         prototypes(points[:0], labels[:0])
-
-
-@pytest.mark.proves("eq-proto-bregman")
-def test_the_mean_is_the_best_representative():
-    # cell 12ea83d4
-    def bregman(phi, z, c):
-        "How far phi lies above its tangent at c: `z` is [n, d], `c` is [d]."
-        return phi(z) - phi(c) - (z - c) @ grad(phi)(c)
-
-    CONVEX = {
-        "squared Euclidean": lambda z: z.square().sum(-1),
-        "Kullback-Leibler": lambda z: (z * z.log()).sum(-1),
-        "Itakura-Saito": lambda z: -z.log().sum(-1),
-    }
-    # cell 23bd5a6a
-    z = 0.1 + 3 * torch.rand(7, 4, dtype=torch.float64)
-    y = one_hot(torch.tensor([0, 0, 0, 0, 1, 1, 1]), 2).double()
-    best = prototypes(z, y)[0]
-    for phi in CONVEX.values():
-        price = bregman(phi, z[:4], best).sum()
-        for s in 0.1 + 3 * torch.rand(20, 4, dtype=torch.float64):
-            more = 4 * bregman(phi, best[None], s)[0]
-            torch.testing.assert_close(bregman(phi, z[:4], s).sum(), price + more)
-            assert more > 0
 
 
 @pytest.mark.proves("eq-proto-squared", "eq-proto-plain", "eq-proto-cosine")
@@ -298,6 +365,30 @@ def test_keeps_the_contract(device):
     assert not ProtoNet.head  # nothing in the network has the size of the way
 
 
+@pytest.mark.proves("eq-proto-bregman")
+def test_the_mean_is_the_best_representative():
+    # cell 12ea83d4
+    def bregman(f, z, c):
+        "How far f lies above its tangent at c: `z` is [n, d], `c` is [d]."
+        return f(z) - f(c) - (z - c) @ grad(f)(c)
+
+    CONVEX = {
+        "squared Euclidean": lambda z: z.square().sum(-1),
+        "Kullback-Leibler": lambda z: (z * z.log()).sum(-1),
+        "Itakura-Saito": lambda z: -z.log().sum(-1),
+    }
+    # cell 23bd5a6a
+    z = 0.1 + 3 * torch.rand(7, 4, dtype=torch.float64)
+    y = one_hot(torch.tensor([0, 0, 0, 0, 1, 1, 1]), 2).double()
+    best = prototypes(z, y)[0]
+    for f in CONVEX.values():
+        price = bregman(f, z[:4], best).sum()
+        for r in 0.1 + 3 * torch.rand(20, 4, dtype=torch.float64):
+            more = 4 * bregman(f, best[None], r)[0]
+            torch.testing.assert_close(bregman(f, z[:4], r).sum(), price + more)
+            assert more > 0
+
+
 @pytest.mark.proves("eq-proto-linear")
 def test_same_as_a_linear_classifier():
     labels, points = cell_0f9e4c2e()
@@ -312,16 +403,39 @@ def test_gradient_of_the_loss():
     two, z_query = cell_c05b8e87(labels, points)
     AsIs = cell_d669c138()
     cell_08014747(AsIs, two, z_query)
-    # cell b2aeae33
-    z, c = z_query.double().requires_grad_(), two.double().requires_grad_()
-    learner, y = ProtoNet(AsIs()), torch.tensor([[1.0, 0.0]]).double()
-    logits = learner.predict((c, {}), z)
-    for_z, for_c = torch.autograd.grad(F.cross_entropy(logits, y), (z, c))
+    cell_b2aeae33(AsIs, two, z_query)
 
-    p = logits.softmax(1)
-    torch.testing.assert_close(for_z, 2 * (p @ c - y @ c))
-    torch.testing.assert_close(for_c, 2 * (p - y).T * (z - c))
-    torch.testing.assert_close(for_z, torch.tensor([[0.285, 0.190]]).double(), atol=5e-4, rtol=0)
+
+def test_begin_at_the_prototypes():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_08014747(AsIs, two, z_query)
+    cell_b2aeae33(AsIs, two, z_query)
+
+    # cell 14d8f3ba
+    def last_layer(z, y):
+        "Weights [way, d] and biases [way] that answer like the prototypes."
+        c = prototypes(z, y)
+        return 2 * c, -c.square().sum(1)
+
+    def trained_on(layer, z, y, steps, lr=0.1):
+        "The layer after gradient steps on the support set."
+
+        def loss(layer):
+            return F.cross_entropy(F.linear(z, *layer), y)
+
+        for _ in range(steps):
+            layer = tuple(p - lr * g for p, g in zip(layer, grad(loss)(layer), strict=True))
+        return layer
+
+    z, y = torch.randn(15, 8), one_hot(torch.arange(15) % 5, 5)
+    layer = last_layer(z, y)
+    torch.testing.assert_close(
+        F.linear(z, *layer).softmax(1), ProtoNet(AsIs())(Examples(z, y), z).softmax(1)
+    )
+    loss = [F.cross_entropy(F.linear(z, *trained_on(layer, z, y, n, 0.01)), y) for n in range(4)]
+    assert loss == sorted(loss, reverse=True) and loss[3] < loss[0]  # each step is downhill
 
 
 @pytest.mark.proves("eq-proto-bounded")
@@ -338,23 +452,46 @@ def test_cosine_loss_has_a_floor():
     two, z_query = cell_c05b8e87(labels, points)
     AsIs = cell_d669c138()
     cell_68bec3c6(AsIs, two)
+    cell_72bc3fd2(AsIs)
 
-    # cell 72bc3fd2
-    def lowest(scale, way):
-        return math.log(1 + (way - 1) * math.exp(-2 * scale))
 
-    z = torch.tensor([[3.0, 4.0]])
-    c = torch.cat([z, -z.expand(4, 2)])  # one class where the query points, four opposite
-    y = one_hot(torch.tensor([0]), 5)
-    for scale in (1.0, 2.0):
-        learner = ProtoNet(AsIs(), "cosine")
-        learner.scale.data.fill_(scale)
-        loss = F.cross_entropy(learner.predict((c, {}), z), y)
-        torch.testing.assert_close(loss.item(), lowest(scale, 5), atol=1e-5, rtol=1e-5)
-        others = F.cross_entropy(learner.predict((torch.randn(5, 2), {}), z), y)
-        assert others >= lowest(scale, 5)
-    assert list(dict(learner.named_parameters())) == ["scale"]  # it is learned
-    round(lowest(1, 20), 2), round(math.exp(-lowest(1, 20)), 2)
+@pytest.mark.proves("eq-proto-floor-of-all")
+def test_cosine_loss_of_all_classes_has_a_higher_floor():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_68bec3c6(AsIs, two)
+    cell_72bc3fd2(AsIs)
+
+    # cell d6f45700
+    def mean_floor(scale, way):
+        return math.log(1 + (way - 1) * math.exp(-scale * way / (way - 1)))
+
+    def mean_loss(z, c):
+        return F.cross_entropy(-cosine_distance(z, c), torch.arange(len(c))).item()
+
+    for n in (2, 5, 20):
+        simplex = torch.eye(n).double() - 1 / n
+        assert mean_loss(7 * simplex, simplex) == pytest.approx(mean_floor(1, n))  # reached
+        for noise in (0.01, 0.3, 3.0):
+            z, c = (simplex + noise * torch.randn(n, n).double() for _ in range(2))
+            assert mean_loss(z, c) > mean_floor(1, n)
+    round(mean_floor(1, 20), 2), round(math.exp(-mean_floor(1, 20)), 2)
+
+
+@pytest.mark.proves("eq-proto-shots")
+def test_fewer_examples_look_farther():
+    # cell 8b2a885a
+    four, z = torch.randn(4, 3).double(), torch.randn(1, 3).double()  # a class, and a query
+    mu, trace = four.mean(0), four.var(0, unbiased=False).sum()  # the trace of its covariance
+    for shot in (1, 2, 3):
+        sets = torch.cartesian_prod(*[torch.arange(4)] * shot).reshape(
+            -1, shot
+        )  # 4, 16, 64 of them
+        means = torch.stack([prototypes(four[rows], torch.ones(shot, 1))[0] for rows in sets])
+        torch.testing.assert_close(
+            squared_euclidean(z, means).mean(), (z - mu).square().sum() + trace / shot
+        )
 
 
 def test_root_instead_of_square():
@@ -363,11 +500,15 @@ def test_root_instead_of_square():
     cell_263a6745(two, z_query)
 
 
-def test_what_the_loss_expects():
+def test_cdist_is_differentiable_once():
     labels, points = cell_0f9e4c2e()
     two, z_query = cell_c05b8e87(labels, points)
     cell_263a6745(two, z_query)
-    cell_6f227c05(two, z_query)
+    cell_263a6746(two, z_query)
+
+
+def test_shapes_that_broadcast():
+    cell_d9a066aa()
 
 
 def test_queries_stand_alone():
@@ -385,11 +526,7 @@ def test_queries_stand_alone():
 
 
 def test_labels_are_only_names():
-    labels, points = cell_0f9e4c2e()
-    two, z_query = cell_c05b8e87(labels, points)
     AsIs = cell_d669c138()
-    cell_263a6745(two, z_query)
-    cell_6f227c05(two, z_query)
     cell_2b3e068d(AsIs)
 
 
@@ -398,18 +535,55 @@ def test_forgotten_class():
     two, z_query = cell_c05b8e87(labels, points)
     AsIs = cell_d669c138()
     cell_263a6745(two, z_query)
-    cell_6f227c05(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_d9a066aa()
     cell_2b3e068d(AsIs)
-    # cell 688f2662
-    y = one_hot(torch.tensor([0, 0, 1, 1]), 3)  # three classes, two of them shown
-    support = Examples(points, y)
-    logits = ProtoNet(AsIs())(support, points)
-    assert logits.isnan().all()
-    assert len(logits.argmax(1).unique()) == 1  # an answer all the same
+    cell_688f2662(AsIs, labels, points)
 
-    c = y.T @ points / y.sum(0).clamp_min(1)[:, None]  # no repair: (0, 0) is shown as class 0,
-    assert squared_euclidean(points[:1], c).argmin() == 2  # and goes to the class never shown
 
-    check_every_class(Examples(points, labels))
-    with pytest.raises(ValueError, match="no support example of class 2"):
-        check_every_class(support)
+def test_what_the_loss_expects():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_d9a066aa()
+    cell_2b3e068d(AsIs)
+    cell_688f2662(AsIs, labels, points)
+    cell_6f227c05(two, z_query)
+
+
+def test_geometric_median():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_d9a066aa()
+    cell_2b3e068d(AsIs)
+    cell_688f2662(AsIs, labels, points)
+    cell_6f227c05(two, z_query)
+
+    # cell 8c6c5965
+    # The gradient of sum_i |z_i - r| is sum_i (r - z_i) / |r - z_i|: zero where r is the mean of the z_i with
+    # weights 1 / |r - z_i|.  A far point weighs little.  Begin at the mean and repeat (Weiszfeld).
+    def geometric_median(z, steps=100):
+        r = z.mean(0)
+        for _ in range(steps):
+            weight = 1 / euclidean(z, r[None])  # [n, 1]
+            r = (weight * z).sum(0) / weight.sum()
+        return r
+
+    def total(z, r):
+        return (z - r).norm(dim=1).sum()
+
+    z = torch.randn(5, 3).double()
+    best = geometric_median(z)
+    assert all(total(z, best) <= total(z, best + 0.1 * torch.randn(3).double()) for _ in range(50))
+    wrong = torch.cat([z[:4], torch.full((1, 3), 100.0).double()])  # one label of five is wrong
+    moved = {
+        "mean": (wrong.mean(0) - z.mean(0)).norm(),
+        "median": (geometric_median(wrong) - best).norm(),
+    }
+    assert moved["mean"] > 20 and moved["median"] < 3
+    print({name: round(far.item(), 1) for name, far in moved.items()})
