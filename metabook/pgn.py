@@ -30,84 +30,91 @@ __all__ = ['FORMS', 'unit_scale', 'FullWriter', 'LowRankWriter', 'RowWriter', 'S
 
 # %% ../nbs/18_pgn.ipynb #a1ec07e0
 def unit_scale(
-    h: Float[Tensor, "*rows m"],  # vectors
-) -> Float[Tensor, "*rows m"]:
+    h: Float[Tensor, "*rows q"],  # vectors
+) -> Float[Tensor, "*rows q"]:
     "Each vector at a mean square of 1, whatever its length was; only zero stays zero."
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-8)
 
 # %% ../nbs/18_pgn.ipynb #85c23120
 def weight_std(
     p: Float[Tensor, "out *fan_in"],  # a parameter that is to be written
-    m: int,  # length of the generator's input h
-    gain: float,  # n times the variance that the generator gives to each weight
+    q: int,  # length of the generator's input h
+    gain: float,  # fan-in times the variance that the generator gives to each weight
 ) -> float:
-    """The spread of G at the start, from Var G = gain / (m n); biases start with G = 0.
+    """The spread of G at the start, from Var G = gain / (q fan_in); biases start with G = 0.
 
     Source: Chang et al. 2020, the rule that they call hyperfan-in.
     """
-    return math.sqrt(gain / (m * p[0].numel())) if p.ndim > 1 else 0.0
+    # Var G = Gamma / (q n_in)
+    return math.sqrt(gain / (q * p[0].numel())) if p.ndim > 1 else 0.0
 
 # %% ../nbs/18_pgn.ipynb #0e273f61
 class FullWriter(nn.Module):
     "Writes every number of a parameter by itself: phi = p + G h."
 
-    def __init__(self, p: Tensor, m: int, gain: float):  # as in `weight_std`
+    def __init__(self, p: Tensor, q: int, gain: float):  # as in `weight_std`
         super().__init__()
-        self.G = nn.Parameter(torch.randn(p.numel(), m) * weight_std(p, m, gain))
+        self.G = nn.Parameter(torch.randn(p.numel(), q) * weight_std(p, q, gain))
         self.sent = p.numel()  # numbers for each task
 
-    def forward(self, p: Tensor, h: Float[Tensor, "m"]) -> Tensor:
+    def forward(self, p: Tensor, h: Float[Tensor, "q"]) -> Tensor:
+        # phi_0 = theta_0 + G h
         return p + (self.G @ h).view(p.shape)
 
 # %% ../nbs/18_pgn.ipynb #db580497
 class LowRankWriter(nn.Module):
-    "Writes two thin matrices, whose product, of rank 2, is added to a weight: phi = p + A B^T."
+    "Writes two thin matrices, whose product, of rank 2, is added to a weight: phi = p + (A h) (B h)^T."
 
     rank = 2
 
-    def __init__(self, p: Tensor, m: int, gain: float):  # as in `weight_std`
+    def __init__(self, p: Tensor, q: int, gain: float):  # as in `weight_std`
         super().__init__()
-        out, n, r = len(p), p[0].numel(), self.rank
-        self.A = nn.Parameter(torch.randn(out, r, m) * math.sqrt(1 / (r * m)))
-        self.B = nn.Parameter(torch.randn(n, r, m) * weight_std(p, m, gain))
-        self.sent = r * (out + n)
+        out, fan_in, r = len(p), p[0].numel(), self.rank
+        self.A = nn.Parameter(torch.randn(out, r, q) * math.sqrt(1 / (r * q)))
+        self.B = nn.Parameter(torch.randn(fan_in, r, q) * weight_std(p, q, gain))
+        self.sent = r * (out + fan_in)
 
-    def forward(self, p: Tensor, h: Float[Tensor, "m"]) -> Tensor:
+    def forward(self, p: Tensor, h: Float[Tensor, "q"]) -> Tensor:
+        # W = W_0 + U V^T
         return p + ((self.A @ h) @ (self.B @ h).T).view(p.shape)
 
 
 class RowWriter(nn.Module):
     "Writes the rows of a parameter one by one with one shared G: row i gets p_i + G (v_i * h)."
 
-    def __init__(self, p: Tensor, m: int, gain: float):  # as in `weight_std`
+    def __init__(self, p: Tensor, q: int, gain: float):  # as in `weight_std`
         super().__init__()
-        self.v = nn.Parameter(torch.randn(len(p), m))
-        self.G = nn.Parameter(torch.randn(p[0].numel(), m) * weight_std(p, m, gain))
+        self.v = nn.Parameter(torch.randn(len(p), q))
+        self.G = nn.Parameter(torch.randn(p[0].numel(), q) * weight_std(p, q, gain))
         self.sent = p.numel()
 
-    def forward(self, p: Tensor, h: Float[Tensor, "*out m"]) -> Tensor:
+    def forward(self, p: Tensor, h: Float[Tensor, "*out q"]) -> Tensor:
+        # W_i = W_0i + G (xi_i * h)
         return p + ((h * self.v) @ self.G.T).view(p.shape)
 
 
 class ScaleWriter(nn.Module):
-    "Writes one factor for each row of a weight: phi = (1 + s) p."
+    "Writes one factor for each row of a weight: phi = (1 + rho) p."
 
-    def __init__(self, p: Tensor, m: int, gain: float):  # as in `weight_std`
+    def __init__(self, p: Tensor, q: int, gain: float):  # as in `weight_std`
         super().__init__()
-        self.G = nn.Parameter(torch.randn(len(p), m) * math.sqrt(gain / m))
+        self.G = nn.Parameter(torch.randn(len(p), q) * math.sqrt(gain / q))
         self.sent = len(p)
 
-    def forward(self, p: Tensor, h: Float[Tensor, "m"]) -> Tensor:
+    def forward(self, p: Tensor, h: Float[Tensor, "q"]) -> Tensor:
+        # W_i = (1 + rho_i) W_0i
         return p * (1 + self.G @ h).view(-1, *[1] * (p.ndim - 1))
 
 
 FORMS = {"full": FullWriter, "lowrank": LowRankWriter, "chunks": RowWriter, "film": ScaleWriter}
 
 # %% ../nbs/18_pgn.ipynb #164bdd6d
+#| code-fold: true
+#| code-summary: "make_writers: which writer for which parameter"
 def make_writers(
     net: nn.Module,  # whose parameters are to be written; those of its output layer come last
     form: str,  # a name of `FORMS`
-    m: int,  # length of h
+    q: int,  # length of h
     gain: float,  # see `weight_std`
 ) -> nn.ModuleList:  # one for each parameter, in their order
     """The form for each weight, plain numbers for each bias, rows for the network's last layer.
@@ -121,8 +128,8 @@ def make_writers(
     parameters, weights = list(net.parameters()), lookup(form, FORMS, "form")
     last = last_layer(net)
     kinds = [weights if p.ndim > 1 else FullWriter for p in parameters[:last]]
-    writers = [kind(p, m, gain) for kind, p in zip(kinds, parameters[:last], strict=True)]
-    head = [RowWriter(p, m, gain) for p in parameters[last:]]
+    writers = [kind(p, q, gain) for kind, p in zip(kinds, parameters[:last], strict=True)]
+    head = [RowWriter(p, q, gain) for p in parameters[last:]]
     for writer in head:
         nn.init.ones_(writer.v)  # the description tells its rows apart
     return nn.ModuleList(writers + head)
@@ -173,8 +180,10 @@ class SetEncoder(nn.Module):
         self.check(x)
         features = self.look(x)
         features = features.mean((2, 3)) if features.ndim > 2 else features
-        e = F.relu(self.pair(torch.cat([features, y], 1)))  # [n, hidden]
+        e = F.relu(self.pair(torch.cat([features, y], 1)))  # u(x_i, y_i), [n, hidden]
+        # z_0 = sum_i u(x_i, y_i) / |S|
         whole = e.mean(0, keepdim=True)
+        # z_k = sum_i y_ik u(x_i, y_i) / sum_i |y_ik| - z_0
         by_class = y.T @ e / (y.abs().sum(0)[:, None] + 1e-8)
         return torch.cat([whole, by_class - whole])
 
@@ -222,7 +231,7 @@ class Reading(FastWeights):
     def describe(
         self,
         support: Examples,  # of one task
-    ) -> Float[Tensor, "rows d"]:
+    ) -> Float[Tensor, "rows numbers"]:
         "A row for the task, then one for each class or target that begins with the row of the task."
         parts, rows = [], 1 + outputs_for(self.net, support.y)
         if self.encoder:
@@ -297,11 +306,12 @@ class PGN(Reading):
 
     def generate(self, support: Examples) -> Parameters:
         "phi_0: what the generator writes for this task, in one forward pass."
-        h = unit_scale(F.relu(self.read(self.describe(support))))  # [1 + way, m]
+        h = unit_scale(F.relu(self.read(self.describe(support))))  # h(d), [1 + way, q]
         adaptable(self.net)  # a network that is frozen as a whole is refused
         with turn():
             last = last_layer(self.net)
         pairs = zip(parameters_of(self.net).items(), self.writers, strict=True)
+        # phi_0 = theta_0 + G h: the first row of h for all layers but the last
         return {
             name: p if is_frozen(p) else write(p, h[0] if i < last else h[1:])
             for i, ((name, p), write) in enumerate(pairs)
@@ -314,12 +324,14 @@ class PGN(Reading):
     def step(self, phi: Parameters, support: Examples) -> Parameters:
         "One step of gradient descent on the support set refines what was written."
         g = self.gradient(phi, support)
+        # phi_{j+1} = phi_j - alpha grad L_S(phi_j)
         return phi | {k: p - self.lr * g[k] for k, p in phi.items() if k in g}
 
     def loss(self, episode: Episode) -> Float[Tensor, ""]:
         'The query loss at the end of the path, or with `loss_steps="all"` its mean over the path.'
         if self.loss_steps == "last":
             return super().loss(episode)
+        # J_all: the mean of L_Q(phi_j) over j = 0 .. t
         return self.path_losses(episode).mean()
 
     @property
