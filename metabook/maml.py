@@ -22,10 +22,14 @@ __all__ = ['MAML']
 class MAML(FastWeights):
     """Learn an initialisation from which a few gradient steps on the support set solve a task.
 
-    Every parameter of `net` is adapted, but for those that are frozen (`requires_grad_(False)`).  `steps=0` is pre-training: nothing is adapted in training,
-    and `test_steps` of fine-tuning follow in evaluation mode.  The inner loss is a mean over the
-    support set; the authors' code takes the sum over classes of such means, so its rate of 0.4 for
-    5-way tasks is 2.0 here.
+    Every parameter of `net` is adapted, but for those that are frozen (`requires_grad_(False)`).
+
+    `steps=0` adapts nothing in training; `test_steps` of fine-tuning follow in evaluation mode.  For
+    regression that is pre-training.  Classes that are shuffled in each task leave it nothing to learn:
+    to pre-train on those, use `metabook.transfer.Pretrained`.
+
+    The inner loss is a mean over the support set; the authors' code takes the sum over classes of such
+    means, so its rate of 0.4 for 5-way tasks is 2.0 here.
 
     Raises `TypeError` for a `net` that is none, and `ValueError` for a rate that is not positive, a
     negative number of steps, an unknown kind, and tasks of another way than the network has outputs;
