@@ -22,6 +22,8 @@ from .registry import lookup, register
 __all__ = ['SCALE', 'HEADS', 'Batches', 'linear', 'cosine', 'Head', 'Pretrained', 'spread', 'Descent', 'FineTune']
 
 # %% ../nbs/07_transfer.ipynb #da852e05
+#| code-fold: true
+#| code-summary: "Batches: images of all classes, as tasks"
 class Batches(ClassTasks):
     """Batches of labelled images from all classes, as tasks with an empty support set: for pre-training.
 
@@ -52,7 +54,7 @@ class Batches(ClassTasks):
         return Picks(every, nothing, nothing, rows, torch.searchsorted(last, rows))
 
 # %% ../nbs/07_transfer.ipynb #96556ddf
-SCALE = 10.0  # of the cosines: between -1 and 1 a softmax cannot be sure of itself
+SCALE = 10.0  # 1/tau, of the cosines: between -1 and 1 a softmax cannot be sure of itself
 
 
 def linear(
@@ -76,6 +78,8 @@ def cosine(
 HEADS = {"linear": linear, "cosine": cosine}
 
 # %% ../nbs/07_transfer.ipynb #6e20b28a
+#| code-fold: true
+#| code-summary: "Head: what a task's answer is made of"
 class Head(NamedTuple):
     "The last layer of a classifier, and the statistics by which its features are normalised."
 
@@ -176,11 +180,13 @@ def base_layer(embed: nn.Module, classes: int) -> nn.Linear:
 
 # %% ../nbs/07_transfer.ipynb #0d472e8f
 def spread(z: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, ""]]:
-    "The mean of the features, and the root of their mean squared distance from it."
+    "The mean of the features, and $r$: the root of their mean squared distance from it."
     m = z.mean(0)
     return m, (z - m).square().sum(-1).mean().clamp_min(TINY).sqrt()
 
 # %% ../nbs/07_transfer.ipynb #0d472e8e
+#| code-fold: true
+#| code-summary: "What the descent carries along"
 class Descent(NamedTuple):
     "Where a head is on its way, and what it is trained on, which stays."
 
