@@ -38,12 +38,12 @@ def layers_of(net: nn.Module) -> dict[str, nn.Module]:
 # %% ../nbs/19_meta_transfer.ipynb #5f532eee
 def scale_and_shift(
     net: nn.Module,  # whose weights stay
-    scale: Iterable[Tensor],  # S: of each layer [out, in, 1, 1], or [out, 1] of a linear one
-    shift: Iterable[Tensor],  # s: of each layer [out]
+    scale: Iterable[Tensor],  # rho: of each layer [out, in, 1, 1], or [out, 1] of a linear one
+    shift: Iterable[Tensor],  # delta: of each layer [out]
 ) -> Parameters:
-    """Weights S * W and biases b + s of every layer, for `call`; a layer without a bias gets s.
+    """Weights rho * W and biases b + delta of every layer, for `call`; one without a bias gets delta.
 
-    Source: Sun et al. 2019, section 4.2.
+    Source: Sun, Liu, Chua & Schiele, CVPR 2019, section 4.2.
     """
     new = {}
     for (name, layer), s, b in zip(layers_of(net).items(), scale, shift, strict=True):
@@ -83,7 +83,7 @@ class MetaTransfer(InnerLoop):
     Raises `ValueError` for a network without layers to scale, bad rates and steps, a `way` with a network
     that does not say its `features`, tasks of another way, and embeddings of another length.
 
-    Source: Sun et al. 2019, section 4.2; `first_order` as in the authors' PyTorch code.
+    Source: Sun, Liu, Chua & Schiele, CVPR 2019, section 4.2; `first_order` as in their PyTorch code.
     """
 
     head = False
@@ -124,7 +124,7 @@ class MetaTransfer(InnerLoop):
         state: Descent,  # where the head is
         support: Examples,  # of one task
     ) -> Descent:
-        "One step of gradient descent: h - alpha * gradient."
+        "One step of gradient descent: zeta - alpha * gradient."
         head = state.weight, state.bias
         g = grad(self.support_loss)(head, state.z, support.y)
         g = tuple(d.detach() for d in g) if self.first_order else g
@@ -143,7 +143,7 @@ class MetaTransfer(InnerLoop):
     def support_loss(
         self, head: tuple[Tensor, Tensor], z: Float[Tensor, "n d"], y: Float[Tensor, "n way"]
     ) -> Float[Tensor, ""]:
-        "L_S(h) of a head (weight and bias), a mean over features and classes of the support set."
+        "L_S(zeta) of a head (weight and bias), a mean over features and classes of the support set."
         return self.criterion(linear(z, *head), y)
 
     def predict(self, state: Head, x: Shaped[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
@@ -203,7 +203,7 @@ class HardTasks(Tasks):
     the next one; examples are drawn anew.  Make a new one for each run.
 
     Raises `ValueError` for other tasks than a `FewShot` of fixed way and shot, and when it is to be frozen.
-    In the manner of Sun et al. 2019, section 4.3.
+    In the manner of Sun, Liu, Chua & Schiele, CVPR 2019, section 4.3.
     """
 
     kind = "classification"

@@ -128,12 +128,11 @@ def cell_40ad2edc():
     )
     net = Conv4(size=16, width=4, pool="stride", stats="running")
     for learner in (
-        MetaTransfer(net),
-        MetaTransfer(Conv4(size=16, width=4, stats="support")),
-        MetaTransfer(MLP([256, 12, 6])),
+        MetaTransfer(net, steps=2),
+        MetaTransfer(Conv4(size=16, width=4, stats="support"), steps=2),
         MetaTransfer(net, way=3, steps=2, test_steps=4),
-        MetaTransfer(net, first_order=True),
-        MetaTransfer(ResNet12(1, widths=[2, 2, 3, 4], stats="running"), steps=3),
+        MetaTransfer(net, steps=2, first_order=True),
+        MetaTransfer(ResNet12(1, widths=[2, 2, 3, 4], stats="running"), steps=2),
     ):
         assert "passed" in check_learner(learner, tasks).values()
 
@@ -351,6 +350,22 @@ def test_two_ways():
     slope = -1 / (1 + math.exp(1.3))
     close(meta_gradient(), 2.4 * slope, 0.8 * slope)
     close(meta_gradient(first_order=True), 1.2 * slope, 0.2 * slope)
+
+
+@pytest.mark.proves("eq-mtl-one-scale")
+def test_one_scale():
+    # cell 1a2b9c04
+    torch.manual_seed(0)
+    net = Conv4(size=16, width=4, pool="stride", stats="running").double().eval()
+    learner = MetaTransfer(net, steps=3).double()
+    x, y = torch.randn(8, 1, 16, 16).double(), F.one_hot(torch.arange(8) % 2, 2).double()
+    task = Episode(Examples(x[:4], y[:4]), Examples(x[4:], y[4:]))
+    found = torch.autograd.grad(learner.loss(task), list(learner.scale))
+    learner.net.requires_grad_(True)  # now the weights themselves are asked
+    for layer, by_scale in zip(learner.net.convs, found, strict=True):
+        (g,) = torch.autograd.grad(learner.loss(task), [layer.weight])  # g, for rho = 1
+        torch.testing.assert_close(by_scale, (layer.weight * g).sum((2, 3), keepdim=True))
+        assert (by_scale != 0).any()
 
 
 @pytest.mark.proves("eq-mtl-invisible")

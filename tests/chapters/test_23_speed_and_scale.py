@@ -25,13 +25,13 @@ def cell_b91572b9():
         "Multiplications of each layer of a Conv4 for one image."
         side, found = net.size, []
         for conv in net.convs:
-            side = (side - 1) // conv.stride[0] + 1  # m = |W| h^2
+            side = (side - 1) // conv.stride[0] + 1  # F_l = |W| r^2
             found.append(conv.weight.numel() * side**2)
             side = side // 2 if net.pool == "max" else side
         return [*found, net.head.weight.numel()]
 
     def products(learner, way, shot, query):
-        "Multiplications of one task's meta-gradient, C."
+        "Multiplications of one task's meta-gradient, Pi."
         first, forward = layer_products(learner.net)[0], sum(layer_products(learner.net))
         step = 3 * forward - first if learner.first_order else 9 * forward - 4 * first
         return learner.steps * way * shot * step + way * query * (3 * forward - first)
@@ -106,7 +106,7 @@ def cell_30320108():
 
 def cell_2a028942(BuiltIn, ChannelsLast):
     # cell 2a028942
-    def real_tasks(n=24):
+    def real_tasks(n=12):
         "Tasks of Omniglot where it is here, else of the book's own drawings."
         data = Omniglot("train") if present("omniglot") else Glyphs("train")
         return FewShot(data, 5, 1, 3).sample(n, torch.Generator().manual_seed(0))
@@ -266,7 +266,7 @@ def test_when_support_costs_as_much_as_queries():
     layer_products, noise, products = cell_b91572b9()
     cell_e3d51556(products)
     # cell 1aec7541
-    # T * 5 * (9F - 4m) = 75 * (3F - m), and with 3F - m on the left: T = 15 in first order.
+    # t * 5 * (9F - 4 F_1) = 75 * (3F - F_1), and with 3F - F_1 on the left: t = 15 in first order.
     m, *rest = layer_products(Conv4(out=5))
     f = m + sum(rest)
     steps = 15 * (3 * f - m) / (9 * f - 4 * m)
@@ -278,7 +278,7 @@ def test_when_support_costs_as_much_as_queries():
 
 def test_when_two_processes_are_faster():
     # cell f85d20d6
-    # T(1) = B t and T(2) = B t / 2 + M / beta: faster if B t / 2 > M / beta.  48 MB over 1 GB/s: 2 * 48 ms,
+    # time(1) = B u and time(2) = B u / 2 + M / V: faster if B u / 2 > M / V.  48 MB over 1 GB/s: 2 * 48 ms,
     # so from ten tasks on.
     def model(n, tasks, t, message, bandwidth):
         return tasks / n * t + 2 * (n - 1) / n * message / bandwidth
