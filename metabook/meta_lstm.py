@@ -31,7 +31,7 @@ class CoordinateLSTM(nn.Module):
     def __init__(
         self,
         inputs: int,  # numbers that each coordinate reads at a step
-        hidden: int,  # length H of each coordinate's memory
+        hidden: int,  # length q of each coordinate's memory
     ):
         super().__init__()
         bound = hidden**-0.5
@@ -68,7 +68,7 @@ class Gates(nn.Module):
                 f"lr={lr!r}, expected a rate between 0 and 1: it is an input gate, so take one such as 0.1"
             )
         self.W = nn.Parameter(torch.empty(2, hidden).uniform_(-0.01, 0.01))
-        self.V = nn.Parameter(torch.empty(2, 2).uniform_(-0.01, 0.01))  # columns v and u
+        self.V = nn.Parameter(torch.empty(2, 2).uniform_(-0.01, 0.01))  # columns u and r
         self.b = nn.Parameter(torch.tensor([[math.log(lr / (1 - lr))], [5.0]]))
 
     def forward(
@@ -121,7 +121,7 @@ class RateAndDirection(nn.Module):
 
 # %% ../nbs/12_meta_lstm.ipynb #c50ee2bd
 class State(NamedTuple):
-    "What an inner step takes and leaves behind, for d parameters."
+    "What an inner step takes and leaves behind, for D parameters."
 
     theta: Tensor  # [d] the learner's parameters
     h: Tensor  # [hidden, d] what the LSTM shows of each
