@@ -1,7 +1,8 @@
 """What `make check` looks at in a few seconds: check.py
 
 Library and chapter tests are what the notebooks say, notebooks are clean, every equation has a proof that can be tried,
-every exported learner is in the registry, no module of the library imports one that stands below it in docs/order.txt, and chapters that are named are linked.
+every exported learner is in the registry, no module of the library imports one that stands below it in docs/order.txt, and chapters
+that are named are linked.  Chapters show no more than they may outside folds, claim what they judge, and use the letters of the notation page.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import claims
 import folds
 import nbformat
+import notation
 from cells_to_tests import files_of
 from chapters import LIBRARY, Refused, read_book
 from notebooks import ROOT, find, read, unclean
@@ -52,6 +55,14 @@ def differences(made: dict[str, str], folder: Path) -> list[str]:
         if made[name] != there[name]
     ]
     return [f"{b}: run `make export`" for b in sorted(bad)]
+
+
+def unclaimed() -> list[str]:
+    return claims.of_book(NBS)
+
+
+def unnoted() -> list[str]:
+    return notation.problems(NBS, notation.PAGE.read_text(encoding="utf-8"))
 
 
 def stale_library() -> list[str]:
@@ -169,6 +180,9 @@ def misordered() -> list[str]:
 
 CHECKS: list[Callable[[], list[str]]] = [
     unclean_notebooks,
+    unfolded,
+    unclaimed,
+    unnoted,
     stale_library,
     stale_tests,
     unproved,

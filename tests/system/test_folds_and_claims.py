@@ -157,3 +157,8 @@ def test_a_letter_without_a_meaning_or_with_two_is_named(tmp_path):
     first, second = notation.problems(tmp_path, both)
     assert "$x$ for itself, which means something everywhere" in first
     assert "lists $y$" in second
+
+
+@pytest.mark.parametrize("rule", [check.unfolded, check.unclaimed, check.unnoted])
+def test_the_book_keeps_the_rules(rule):
+    assert rule() == []
