@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import build_site
 import chapter_pages
+import check
 import claims
 import folds
 import nbformat
