@@ -207,6 +207,41 @@ def cell_263a6746(two, z_query):
         torch.autograd.grad(g.square().sum(), z)
 
 
+def cell_6f227c05(two, z_query):
+    # cell 6f227c05
+    d = squared_euclidean(z_query, two)  # 2 and 5
+    assert (-d).softmax(1)[0, 0] > 0.95
+    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
+
+    y = one_hot(torch.tensor([0]), 5)
+    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
+    p, label = logits.softmax(1), torch.tensor([0])
+    assert F.cross_entropy(logits, y) < 1e-6
+    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
+    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
+    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
+
+    def are_log_probabilities(a):
+        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
+
+    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
+    assert are_log_probabilities(logits.log_softmax(1))
+
+
+def cell_c1a55002(AsIs):
+    # cell c1a55002
+    z = torch.tensor([[-3.0, 0], [3.0, 0], [0.4, 0], [0.6, 0]])  # class 0 left and right of class 1
+    y = one_hot(torch.tensor([0, 0, 1, 1]), 2)
+    new = torch.tensor([[2.8, 0.1], [-2.8, 0.1], [0.5, 0.1]])  # of classes 0, 0, 1
+    assert ProtoNet(AsIs())(Examples(z, y), new).argmax(1).tolist() == [
+        1,
+        0,
+        1,
+    ]  # the first is wrong
+    nearest = squared_euclidean(new, z).argmin(1)
+    assert y[nearest].argmax(1).tolist() == [0, 0, 1]  # the nearest example is not
+
+
 def cell_d9a066aa():
     # cell d9a066aa
     def distances(z, c):  # mistake
@@ -254,27 +289,6 @@ def cell_688f2662(AsIs, labels, points):
     check_every_class(Examples(points, labels))
     with pytest.raises(ValueError, match="no support example of class 2"):
         check_every_class(support)
-
-
-def cell_6f227c05(two, z_query):
-    # cell 6f227c05
-    d = squared_euclidean(z_query, two)  # 2 and 5
-    assert (-d).softmax(1)[0, 0] > 0.95
-    assert d.softmax(1)[0, 1] > 0.95  # mistake: the farther class, as sure
-
-    y = one_hot(torch.tensor([0]), 5)
-    logits = torch.tensor([[50.0, 0, 0, 0, 0]])  # as sure and as right as one can be
-    p, label = logits.softmax(1), torch.tensor([0])
-    assert F.cross_entropy(logits, y) < 1e-6
-    assert F.cross_entropy(p, y) > 0.9  # mistake: probabilities as logits, floor log(1 + 4 / e)
-    assert F.nll_loss(p, label) < 0  # mistake: probabilities as log-probabilities
-    assert F.nll_loss(logits.log_softmax(1), label) < 1e-6
-
-    def are_log_probabilities(a):
-        return torch.allclose(a.exp().sum(1), torch.ones(len(a)))
-
-    assert not are_log_probabilities(logits) and not are_log_probabilities(p)
-    assert are_log_probabilities(logits.log_softmax(1))
 
 
 def test_classifier_by_hand():
@@ -507,6 +521,24 @@ def test_cdist_is_differentiable_once():
     cell_263a6746(two, z_query)
 
 
+def test_what_the_loss_expects():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+
+
+def test_two_clusters():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_c1a55002(AsIs)
+
+
 def test_shapes_that_broadcast():
     cell_d9a066aa()
 
@@ -526,7 +558,13 @@ def test_queries_stand_alone():
 
 
 def test_labels_are_only_names():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
     AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_c1a55002(AsIs)
     cell_2b3e068d(AsIs)
 
 
@@ -536,21 +574,11 @@ def test_forgotten_class():
     AsIs = cell_d669c138()
     cell_263a6745(two, z_query)
     cell_263a6746(two, z_query)
-    cell_d9a066aa()
-    cell_2b3e068d(AsIs)
-    cell_688f2662(AsIs, labels, points)
-
-
-def test_what_the_loss_expects():
-    labels, points = cell_0f9e4c2e()
-    two, z_query = cell_c05b8e87(labels, points)
-    AsIs = cell_d669c138()
-    cell_263a6745(two, z_query)
-    cell_263a6746(two, z_query)
-    cell_d9a066aa()
-    cell_2b3e068d(AsIs)
-    cell_688f2662(AsIs, labels, points)
     cell_6f227c05(two, z_query)
+    cell_c1a55002(AsIs)
+    cell_d9a066aa()
+    cell_2b3e068d(AsIs)
+    cell_688f2662(AsIs, labels, points)
 
 
 def test_geometric_median():
@@ -559,10 +587,11 @@ def test_geometric_median():
     AsIs = cell_d669c138()
     cell_263a6745(two, z_query)
     cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_c1a55002(AsIs)
     cell_d9a066aa()
     cell_2b3e068d(AsIs)
     cell_688f2662(AsIs, labels, points)
-    cell_6f227c05(two, z_query)
 
     # cell 8c6c5965
     # The gradient of sum_i |z_i - r| is sum_i (r - z_i) / |r - z_i|: zero where r is the mean of the z_i with
