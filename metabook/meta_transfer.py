@@ -143,7 +143,7 @@ class MetaTransfer(InnerLoop):
     def support_loss(
         self, head: tuple[Tensor, Tensor], z: Float[Tensor, "n d"], y: Float[Tensor, "n way"]
     ) -> Float[Tensor, ""]:
-        "L_S(zeta) of a head (weight and bias), a mean over features and classes of the support set."
+        "L_S(zeta) of a head (weight and bias): the mean over the examples of the support set."
         return self.criterion(linear(z, *head), y)
 
     def predict(self, state: Head, x: Shaped[Tensor, "n *features"]) -> Float[Tensor, "n way"]:
