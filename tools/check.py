@@ -65,6 +65,18 @@ def unnoted() -> list[str]:
     return notation.problems(NBS, notation.PAGE.read_text(encoding="utf-8"))
 
 
+def unreadable_references() -> list[str]:
+    """What is wrong with the bibliography, which Sphinx would say after the whole book has run."""
+    from pybtex.database import PybtexError, parse_string
+
+    file = ROOT / "docs" / "references.bib"
+    try:
+        parse_string(file.read_text(encoding="utf-8"), "bibtex")
+    except PybtexError as error:
+        return [f"docs/references.bib: {error}"]
+    return []
+
+
 def stale_library() -> list[str]:
     return differences(exported(), PACKAGE)
 
@@ -183,6 +195,7 @@ CHECKS: list[Callable[[], list[str]]] = [
     unfolded,
     unclaimed,
     unnoted,
+    unreadable_references,
     stale_library,
     stale_tests,
     unproved,
