@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import nbformat
 from nbformat import NotebookNode
-from notebooks import ROOT, find, headings, split_directives
+from notebooks import ROOT, find, headings, in_workshop, split_directives
 
 ALLOWED = ROOT / "docs" / "verdicts.txt"
 VERDICT = re.compile(
@@ -115,7 +115,9 @@ def problems(name: str, book: NotebookNode, words: list[str]) -> list[str]:
 def of_book(folder: Path) -> list[str]:
     """What is wrong with the claims of the chapters in a folder."""
     lists = allowed(ALLOWED.read_text(encoding="utf-8"))
-    books = {p.stem: nbformat.read(p, as_version=4) for p in find(folder) if p.stem[0] != "A"}
+    books = {
+        p.stem: nbformat.read(p, as_version=4) for p in find(folder) if not in_workshop(p.stem)
+    }
     return [p for name, book in books.items() for p in problems(name, book, lists.get(name, []))]
 
 

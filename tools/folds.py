@@ -14,10 +14,16 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
-from notebooks import IN_CHECKS, find, split_directives, without_magics
+from notebooks import (
+    COLLAPSED,
+    IN_CHECKS,
+    find,
+    in_workshop,
+    split_directives,
+    without_magics,
+)
 
 WORDS, LINES = 2500, 300  # that a reader of a chapter meets at most
-COLLAPSED = {"jupyter": {"source_hidden": True}}
 FORMULA = re.compile(r"^\$\$.*?^\$\$.*?$", re.M | re.S)
 CHECKS, IMPORTS, HELPERS, FIGURE = (
     "Checks",
@@ -26,11 +32,6 @@ CHECKS, IMPORTS, HELPERS, FIGURE = (
     "The figure's code",
 )
 CLAIM = "Checked claim"
-
-
-def in_workshop(name: str) -> bool:
-    """Whether a notebook is of the workshop, which shows how things are made."""
-    return name.startswith("A")
 
 
 def fold(name: str, cell: NotebookNode) -> str:

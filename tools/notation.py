@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from notebooks import ROOT, find, read
+from notebooks import ROOT, find, in_workshop, read
 
 PAGE = ROOT / "docs" / "notation.md"
 OWN = "## Letters of one chapter"
@@ -57,12 +57,10 @@ def own(page: str) -> dict[str, set[str]]:
 
 def problems(folder: Path, page: str) -> list[str]:
     """Letters without a meaning, letters with two, and rows of letters that no formula uses."""
-    everywhere, bad = shared(page), []
-    for path in find(folder):
-        if path.stem.startswith("A"):
-            continue
+    everywhere, owners, bad = shared(page), own(page), []
+    for path in (p for p in find(folder) if not in_workshop(p.stem)):
         used = letters("\n".join(c.source for c in read(path).cells if c.kind == "markdown"))
-        mine = own(page).get(path.stem, set())
+        mine = owners.get(path.stem, set())
         bad += [
             f"{path.stem} uses ${s}$, which docs/notation.md does not give: take a letter that it gives, or add it to "
             "the chapter's own letters"

@@ -25,6 +25,7 @@ KNOWN = {
     *("label", "fig-cap", "fig-alt", "tbl-cap", "checks", "claim"),  # the site's
 }
 IN_CHECKS = "<!-- checks -->"  # leads a markdown cell that belongs to the checks of its section
+COLLAPSED = {"jupyter": {"source_hidden": True}}  # metadata of a cell that JupyterLab collapses
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ def read(path: Path) -> Notebook:
     return Notebook(path.stem, cells, problems)
 
 
+def in_workshop(name: str) -> bool:
+    """Whether a notebook is of the workshop, which shows how things are made."""
+    return name.startswith("A")
+
+
 def find(folder: Path) -> list[Path]:
     """The notebooks of a folder, in reading order."""
     return sorted(path for path in folder.glob("*.ipynb") if path.name[0] not in "._")
@@ -129,7 +135,7 @@ def unclean(path: Path) -> list[str]:
     for cell in book.cells:
         if cell.get("outputs") or cell.get("execution_count"):
             bad.append(f"cell {cell.id} holds outputs or an execution count")
-        if cell.metadata not in ({}, {"jupyter": {"source_hidden": True}}):
+        if cell.metadata not in ({}, COLLAPSED):
             bad.append(f"cell {cell.id} has metadata {sorted(cell.metadata)}")
     try:
         nbformat.validate(book)
