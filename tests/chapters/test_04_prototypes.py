@@ -21,6 +21,7 @@ from metabook.prototypes import (
     euclidean,
     prototypes,
     squared_euclidean,
+    unit,
 )
 from metabook.registry import METHODS
 from metabook.testing import check_learner
@@ -56,6 +57,12 @@ def cell_6448f4f5(labels, points):
     by_sums = [sum(w * z for w, z in zip(col, points, strict=True)) / col.sum() for col in uneven.T]
     torch.testing.assert_close(prototypes(points, uneven), torch.stack(by_sums))
     c
+
+
+def cell_a9933ffa(labels, points):
+    # cell a9933ffa
+    with pytest.raises(ValueError, match="every class at least one example"):
+        prototypes(points[:0], labels[:0])
 
 
 def cell_c05b8e87(labels, points):
@@ -103,6 +110,25 @@ def cell_df6a9d3a(as_written, uncentred):
     print({name: f"{e:.0e}" for name, e in error.items()})
 
 
+def cell_12ebbcb2(two):
+    # cell 12ebbcb2
+    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    c = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    for f in (squared_euclidean, euclidean, cosine_distance):
+        assert torch.autograd.gradgradcheck(f, (z, c))
+        for edge in (two, torch.zeros(2, 2)):  # on the prototypes, and at the origin
+            edge = edge.clone().requires_grad_()
+            (g,) = torch.autograd.grad(f(edge, two).sum(), edge, create_graph=True)
+            (h,) = torch.autograd.grad(g.square().sum(), edge)
+            assert g.isfinite().all() and h.isfinite().all()
+
+    short = 1e-4 * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(euclidean(short, 0 * short), torch.full_like(short, 1e-4))
+    torch.testing.assert_close(
+        cosine_distance(short, two.double()), cosine_distance(1e4 * short, two.double())
+    )
+
+
 def cell_d669c138():
     # cell d669c138
     class AsIs(nn.Module):
@@ -131,6 +157,33 @@ def cell_5afc8a13(AsIs):
     # cell 5afc8a13
     with pytest.raises(ValueError, match="did you mean 'squared'"):
         ProtoNet(AsIs(), "square")
+
+
+def cell_12ea83d4():
+    # cell 12ea83d4
+    def bregman(f, z, c):
+        "How far f lies above its tangent at c: `z` is [n, d], `c` is [d]."
+        return f(z) - f(c) - (z - c) @ grad(f)(c)
+
+    CONVEX = {
+        "squared Euclidean": lambda z: z.square().sum(-1),
+        "Kullback-Leibler": lambda z: (z * z.log()).sum(-1),
+        "Itakura-Saito": lambda z: -z.log().sum(-1),
+    }
+    return CONVEX, bregman
+
+
+def cell_23bd5a6a(CONVEX, bregman):
+    # cell 23bd5a6a
+    z = 0.1 + 3 * torch.rand(7, 4, dtype=torch.float64)
+    y = one_hot(torch.tensor([0, 0, 0, 0, 1, 1, 1]), 2).double()
+    best = prototypes(z, y)[0]
+    for f in CONVEX.values():
+        price = bregman(f, z[:4], best).sum()
+        for r in 0.1 + 3 * torch.rand(20, 4, dtype=torch.float64):
+            more = 4 * bregman(f, best[None], r)[0]
+            torch.testing.assert_close(bregman(f, z[:4], r).sum(), price + more)
+            assert more > 0
 
 
 def cell_08014747(AsIs, two, z_query):
@@ -189,6 +242,23 @@ def cell_72bc3fd2(AsIs):
     round(lowest(1, 20), 2), round(math.exp(-lowest(1, 20)), 2)
 
 
+def cell_d6f45700():
+    # cell d6f45700
+    def mean_floor(scale, way):
+        return math.log(1 + (way - 1) * math.exp(-scale * way / (way - 1)))
+
+    def mean_loss(z, c):
+        return F.cross_entropy(-cosine_distance(z, c), torch.arange(len(c))).item()
+
+    for n in (2, 5, 20):
+        simplex = torch.eye(n).double() - 1 / n
+        assert mean_loss(7 * simplex, simplex) == pytest.approx(mean_floor(1, n))  # reached
+        for noise in (0.01, 0.3, 3.0):
+            z, c = (simplex + noise * torch.randn(n, n).double() for _ in range(2))
+            assert mean_loss(z, c) > mean_floor(1, n)
+    round(mean_floor(1, 20), 2), round(math.exp(-mean_floor(1, 20)), 2)
+
+
 def cell_263a6745(two, z_query):
     # cell 263a6745
     def is_squared(distance):
@@ -228,6 +298,47 @@ def cell_6f227c05(two, z_query):
     assert are_log_probabilities(logits.log_softmax(1))
 
 
+def cell_78b22ee7():
+    # cell 78b22ee7
+    z, c = torch.ones(6, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True)
+    loss = F.cross_entropy(-squared_euclidean(z, c), torch.arange(6) % 5)
+    assert loss.item() == pytest.approx(math.log(5))
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (z, c)))
+    distinct = math.prod(1 - i / 100 for i in range(20))
+    assert round(1 - distinct, 2) == 0.87
+
+
+def cell_95ed0a77(AsIs):
+    # cell 95ed0a77
+    def on_noise(shot, shared):
+        "Accuracy on classes of pure noise, over 60 tasks of 5 ways."
+        hits = []
+        for _ in range(60):
+            x, y = torch.randn(5 * shot, 64), one_hot(torch.arange(5 * shot) % 5, 5)
+            new = x if shared else torch.randn_like(x)
+            hits.append((ProtoNet(AsIs())(Examples(x, y), new).argmax(1) == y.argmax(1)).float())
+        return torch.cat(hits).mean().item()
+
+    assert on_noise(1, shared=True) == 1 and on_noise(5, shared=True) > 0.8
+    assert abs(on_noise(1, shared=False) - 0.2) < 0.1
+
+    z = torch.randn(5, 3).double()
+    torch.testing.assert_close(z[0] - z.mean(0), 0.8 * (z[0] - z[1:].mean(0)))
+
+
+def cell_2b3e068d(AsIs):
+    # cell 2b3e068d
+    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
+    learner = ProtoNet(AsIs())
+    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
+    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
+
+    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
+    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
+    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
+    assert right.all() and not misled.any()
+
+
 def cell_c1a55002(AsIs):
     # cell c1a55002
     z = torch.tensor([[-3.0, 0], [3.0, 0], [0.4, 0], [0.6, 0]])  # class 0 left and right of class 1
@@ -240,6 +351,15 @@ def cell_c1a55002(AsIs):
     ]  # the first is wrong
     nearest = squared_euclidean(new, z).argmin(1)
     assert y[nearest].argmax(1).tolist() == [0, 0, 1]  # the nearest example is not
+
+
+def cell_667989f9(AsIs, labels):
+    # cell 667989f9
+    z = torch.tensor([[-1.0, 0], [1, 0], [0, -1], [0, 1]])
+    pairs_of, new = Examples(z, labels), torch.randn(9, 2)
+    torch.testing.assert_close(ProtoNet(AsIs())(pairs_of, new).softmax(1), torch.full((9, 2), 0.5))
+    bent = Examples(z.square(), labels)
+    assert (ProtoNet(AsIs())(bent, z.square()).argmax(1) == labels.argmax(1)).all()
 
 
 def cell_d9a066aa():
@@ -262,17 +382,14 @@ def cell_d9a066aa():
     assert (answers == truth).float().mean() == 1
 
 
-def cell_2b3e068d(AsIs):
-    # cell 2b3e068d
-    x, y = torch.randn(15, 6), one_hot(torch.arange(15) % 5, 5)
-    learner = ProtoNet(AsIs())
-    logits, order = learner(Examples(x, y), x), torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(learner(Examples(x, y[:, order]), x), logits[:, order])
-
-    near = x[:5].repeat(3, 1) + 0.1 * torch.randn(15, 6)  # three clear drawings of each class
-    right = learner(Examples(near, y), near).argmax(1) == y.argmax(1)
-    misled = learner(Examples(near, y.roll(1, dims=1)), near).argmax(1) == y.argmax(1)
-    assert right.all() and not misled.any()
+def cell_6aaa95f3():
+    # cell 6aaa95f3
+    z, y = torch.randn(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])  # three classes, two shots
+    by_view = z.view(3, 2, -1).mean(1)  # mistake: takes rows 0 and 1 for class 0
+    assert not torch.allclose(by_view, prototypes(z, one_hot(y, 3)))
+    order = y.argsort(stable=True)
+    torch.testing.assert_close(z[order].view(3, 2, -1).mean(1), prototypes(z, one_hot(y, 3)))
+    torch.testing.assert_close(z[:3].view(3, 1, -1).mean(1), prototypes(z[:3], one_hot(y[:3], 3)))
 
 
 def cell_688f2662(AsIs, labels, points):
@@ -307,9 +424,22 @@ def test_empty_support():
     labels, points = cell_0f9e4c2e()
     cell_2b81566c(labels, points)
     cell_6448f4f5(labels, points)
-    # cell a9933ffa
-    with pytest.raises(ValueError, match="every class at least one example"):
-        prototypes(points[:0], labels[:0])
+    cell_a9933ffa(labels, points)
+
+
+def test_means_that_are_kept_up_to_date():
+    labels, points = cell_0f9e4c2e()
+    cell_2b81566c(labels, points)
+    cell_6448f4f5(labels, points)
+    cell_a9933ffa(labels, points)
+    # cell 2e72dbac
+    z = torch.randn(6, 3).double()
+    c = prototypes(z[:5], torch.ones(5, 1))[0]
+    torch.testing.assert_close(c + (z[5] - c) / 6, z.mean(0))
+    torch.testing.assert_close(z.mean(0) - (z[5] - z.mean(0)) / 5, c)
+    colour = Conv4(size=84, channels=3, width=64)
+    assert sum(p.numel() for p in colour.parameters()) == 113_088
+    assert colour(torch.zeros(2, 3, 84, 84)).shape == (2, 1600)
 
 
 @pytest.mark.proves("eq-proto-squared", "eq-proto-plain", "eq-proto-cosine")
@@ -330,22 +460,31 @@ def test_twice_differentiable():
     cell_ea362412(two, z_query)
     as_written, uncentred = cell_bb2c5cab()
     cell_df6a9d3a(as_written, uncentred)
-    # cell 12ebbcb2
-    z = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    c = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    for f in (squared_euclidean, euclidean, cosine_distance):
-        assert torch.autograd.gradgradcheck(f, (z, c))
-        for edge in (two, torch.zeros(2, 2)):  # on the prototypes, and at the origin
-            edge = edge.clone().requires_grad_()
-            (g,) = torch.autograd.grad(f(edge, two).sum(), edge, create_graph=True)
-            (h,) = torch.autograd.grad(g.square().sum(), edge)
-            assert g.isfinite().all() and h.isfinite().all()
+    cell_12ebbcb2(two)
 
-    short = 1e-4 * torch.eye(2, dtype=torch.float64)
-    torch.testing.assert_close(euclidean(short, 0 * short), torch.full_like(short, 1e-4))
-    torch.testing.assert_close(
-        cosine_distance(short, two.double()), cosine_distance(1e4 * short, two.double())
-    )
+
+def test_the_mean_that_belongs_to_the_cosine():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    cell_ea362412(two, z_query)
+    as_written, uncentred = cell_bb2c5cab()
+    cell_df6a9d3a(as_written, uncentred)
+    cell_12ebbcb2(two)
+    # cell 4533fedd
+    pair = torch.tensor([[10.0, 0.0], [0.0, 1.0]])
+    raw, right = pair.mean(0), unit(pair).mean(0)
+    angle = [math.degrees(math.atan2(*r.flip(0).tolist())) for r in (raw, right)]
+    assert [round(a) for a in angle] == [6, 45]
+    price = [cosine_distance(pair, r[None]).sum() for r in (raw, right)]
+    assert price[1] < price[0] - 0.3
+
+    z, c = torch.randn(4, 3).double().requires_grad_(), torch.randn(1, 3).double()
+    (g,) = torch.autograd.grad(cosine_distance(z, c).sum(), z)
+    torch.testing.assert_close((g * z).sum(1), torch.zeros(4).double(), atol=1e-9, rtol=0)
+    (g,) = torch.autograd.grad(euclidean(z, c).sum(), z)
+    torch.testing.assert_close(g.norm(dim=1), torch.ones(4).double())
+    p = (-squared_euclidean(z_query, two) / 2).softmax(1)
+    assert round(p[0, 0].item(), 3) == 0.818  # the mean over two coordinates
 
 
 @pytest.mark.proves("eq-proto-softmax")
@@ -379,28 +518,41 @@ def test_keeps_the_contract(device):
     assert not ProtoNet.head  # nothing in the network has the size of the way
 
 
+def test_long_embeddings_are_sure_by_chance():
+    # cell b6b47708
+    z, c = torch.randn(400, 1600), torch.randn(20, 1600)
+    d = squared_euclidean(z, c)
+    assert abs(d.mean() - 3200) < 60 and 90 < (d - d.mean(0)).std() < 140
+    wrong = torch.arange(400) % 20
+    assert F.cross_entropy(-d, wrong) > 50 > 4 > F.cross_entropy(-d / 1600, wrong)
+
+
 @pytest.mark.proves("eq-proto-bregman")
 def test_the_mean_is_the_best_representative():
-    # cell 12ea83d4
-    def bregman(f, z, c):
-        "How far f lies above its tangent at c: `z` is [n, d], `c` is [d]."
-        return f(z) - f(c) - (z - c) @ grad(f)(c)
+    CONVEX, bregman = cell_12ea83d4()
+    cell_23bd5a6a(CONVEX, bregman)
 
-    CONVEX = {
-        "squared Euclidean": lambda z: z.square().sum(-1),
-        "Kullback-Leibler": lambda z: (z * z.log()).sum(-1),
-        "Itakura-Saito": lambda z: -z.log().sum(-1),
-    }
-    # cell 23bd5a6a
-    z = 0.1 + 3 * torch.rand(7, 4, dtype=torch.float64)
-    y = one_hot(torch.tensor([0, 0, 0, 0, 1, 1, 1]), 2).double()
-    best = prototypes(z, y)[0]
-    for f in CONVEX.values():
-        price = bregman(f, z[:4], best).sum()
-        for r in 0.1 + 3 * torch.rand(20, 4, dtype=torch.float64):
-            more = 4 * bregman(f, best[None], r)[0]
-            torch.testing.assert_close(bregman(f, z[:4], r).sum(), price + more)
-            assert more > 0
+
+def test_priors_and_strangers():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    CONVEX, bregman = cell_12ea83d4()
+    cell_23bd5a6a(CONVEX, bregman)
+    # cell 31c77adf
+    stranger = torch.tensor([[-20.0, -10.0]])
+    assert squared_euclidean(stranger, two).tolist() == [[541.0, 720.0]]
+
+    prior = torch.tensor([0.9, 0.1])
+    density = (-squared_euclidean(z_query, two)).exp()
+    by_rule = prior * density / (prior * density).sum()
+    torch.testing.assert_close((prior.log() - squared_euclidean(z_query, two)).softmax(1), by_rule)
+
+    more = torch.tensor([[0.0, 1.0], [5.0, 3.0]])  # two unlabelled points, one near each class
+    soft = (-squared_euclidean(more, two)).softmax(1)
+    refined = prototypes(torch.cat([points, more]), torch.cat([labels, soft]))
+    torch.testing.assert_close(
+        refined, torch.tensor([[2 / 3, 1 / 3], [13 / 3, 7 / 3]]), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.proves("eq-proto-linear")
@@ -418,6 +570,21 @@ def test_gradient_of_the_loss():
     AsIs = cell_d669c138()
     cell_08014747(AsIs, two, z_query)
     cell_b2aeae33(AsIs, two, z_query)
+
+
+def test_the_path_through_the_support_set():
+    # cell c47f2c5e
+    def slopes(cut):
+        "Derivatives by theta and by a bias that is added last."
+        theta, bias = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        c = theta * torch.tensor([[0.0], [1.0]]) + bias
+        z = theta * torch.tensor([[0.25]]) + bias
+        logits = -squared_euclidean(z, c.detach() if cut else c)
+        loss = F.cross_entropy(logits, torch.tensor([0]))
+        return [g.item() for g in torch.autograd.grad(loss, (theta, bias))]
+
+    assert slopes(cut=False) == pytest.approx([-0.3775, 0.0], abs=1e-4)
+    assert slopes(cut=True) == pytest.approx([0.1888, 0.7551], abs=1e-4)
 
 
 def test_begin_at_the_prototypes():
@@ -476,21 +643,25 @@ def test_cosine_loss_of_all_classes_has_a_higher_floor():
     AsIs = cell_d669c138()
     cell_68bec3c6(AsIs, two)
     cell_72bc3fd2(AsIs)
+    cell_d6f45700()
 
-    # cell d6f45700
-    def mean_floor(scale, way):
-        return math.log(1 + (way - 1) * math.exp(-scale * way / (way - 1)))
 
-    def mean_loss(z, c):
-        return F.cross_entropy(-cosine_distance(z, c), torch.arange(len(c))).item()
-
-    for n in (2, 5, 20):
-        simplex = torch.eye(n).double() - 1 / n
-        assert mean_loss(7 * simplex, simplex) == pytest.approx(mean_floor(1, n))  # reached
-        for noise in (0.01, 0.3, 3.0):
-            z, c = (simplex + noise * torch.randn(n, n).double() for _ in range(2))
-            assert mean_loss(z, c) > mean_floor(1, n)
-    round(mean_floor(1, 20), 2), round(math.exp(-mean_floor(1, 20)), 2)
+def test_extreme_temperatures():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_68bec3c6(AsIs, two)
+    cell_72bc3fd2(AsIs)
+    cell_d6f45700()
+    # cell a0d5e4bb
+    d, y = torch.tensor([[2.0, 1.5, 4.0]]).double(), torch.tensor([0])
+    hot, cold = (F.cross_entropy(-d / tau, y).item() for tau in (1e3, 1e-2))
+    assert hot == pytest.approx(math.log(3) + (2 - 2.5) / 1e3, abs=1e-5)
+    assert 1e-2 * cold == pytest.approx(2 - 1.5)
+    scale = torch.ones((), requires_grad=True).double()
+    (g,) = torch.autograd.grad(F.cross_entropy(-scale * d, y), scale)
+    torch.testing.assert_close(g, 2 - ((-d).softmax(1) * d).sum())
+    assert round(1 / (1 + 4 * math.exp(-2)), 3) == 0.649
 
 
 @pytest.mark.proves("eq-proto-shots")
@@ -506,6 +677,30 @@ def test_fewer_examples_look_farther():
         torch.testing.assert_close(
             squared_euclidean(z, means).mean(), (z - mu).square().sum() + trace / shot
         )
+
+
+def test_neighbours_of_the_method():
+    AsIs = cell_d669c138()
+
+    # cell edc20dba
+    def attention(z, y, new):
+        "Logits of a matching network with squared distances."
+        weight = (-squared_euclidean(new, z)).softmax(1)
+        return (weight @ y).log()
+
+    z, new = torch.randn(10, 4).double(), torch.randn(7, 4).double()
+    one, five = (one_hot(torch.arange(shown) % 5, 5).double() for shown in (5, 10))
+    ours = ProtoNet(AsIs())
+    torch.testing.assert_close(
+        attention(z[:5], one, new).softmax(1), ours(Examples(z[:5], one), new).softmax(1)
+    )
+    c, scatter = prototypes(z, five), (z - five @ prototypes(z, five)).square().sum(1)
+    mean_distance = squared_euclidean(new, z) @ five / 2
+    torch.testing.assert_close(mean_distance, squared_euclidean(new, c) + scatter @ five / 2)
+    same = torch.cat([c, c])
+    torch.testing.assert_close(
+        attention(same, five, new).softmax(1), ours(Examples(same, five), new).softmax(1)
+    )
 
 
 def test_root_instead_of_square():
@@ -529,6 +724,38 @@ def test_what_the_loss_expects():
     cell_6f227c05(two, z_query)
 
 
+def test_collapse_is_stationary():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_78b22ee7()
+
+
+def test_queries_in_the_support_set():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_78b22ee7()
+    cell_95ed0a77(AsIs)
+
+
+def test_labels_are_only_names():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_78b22ee7()
+    cell_95ed0a77(AsIs)
+    cell_2b3e068d(AsIs)
+
+
 def test_two_clusters():
     labels, points = cell_0f9e4c2e()
     two, z_query = cell_c05b8e87(labels, points)
@@ -536,11 +763,55 @@ def test_two_clusters():
     cell_263a6745(two, z_query)
     cell_263a6746(two, z_query)
     cell_6f227c05(two, z_query)
+    cell_78b22ee7()
+    cell_95ed0a77(AsIs)
+    cell_2b3e068d(AsIs)
     cell_c1a55002(AsIs)
 
 
+def test_two_pairs_with_one_mean():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_78b22ee7()
+    cell_95ed0a77(AsIs)
+    cell_2b3e068d(AsIs)
+    cell_c1a55002(AsIs)
+    cell_667989f9(AsIs, labels)
+
+
 def test_shapes_that_broadcast():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_78b22ee7()
+    cell_95ed0a77(AsIs)
+    cell_2b3e068d(AsIs)
+    cell_c1a55002(AsIs)
+    cell_667989f9(AsIs, labels)
     cell_d9a066aa()
+
+
+def test_prototypes_ask_for_no_order():
+    labels, points = cell_0f9e4c2e()
+    two, z_query = cell_c05b8e87(labels, points)
+    AsIs = cell_d669c138()
+    cell_263a6745(two, z_query)
+    cell_263a6746(two, z_query)
+    cell_6f227c05(two, z_query)
+    cell_78b22ee7()
+    cell_95ed0a77(AsIs)
+    cell_2b3e068d(AsIs)
+    cell_c1a55002(AsIs)
+    cell_667989f9(AsIs, labels)
+    cell_d9a066aa()
+    cell_6aaa95f3()
 
 
 def test_queries_stand_alone():
@@ -557,17 +828,6 @@ def test_queries_stand_alone():
     assert moves("support") < 1e-4 and moves("running") < 1e-4
 
 
-def test_labels_are_only_names():
-    labels, points = cell_0f9e4c2e()
-    two, z_query = cell_c05b8e87(labels, points)
-    AsIs = cell_d669c138()
-    cell_263a6745(two, z_query)
-    cell_263a6746(two, z_query)
-    cell_6f227c05(two, z_query)
-    cell_c1a55002(AsIs)
-    cell_2b3e068d(AsIs)
-
-
 def test_forgotten_class():
     labels, points = cell_0f9e4c2e()
     two, z_query = cell_c05b8e87(labels, points)
@@ -575,9 +835,13 @@ def test_forgotten_class():
     cell_263a6745(two, z_query)
     cell_263a6746(two, z_query)
     cell_6f227c05(two, z_query)
-    cell_c1a55002(AsIs)
-    cell_d9a066aa()
+    cell_78b22ee7()
+    cell_95ed0a77(AsIs)
     cell_2b3e068d(AsIs)
+    cell_c1a55002(AsIs)
+    cell_667989f9(AsIs, labels)
+    cell_d9a066aa()
+    cell_6aaa95f3()
     cell_688f2662(AsIs, labels, points)
 
 
@@ -588,9 +852,13 @@ def test_geometric_median():
     cell_263a6745(two, z_query)
     cell_263a6746(two, z_query)
     cell_6f227c05(two, z_query)
-    cell_c1a55002(AsIs)
-    cell_d9a066aa()
+    cell_78b22ee7()
+    cell_95ed0a77(AsIs)
     cell_2b3e068d(AsIs)
+    cell_c1a55002(AsIs)
+    cell_667989f9(AsIs, labels)
+    cell_d9a066aa()
+    cell_6aaa95f3()
     cell_688f2662(AsIs, labels, points)
 
     # cell 8c6c5965
@@ -616,3 +884,29 @@ def test_geometric_median():
     }
     assert moved["mean"] > 20 and moved["median"] < 3
     print({name: round(far.item(), 1) for name, far in moved.items()})
+
+
+def test_what_a_dimension_costs():
+    # cell cecc9933
+    # Log odds of the right class: |z - c2|^2 - |z - c1|^2 = 2 v.u, with v = z - (c1 + c2)/2 and u = c1 - c2, which are
+    # independent.  Let g be the distance of the means.  v has a mean of length g/2 and variance 1 + 1/(2K) in each
+    # coordinate, u a mean of length g and variance 2/K.  So the log odds have mean g^2 (equal shots: no bias) and
+    # variance 4 (g^2 (1 + 1/K) + (2D/K)(1 + 1/(2K))).  The last term is the price of the dimension: coordinates that
+    # tell nothing cost as much as those that do, until K is of the order of D.  Accuracy: about Phi(mean / deviation);
+    # with all the shots in the world Phi(g / 2) is left, the scatter of the query.
+    def expected(dim, shot, g=4.0):
+        variance = 4 * (g**2 * (1 + 1 / shot) + 2 * dim / shot * (1 + 1 / (2 * shot)))
+        return 0.5 * (1 + math.erf(g**2 / math.sqrt(2 * variance)))
+
+    def simulated(dim, shot, g=4.0, n=10_000):
+        mu = torch.zeros(2, dim)
+        mu[1, 0] = g
+        c = mu + torch.randn(n, 2, dim) / math.sqrt(shot)
+        d = (torch.randn(n, 1, dim) - c).square().sum(-1)  # queries of the first class
+        return (d[:, 0] < d[:, 1]).float().mean().item()
+
+    for dim, shot in ((64, 1), (64, 5), (4, 1), (4, 5)):
+        assert abs(expected(dim, shot) - simulated(dim, shot)) < 0.03
+        print(
+            f"D = {dim:2d}, K = {shot}: {expected(dim, shot):.3f}, drawn {simulated(dim, shot):.3f}"
+        )

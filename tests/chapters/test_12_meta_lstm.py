@@ -21,6 +21,7 @@ from metabook.meta_lstm import (
     LSTMOptimizer,
     MetaLSTM,
     RateAndDirection,
+    State,
     flat,
     log_and_sign,
 )
@@ -207,6 +208,21 @@ def cell_c12a0006(f, learner, rate, states, wave):
     torch.testing.assert_close(states[1].theta, begin - rate * g)
 
 
+def cell_965a54fa(set_to):
+    # cell 965a54fa
+    torch.manual_seed(0)
+    zeros = Examples(torch.zeros(4, 2), torch.zeros(4, 1))  # nothing to learn: the gradient is zero
+    for bias in (4.0, 5.0, 6.0):
+        print(f"forget bias {bias}: {torch.tensor(bias).sigmoid() ** 8:.3f} is left after 8 steps")
+    fresh = MetaLSTM(MLP([2, 1]), steps=8, kind="regression")
+    set_to(fresh.net.layers[0].bias, [0.0])
+    for parameter in (fresh.update.W, fresh.update.V):
+        set_to(parameter, torch.zeros_like(parameter))
+    phi, _ = fresh.adapt(zeros)
+    left = phi["layers.0.weight"] / fresh.net.layers[0].weight
+    torch.testing.assert_close(left, torch.full((1, 2), 0.948), rtol=0, atol=5e-4)
+
+
 def cell_b5edc9f5():
     # cell b5edc9f5
     def walk(learner, support, steps):
@@ -302,6 +318,16 @@ def cell_c12a0012(set_to):
     assert (
         (guess(theta, g, h, past)[0] - theta) * g > 0
     ).float().mean() > 0.4  # has learned nothing yet
+
+
+def cell_af5c7cba():
+    # cell af5c7cba
+    for q, net in [(20, MLP([1, 40, 40, 1])), (20, MLP([1, 2, 1])), (8, MLP([1, 2, 1]))]:
+        for method, each in ((MetaLSTM, q + 3), (LSTMOptimizer, q + 1)):
+            learner = method(net, hidden=q, kind="regression")
+            rule = parameter_count(learner.lstm) + parameter_count(learner.update)
+            print(f"q = {q}: {rule} numbers for the rule, {parameter_count(net)} for the start")
+            assert rule == 4 * q * (4 + q + 1) + 2 * each
 
 
 def cell_500b6b45(chebyshev, set_to):
@@ -429,11 +455,38 @@ def cell_c12a0022(learned_for_valleys, unseen, valley_scores):
         pass
 
     for method in (ExactMetaLSTM, ExactLSTMOptimizer):
-        score = evaluate(learned_for_valleys(method, steps=150), unseen, batch=300)
+        score = evaluate(learned_for_valleys(method, steps=100), unseen, batch=300)
         gap = paired(score, valley_scores["learned schedule"])
         print(f"{method.__name__:18} mse {score.mean:.5f} ± {score.ci95:.5f}")
         assert gap.mean + gap.ci95 < 0
         valley_scores[method.__name__] = score
+
+
+def cell_c12a008c(close):
+    # cell c12a008c
+    # L_S = (θ - 1)², so g = 2 (θ - 1) and the curvature is 2; L_Q = (θ - 2)² / 2; θ_0 = 0, f = 1, i = 0.25.
+    # g_1 = -2, θ_1 = 0.5;  g_2 = -1, θ_2 = 0.75;  the query gradient is -1.25.
+    # Frozen: a later step passes f = 1 back.  Exact: f - 2 i = 0.5.
+    #   start   1 · 1 · (-1.25) = -1.25               0.5 · 0.5 · (-1.25) = -0.3125
+    #   i_1     -g_1 · 1 · (-1.25) = -2.5             -g_1 · 0.5 · (-1.25) = -1.25
+    #   i_2     -g_2 · (-1.25) = -1.25                the same
+    #   f_1     θ_0 ... = 0                           0
+    #   f_2     θ_1 · (-1.25) = -0.625                the same
+    # One bias makes both input gates, so b_i gets the slope 0.25 · 0.75 times the sum: -0.703 frozen, -0.469 exact.
+    def two_steps(exact):
+        "Gradients of θ_0, i_1, i_2, f_1, f_2."
+        start, i, f = torch.tensor(0.0), torch.tensor([0.25, 0.25]), torch.tensor([1.0, 1.0])
+        for learned in (start, i, f):
+            learned.requires_grad_()
+        theta = start
+        for k in range(2):
+            g = 2 * ((theta if exact else theta.detach()) - 1)
+            theta = f[k] * theta - i[k] * g
+        found = torch.autograd.grad((theta - 2).square() / 2, (start, i, f))
+        return torch.cat([part.view(-1) for part in found])
+
+    close(two_steps(exact=False), -1.25, -2.5, -1.25, 0.0, -0.625)
+    close(two_steps(exact=True), -0.3125, -1.25, -1.25, 0.0, -0.625)
 
 
 @pytest.mark.proves("eq-lstm-cell")
@@ -592,18 +645,34 @@ def test_how_much_of_the_start_is_left():
     learner, wave = cell_14d7e0de(constant_gates, one_wave)
     f, learner, rate, states, wave = cell_b99a6832(constant_gates, one_wave)
     cell_c12a0006(f, learner, rate, states, wave)
-    # cell 965a54fa
-    torch.manual_seed(0)
-    zeros = Examples(torch.zeros(4, 2), torch.zeros(4, 1))  # nothing to learn: the gradient is zero
-    for bias in (4.0, 5.0, 6.0):
-        print(f"forget bias {bias}: {torch.tensor(bias).sigmoid() ** 8:.3f} is left after 8 steps")
-    fresh = MetaLSTM(MLP([2, 1]), steps=8, kind="regression")
-    set_to(fresh.net.layers[0].bias, [0.0])
-    for parameter in (fresh.update.W, fresh.update.V):
+    cell_965a54fa(set_to)
+
+
+def test_one_valley_by_hand():
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    learner, wave = cell_14d7e0de(constant_gates, one_wave)
+    f, learner, rate, states, wave = cell_b99a6832(constant_gates, one_wave)
+    cell_c12a0006(f, learner, rate, states, wave)
+    cell_965a54fa(set_to)
+    # cell c12a0084
+    valley = constant_gates(MLP([1, 1]).double(), 0.1, forget_bias=math.log(0.98 / 0.02))
+    for parameter in valley.net.parameters():
         set_to(parameter, torch.zeros_like(parameter))
-    phi, _ = fresh.adapt(zeros)
-    left = phi["layers.0.weight"] / fresh.net.layers[0].weight
-    torch.testing.assert_close(left, torch.full((1, 2), 0.948), rtol=0, atol=5e-4)
+    valley.look = lambda theta, support: (
+        theta.detach() - 2.0,
+        torch.zeros(()).double(),
+    )  # curvature 1
+    unread = Examples(torch.zeros(1, 1).double(), torch.zeros(1, 1).double())
+    states = [valley.start(unread)]
+    for _ in range(200):
+        states.append(valley.step(states[-1], unread))
+    close(torch.stack([states[k].theta[0] for k in (1, 2, 200)]), 0.2, 0.376, 2 / 1.2)
+    for variance, best in ((1.0, 0.5), (0.2, 1 / 6)):  # of the noise, at one shot and at five
+        penalty = torch.linspace(0, 3, 3001).double()
+        error = (variance + penalty**2) / (1 + penalty) ** 2
+        close(torch.stack([error.min(), penalty[error.argmin()]]), best, variance)
 
 
 @pytest.mark.proves("eq-lstm-start-gradient")
@@ -746,13 +815,43 @@ def test_the_rule_does_not_grow():
         steps_of[changed] = state.theta
     assert (steps_of[True] != steps_of[False]).tolist() == [True] + 18 * [False]
     cell_c12a0012(set_to)
-    # cell af5c7cba
-    for q, net in [(20, MLP([1, 40, 40, 1])), (20, MLP([1, 2, 1])), (8, MLP([1, 2, 1]))]:
-        for method, each in ((MetaLSTM, q + 3), (LSTMOptimizer, q + 1)):
-            learner = method(net, hidden=q, kind="regression")
-            rule = parameter_count(learner.lstm) + parameter_count(learner.update)
-            print(f"q = {q}: {rule} numbers for the rule, {parameter_count(net)} for the start")
-            assert rule == 4 * q * (4 + q + 1) + 2 * each
+    cell_af5c7cba()
+
+
+def test_equal_units_stay_equal():
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    # cell c12a0011
+    torch.manual_seed(0)
+    wave, steps_of = one_wave(), {}
+    learner = MetaLSTM(MLP([1, 6, 1]), hidden=4, kind="regression").double()
+    for changed in (False, True):
+        state = learner.start(wave.support)
+        for j in range(3):
+            g, loss = learner.look(torch.zeros_like(state.theta) + 0.1 * j, wave.support)
+            g = g.clone()
+            g[0] = g[0] + 100 * changed  # of the first coordinate alone
+            learner.look = lambda theta, support, seen=(g, loss): seen
+            state = learner.step(state, wave.support)
+            del learner.look
+        steps_of[changed] = state.theta
+    assert (steps_of[True] != steps_of[False]).tolist() == [True] + 18 * [False]
+    cell_c12a0012(set_to)
+    cell_af5c7cba()
+    # cell c12a0087
+    torch.manual_seed(0)
+    twins = MetaLSTM(MLP([1, 2, 1]), steps=3, hidden=4, kind="regression", lr=0.1)
+    for parameter in (twins.net.layers[0].weight, twins.net.layers[1].weight):
+        set_to(parameter, torch.full_like(parameter, 0.7))
+    set_to(twins.net.layers[0].bias, torch.zeros(2))
+    phi, _ = twins.adapt(Examples(torch.randn(5, 1), torch.randn(5, 1)))
+    for name in ("layers.0.weight", "layers.1.weight", "layers.0.bias"):
+        first, second = phi[name].flatten()
+        assert first == second and first != 0.7
+    sizes = [3 * 3 * 3 * 32 + 32, 3 * (3 * 3 * 32 * 32 + 32), 4 * 2 * 32, 32 * 5 * 5 * 5 + 5]
+    assert sum(sizes) == 32_901 and 2 * 1761 * (3 * 1761 + 2) == 18_613_770
+    assert 4 * 20 * (4 + 20) == 1920 and 4 * 7 * 20 * sum(sizes) * 12 // 10**6 == 221
 
 
 def test_memory_beats_every_constant_rate():
@@ -873,3 +972,70 @@ def test_no_statistics_from_other_tasks():
 
     assert answers_change("running")  # the mistake
     assert not answers_change("support")
+
+
+def test_two_steps_by_hand():
+    chebyshev = cell_c12a0001()
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    (
+        HIGH,
+        LOW,
+        Schedule,
+        Valleys,
+        at_origin,
+        best_constant,
+        learned_for_valleys,
+        learned_schedule,
+    ) = cell_500b6b45(chebyshev, set_to)
+    cell_c12a008c(close)
+
+
+def test_three_bugs_are_exposed():
+    chebyshev = cell_c12a0001()
+    close, set_to = cell_db934fe7()
+    by_hand = cell_2f59f114(set_to)
+    constant_gates, one_wave = cell_515344c0(set_to)
+    (
+        HIGH,
+        LOW,
+        Schedule,
+        Valleys,
+        at_origin,
+        best_constant,
+        learned_for_valleys,
+        learned_schedule,
+    ) = cell_500b6b45(chebyshev, set_to)
+    cell_c12a008c(close)
+
+    # cell c12a008d
+    # (a) To save memory, somebody detaches the state before each step.  The start gets no gradient, the rule
+    #     only that of the last step.  Exposed by: is any `grad` None after `backward`?
+    # (b) Somebody moves by what the LSTM reads: θ = f θ - i · prep(g)[0].  The first number of prep is negative
+    #     for every gradient below 1, so parameters grow.  Exposed by: blind gates must be gradient descent.
+    # (c) Somebody takes loss and gradient on the queries.  Scores rise, and are worth nothing.  Exposed by:
+    #     other labels of the queries must not change the answers.
+    class Detached(MetaLSTM):
+        def step(self, state, support):
+            return super().step(State(*(part.detach() for part in state)), support)
+
+    class MovedByReading(Gates):
+        def forward(self, theta, g, h, past):
+            return super().forward(theta, log_and_sign(g)[0], h, past)
+
+    torch.manual_seed(0)
+    wave = one_wave()
+    for method, reached in ((MetaLSTM, True), (Detached, False)):
+        learner = method(MLP([1, 6, 1]), steps=2, hidden=3, kind="regression").double()
+        learner.loss(wave).backward()
+        assert all((p.grad is not None) == reached for p in learner.net.parameters())
+        assert learner.lstm.W.grad is not None  # of the last step
+    blind = constant_gates(MLP([1, 6, 1]).double(), 0.05, steps=1)
+    descent = MAML(blind.net, lr=0.05, steps=1, kind="regression")
+    torch.testing.assert_close(blind.adapt(wave.support), descent.adapt(wave.support))
+    wrong = MovedByReading(3, 0.05).double()
+    wrong.load_state_dict(blind.update.state_dict())
+    blind.update = wrong
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(blind.adapt(wave.support), descent.adapt(wave.support))

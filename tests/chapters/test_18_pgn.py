@@ -43,6 +43,30 @@ def cell_1b69514b():
     assert not unit_scale(torch.zeros(2)).any()
 
 
+def cell_3d2dfd70():
+    # cell 3d2dfd70
+    p, h = (torch.tensor(v, requires_grad=True) for v in ([1.0, -1.0], [1.0, 1.0]))
+    write, curvature = FullWriter(p, q=2, gain=1.0), torch.tensor([1.0, 5.0])
+    write.G.data = torch.tensor([[0.5, 0.5], [0.0, 2.0]])
+    phi_0 = write(p, h)
+    for create, g in ((True, [1.62, 0.25]), (False, [1.8, 0.5])):  # in full, first order
+        loss = (curvature * phi_0.square()).sum() / 2
+        slope = torch.autograd.grad(loss, phi_0, create_graph=create, retain_graph=True)[0]
+        phi_1 = phi_0 - 0.1 * slope
+        parts = (p, write.G, h)
+        found = torch.autograd.grad(phi_1.square().sum() / 2, parts, retain_graph=True)
+        g = torch.tensor(g)
+        for have, expected in zip(
+            found, (g, torch.outer(g, torch.ones(2)), write.G.T @ g), strict=True
+        ):
+            torch.testing.assert_close(have, expected.detach())
+    came_in = torch.tensor([3.0, 4.0, 1.0], requires_grad=True)
+    h = unit_scale(came_in)
+    back, rms = torch.tensor([0.3, -1.0, 2.0]), came_in.square().mean().sqrt()
+    (found,) = torch.autograd.grad(h, came_in, back)
+    torch.testing.assert_close(found, (back - h * (h @ back) / 3) / rms)  # nothing along h is left
+
+
 def cell_605c567c():
     # cell 605c567c
     def written_layers(gain, widths, relu):
@@ -79,6 +103,32 @@ def cell_68fc91c9(written_layers):
     four = written_layers(2.0 * n, [n] * 5, relu=False)
     print("mean square after each layer:", *(f"{s:.3g}" for s in four))
     assert four[-1] == pytest.approx((2 * n) ** 4, rel=0.8)  # one draw of few units scatters
+
+
+def cell_a645a379():
+    # cell a645a379
+    conv = nn.Conv2d(32, 32, 3)
+    full, factors = FullWriter(conv.weight, 64, 0.1), ScaleWriter(conv.weight, 64, 0.1)
+    shift = FullWriter(conv.bias, 64, 0.1)
+    assert parameter_count(conv) == 9248
+    assert parameter_count(full) + parameter_count(shift) == 591_872
+    assert parameter_count(factors) + parameter_count(shift) == 4096
+
+    torch.manual_seed(0)
+    W_0, h = torch.randn(3, 4, requires_grad=True), unit_scale(torch.rand(8))
+    g, write = torch.randn(3, 4), ScaleWriter(W_0, 8, 1.0)
+    dG, dW = torch.autograd.grad(write(W_0, h), [write.G, W_0], g)
+    torch.testing.assert_close(dG, torch.outer((g * W_0).sum(1), h))
+    torch.testing.assert_close(dW, (1 + write.G @ h)[:, None] * g)
+    write = LowRankWriter(W_0, 8, 1.0)
+    U, V = write.A @ h, write.B @ h
+    found = torch.autograd.grad(write(W_0, h), [write.A, write.B], g)
+    torch.testing.assert_close(found[0], (g @ V)[..., None] * h)
+    torch.testing.assert_close(found[1], (g.T @ U)[..., None] * h)
+    write = RowWriter(W_0, 8, 1.0)
+    found = torch.autograd.grad(write(W_0, h), [write.v, write.G], g)
+    torch.testing.assert_close(found[0], h * (g @ write.G))
+    torch.testing.assert_close(found[1], g.T @ (write.v * h))
 
 
 def cell_bc3ab5bb():
@@ -124,6 +174,27 @@ def cell_2fca0143():
         return parameter_count(writers), sum(writer.sent for writer in writers)
 
     return costs
+
+
+def cell_a745b44a():
+    # cell a745b44a
+    torch.manual_seed(0)
+    encoder = SetEncoder(MLP([2, 8, 3]), hidden=6).double()
+    x, y = torch.randn(7, 2).double(), F.one_hot(torch.tensor([0, 1, 2, 0, 0, 1, 2]), 3).double()
+    z = encoder(x, y)
+    e = F.relu(encoder.pair(torch.cat([x, y], 1)))
+    by_hand = [e.mean(0)] + [e[y[:, k] == 1].mean(0) - e.mean(0) for k in range(3)]
+    torch.testing.assert_close(z, torch.stack(by_hand))
+
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    torch.testing.assert_close(encoder(x[order], y[order]), z)  # another order
+    torch.testing.assert_close(encoder(x.repeat(2, 1), y.repeat(2, 1)), z)  # all of it twice
+    assert not torch.allclose(encoder(x, y[order]), z)  # but labels must stay with their inputs
+
+    y = torch.randn(7, 3).double()  # targets of either sign
+    e = F.relu(encoder.pair(torch.cat([x, y], 1)))
+    by_hand = [(y[:, [k]] * e).sum(0) / y[:, k].abs().sum() - e.mean(0) for k in range(3)]
+    torch.testing.assert_close(encoder(x, y)[1:], torch.stack(by_hand))
 
 
 def cell_9e7298bc():
@@ -297,6 +368,53 @@ def cell_de49674b(one_wave, small_pgn):
         small_pgn().double()(two, wave.query.x)
 
 
+def cell_f7c3d37f(small_pgn):
+    # cell f7c3d37f
+    every_step = small_pgn(
+        description="both", task_size=2, form="lowrank", steps=2, loss_steps="all"
+    )
+    check_learner(every_step, Sinusoids(5, 4))
+    noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    shapes = FewShot(Classes(noise, torch.full((8,), 5)), way=3, shot=2, query=2)
+    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
+    check_learner(PGN(net, form="film", hidden=8), shapes)
+
+
+def cell_cb12ae82():
+    # cell cb12ae82
+    draw = torch.Generator().manual_seed(0)
+    d, eps, other, luck, noise = torch.randn(5, 100_000, generator=draw).double()
+    nu, best = 3.0, 3.0 * d + eps  # theta* with mu = 0 and sigma_d^2 = 1
+
+    def cost(phi):
+        "The expected loss."
+        return (phi - best).square().mean().item() / 2
+
+    assert cost(nu * d) == pytest.approx(0.5, rel=0.03) and cost(0) == pytest.approx(5, rel=0.03)
+    y_mean = best + noise  # sigma^2 / n = 1
+    for start, variance in ((nu * d, 1.0), (0 * d, 10.0)):
+        rates = torch.linspace(0, 1, 51).tolist()
+        found = [cost((1 - a) * start + a * y_mean) for a in rates]
+        assert rates[found.index(min(found))] == pytest.approx(variance / (variance + 1), abs=0.03)
+        assert 2 * min(found) == pytest.approx(variance / (variance + 1), rel=0.03)
+        end = start
+        for _ in range(20):
+            end = end - 0.5 * (end - y_mean)
+        assert 2 * cost(end) == pytest.approx(1, rel=0.03)  # the start is forgotten
+    assert 2 * cost(nu * d / 11 + y_mean * 10 / 11) == pytest.approx(101 / 121, rel=0.03)
+
+    assert cost(nu * other) == pytest.approx(9.5, rel=0.03)  # a wrong description
+    told = torch.where(luck > 1.2815515, other, d)  # a tenth of them
+    G_fitted = (told @ best / (told @ told)).item()
+    assert G_fitted == pytest.approx(0.9 * nu, abs=0.02)
+    assert cost(G_fitted * told) == pytest.approx(1.355, rel=0.03)
+    assert cost(nu * told) == pytest.approx(1.4, rel=0.03)
+    unsure = d + 0.5 * other  # noise of variance 1/4 on the description
+    assert (unsure @ best / (unsure @ unsure)).item() == pytest.approx(nu / 1.25, abs=0.02)
+    many = 10 / 11 * (best + noise / 1e4)  # trained for n = 5, used with very many
+    assert 2 * cost(many) == pytest.approx(10 / 121, rel=0.03)
+
+
 def cell_65f178c4(one_wave, small_pgn):
     # cell 65f178c4
     def gradient_norms(learner):
@@ -329,6 +447,25 @@ def cell_65f178c4(one_wave, small_pgn):
     assert gradient_norms(still)[0] > 0 and gradient_norms(still)[1] == 0
     assert moved_by_exchange(dead) == moved_by_exchange(blind) == 0
     assert moved_by_exchange(small_pgn(**told).double()) > 1e-3  # the repair: live units, gain > 0
+    return gradient_norms
+
+
+def cell_62062902(gradient_norms, one_wave):
+    # cell 62062902
+    class Cut(PGN):
+        "The mistake: what is written is detached before the inner loop."
+
+        def start(self, support):
+            return {k: p.detach().requires_grad_() for k, p in self.generate(support).items()}
+
+    def one_step(kind):
+        torch.manual_seed(0)
+        options = dict(description="task", task_size=2, hidden=8, steps=1, kind="regression")
+        return kind(MLP([1, 12, 1]), **options).double()
+
+    assert gradient_norms(one_step(Cut)) == [0, 0, 0]
+    assert min(gradient_norms(one_step(PGN))) > 0  # the repair: leave the graph whole
+    torch.testing.assert_close(one_step(Cut).loss(one_wave()), one_step(PGN).loss(one_wave()))
 
 
 @pytest.mark.proves("eq-pgn-generate")
@@ -336,9 +473,15 @@ def test_written_by_hand():
     cell_1b69514b()
 
 
+def test_the_outer_gradient():
+    cell_1b69514b()
+    cell_3d2dfd70()
+
+
 @pytest.mark.proves("eq-pgn-kernel")
 def test_what_one_task_teaches_another():
     cell_1b69514b()
+    cell_3d2dfd70()
     # cell d74d9329
     torch.manual_seed(0)
     p, target, beta = torch.randn(3, 2).double(), torch.randn(3, 2).double(), 0.1
@@ -388,25 +531,51 @@ def test_start_and_generator_share_the_budget():
     assert a.square().mean().item() == pytest.approx(expected * x.square().mean().item(), rel=0.08)
 
 
+def test_the_first_step_of_adam():
+    # cell c03e61f1
+    p, h = (
+        torch.zeros(6),
+        unit_scale(F.relu(torch.randn(64, generator=torch.Generator().manual_seed(0)))),
+    )
+    write = FullWriter(p, 64, gain=1.0)
+    p.requires_grad_()
+    adam = torch.optim.Adam([p, write.G], lr=1e-3)
+    before, direction = write(p, h).detach(), torch.tensor([1.0, -1, 1, 1, -1, 2])
+    (write(p, h) @ direction).backward()
+    adam.step()
+    torch.testing.assert_close(
+        write(p, h).detach() - before, -1e-3 * direction.sign() * (1 + h.sum())
+    )
+    assert 8 <= h.sum() <= 64
+
+
+def test_what_forms_cost_and_pass_back():
+    cell_a645a379()
+
+
 @pytest.mark.proves("eq-pgn-lowrank")
 def test_low_rank():
+    cell_a645a379()
     cell_bc3ab5bb()
 
 
 @pytest.mark.proves("eq-pgn-chunks")
 def test_chunks():
+    cell_a645a379()
     cell_bc3ab5bb()
     cell_4364eedb()
 
 
 @pytest.mark.proves("eq-pgn-film")
 def test_scale():
+    cell_a645a379()
     cell_bc3ab5bb()
     cell_4364eedb()
     cell_6496acc6()
 
 
 def test_every_form_keeps_the_gain():
+    cell_a645a379()
     cell_bc3ab5bb()
     cell_4364eedb()
     cell_6496acc6()
@@ -427,24 +596,37 @@ def test_every_form_keeps_the_gain():
 
 @pytest.mark.proves("eq-pgn-set")
 def test_a_set_has_no_order():
-    # cell a745b44a
-    torch.manual_seed(0)
-    encoder = SetEncoder(MLP([2, 8, 3]), hidden=6).double()
-    x, y = torch.randn(7, 2).double(), F.one_hot(torch.tensor([0, 1, 2, 0, 0, 1, 2]), 3).double()
-    z = encoder(x, y)
-    e = F.relu(encoder.pair(torch.cat([x, y], 1)))
-    by_hand = [e.mean(0)] + [e[y[:, k] == 1].mean(0) - e.mean(0) for k in range(3)]
-    torch.testing.assert_close(z, torch.stack(by_hand))
+    cell_a745b44a()
 
-    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-    torch.testing.assert_close(encoder(x[order], y[order]), z)  # another order
-    torch.testing.assert_close(encoder(x.repeat(2, 1), y.repeat(2, 1)), z)  # all of it twice
-    assert not torch.allclose(encoder(x, y[order]), z)  # but labels must stay with their inputs
 
-    y = torch.randn(7, 3).double()  # targets of either sign
-    e = F.relu(encoder.pair(torch.cat([x, y], 1)))
-    by_hand = [(y[:, [k]] * e).sum(0) / y[:, k].abs().sum() - e.mean(0) for k in range(3)]
-    torch.testing.assert_close(encoder(x, y)[1:], torch.stack(by_hand))
+def test_a_prototype_is_a_written_row():
+    cell_a745b44a()
+    # cell 23c3e873
+    c, x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), torch.randn(20, 8)
+    rows, biases = RowWriter(torch.zeros(5, 8), 8, 1.0), RowWriter(torch.zeros(5), 1, 1.0)
+    for writer, G_of in ((rows, 2 * torch.eye(8)), (biases, torch.tensor([[-1.0]]))):
+        nn.init.ones_(writer.v)
+        writer.G.data = G_of
+    w_k, b_k = rows(torch.zeros(5, 8), c), biases(torch.zeros(5), c.square().sum(1, keepdim=True))
+    torch.testing.assert_close(
+        (x @ w_k.T + b_k).softmax(1), (-torch.cdist(x, c).square()).softmax(1), atol=1e-4, rtol=1e-3
+    )
+
+
+def test_few_tasks_are_memorised():
+    # cell 43004197
+    M, D, draw = 12, 20, torch.Generator().manual_seed(0)
+    d, targets = (
+        torch.randn(4000, M, D, generator=draw).double(),
+        torch.randn(4000, M, 1, generator=draw),
+    )
+    G_row = torch.linalg.pinv(d) @ targets.double()  # the shortest of many solutions
+    assert (d @ G_row - targets).abs().max() < 1e-6  # training tasks: no error, of pure noise
+    new = torch.randn(4000, 1, D, generator=draw).double() @ G_row - torch.randn(
+        4000, 1, 1, generator=draw
+    )
+    print(f"a new task: {new.square().mean():.2f}, one start for all: 1")
+    assert new.square().mean().item() == pytest.approx(1 + M / (D - M - 1), rel=0.15)
 
 
 def test_pgn_in_use():
@@ -534,15 +716,47 @@ def test_keeps_the_contract():
     cell_3420604a(one_wave, small_pgn)
     cell_91ae3904(one_wave, small_pgn)
     cell_de49674b(one_wave, small_pgn)
-    # cell f7c3d37f
-    every_step = small_pgn(
-        description="both", task_size=2, form="lowrank", steps=2, loss_steps="all"
-    )
-    check_learner(every_step, Sinusoids(5, 4))
-    noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    shapes = FewShot(Classes(noise, torch.full((8,), 5)), way=3, shot=2, query=2)
-    net = Conv4(1, out=3, size=16, width=4, pool="stride", stats="support")
-    check_learner(PGN(net, form="film", hidden=8), shapes)
+    cell_f7c3d37f(small_pgn)
+
+
+def test_what_a_description_is_worth():
+    costs = cell_2fca0143()
+    cell_9e7298bc()
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
+    cell_b8f666b8(one_wave, small_pgn)
+    cell_45541b6c()
+    cell_3420604a(one_wave, small_pgn)
+    cell_91ae3904(one_wave, small_pgn)
+    cell_de49674b(one_wave, small_pgn)
+    cell_f7c3d37f(small_pgn)
+    cell_cb12ae82()
+
+
+def test_far_out_one_network_is_written():
+    costs = cell_2fca0143()
+    cell_9e7298bc()
+    cell_94f2f068(costs)
+    one_wave, small_pgn = cell_900723c5()
+    cell_1968ff04(one_wave, small_pgn)
+    cell_b8f666b8(one_wave, small_pgn)
+    cell_45541b6c()
+    cell_3420604a(one_wave, small_pgn)
+    cell_91ae3904(one_wave, small_pgn)
+    cell_de49674b(one_wave, small_pgn)
+    cell_f7c3d37f(small_pgn)
+    cell_cb12ae82()
+    # cell a5169589
+    told = small_pgn(description="task", task_size=2).double()
+
+    def far(distance):
+        "What is written for a description so far out."
+        task = distance * torch.tensor([0.6, -0.8], dtype=torch.float64)
+        return told.generate(one_wave().support._replace(info={"task": task}))["layers.0.weight"]
+
+    assert (far(10.0) - far(1e6)).abs().max() > 0.01
+    torch.testing.assert_close(far(1e6), far(1e8), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.proves("eq-pgn-cost")
@@ -591,7 +805,13 @@ def test_a_reader_that_knows_the_order():
 
 def test_the_generator_that_is_ignored():
     one_wave, small_pgn = cell_900723c5()
-    cell_65f178c4(one_wave, small_pgn)
+    gradient_norms = cell_65f178c4(one_wave, small_pgn)
+
+
+def test_a_cut_graph_trains_nothing():
+    one_wave, small_pgn = cell_900723c5()
+    gradient_norms = cell_65f178c4(one_wave, small_pgn)
+    cell_62062902(gradient_norms, one_wave)
 
 
 def test_the_usual_rule_in_a_learner():
@@ -636,7 +856,8 @@ def test_scale_before_normalisation_is_wasted():
 
 def test_classes_have_their_own_rows():
     one_wave, small_pgn = cell_900723c5()
-    cell_65f178c4(one_wave, small_pgn)
+    gradient_norms = cell_65f178c4(one_wave, small_pgn)
+    cell_62062902(gradient_norms, one_wave)
     # cell 692156bc
     torch.manual_seed(0)
     learner = PGN(MLP([4, 8, 3]), hidden=16).double()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import permutations
 
 import pytest
 import torch
+from torch.func import grad
 from torch.nn import functional as F
 
 from metabook.classes import Classes
@@ -22,7 +24,7 @@ from metabook.meta_transfer import (
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12, call, parameter_count
 from metabook.testing import check_learner
 from metabook.training import Report, fit
-from metabook.transfer import Descent
+from metabook.transfer import Descent, linear
 
 
 def cell_85ca25df(device):
@@ -97,6 +99,36 @@ def cell_94da6e7f():
     torch.testing.assert_close(bias, torch.zeros(4).double())
 
 
+def cell_ff9879f2():
+    # cell ff9879f2
+    torch.manual_seed(0)
+    z, y = torch.randn(8, 6).double(), F.one_hot(torch.arange(8) % 4, 4).double()
+    learner = MetaTransfer(MLP([6, 6]), lr=0.1)
+    state = Descent(*first_head(learner, z, y), 2 * z, {})  # features twice as long
+    w, v = first_head(learner, z, y)
+    for _ in range(5):
+        state = learner.step(state, Examples(z, y))
+        g_w, g_v = grad(learner.support_loss)((w, v), z, y)
+        w, v = w - 4 * 0.1 * g_w, v - 0.1 * g_v  # four times the rate, on the features as they were
+    torch.testing.assert_close(2 * state.weight, w)
+    torch.testing.assert_close(state.bias, v)
+
+    learner = MetaTransfer(MLP([1, 1]), lr=0.1)
+    state = Descent(torch.zeros(2, 1), torch.zeros(2), torch.tensor([[3.0], [1.0]]), {})
+    borders = [0.0]
+    for _ in range(50):
+        state = learner.step(state, Examples(state.z, torch.eye(2)))
+        borders.append(
+            ((state.bias[1] - state.bias[0]) / (state.weight[0] - state.weight[1])).item()
+        )
+    assert (
+        abs(borders[1]) < 1e-6 and round(borders[20], 2) == 0.88 and round(borders[50], 2) == 1.38
+    )
+
+    shapes = [(1, 14), (32, 7), (32, 4), (32, 2)]  # channels in, side of the map that comes out
+    assert sum(9 * c * 32 * side**2 for c, side in shapes) == 692_352
+
+
 def cell_b3b4a3c1():
     # cell b3b4a3c1
     torch.manual_seed(0)
@@ -114,6 +146,22 @@ def cell_b3b4a3c1():
     torch.testing.assert_close(
         shared.predict(given, queries).softmax(-1), zero.predict(expected, queries).softmax(-1)
     )
+
+
+def cell_96673904():
+    # cell 96673904
+    torch.manual_seed(0)
+    learner = MetaTransfer(MLP([6, 5]).double(), way=3, steps=4).double()
+    for p in learner.rows.parameters():
+        torch.nn.init.zeros_(p)
+    x, y = torch.randn(2, 6, 6).double(), F.one_hot(torch.arange(6) % 3, 3).double()
+    each = []
+    for order in permutations(range(3)):  # all ways to deal the labels
+        named = y[:, list(order)]
+        value = learner.loss(Episode(Examples(x[0], named), Examples(x[1], named)))
+        each.append(torch.autograd.grad(value, learner.rows.weight)[0])
+    assert each[0].abs().max() > 1e-3  # of one task: not zero
+    assert torch.stack(each).mean(0).abs().max() < 1e-12
 
 
 def cell_40ad2edc():
@@ -137,6 +185,29 @@ def cell_40ad2edc():
         assert "passed" in check_learner(learner, tasks).values()
 
 
+def cell_43527804():
+    # cell 43527804
+    torch.manual_seed(0)
+    z_s, z_q = torch.randn(6, 5).double().requires_grad_(), torch.randn(4, 5).double()
+    y_s, y_q = (F.one_hot(torch.arange(n) % 3, 3).double() for n in (6, 4))
+    learner = MetaTransfer(MLP([5, 5]), lr=0.2)
+    head = learner.step(Descent(*first_head(learner, z_s, y_s), z_s, {}), Examples(z_s, y_s))
+    logits = linear(z_q, head.weight, head.bias)
+    (found,) = torch.autograd.grad(learner.criterion(logits, y_q), z_s)
+    gap = (
+        logits.softmax(-1) - y_q
+    ) @ y_s.T  # [query, support]: p of its class, less 1 if it is theirs
+    torch.testing.assert_close(found, 0.2 / (6 * 4) * gap.T @ z_q)
+
+    for t, exact, cut in ((1, 1.0, 0.5), (10, 0.0195, 0.999)):
+        for detach, expected in ((False, exact), (True, cut)):
+            rho, w = torch.ones((), dtype=torch.float64, requires_grad=True), 0.0
+            for _ in range(t):
+                g = rho * (w * rho - 1)
+                w = w - 0.5 * (g.detach() if detach else g)
+            assert abs(torch.autograd.grad(w * rho, rho)[0].item() - expected) < 1e-4
+
+
 def cell_14e2a9ba():
     # cell 14e2a9ba
     torch.manual_seed(0)
@@ -156,6 +227,25 @@ def cell_14e2a9ba():
         task = Episode(Examples(x, y), Examples(x.flip(-1), y)).to(dtype=torch.float64)
         gradients = torch.autograd.grad(learner.loss(task), list(learner.shift))
         assert all((g.abs().max() < 1e-12) == hidden for g in gradients)
+
+
+def cell_42ac4e36():
+    # cell 42ac4e36
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, "running")).double().eval()
+    conv, norm = net
+    norm.mean.copy_(torch.randn(4))
+    norm.var.copy_(torch.rand(4) + 0.5)
+    a, d = torch.rand(4).double() + 0.5, torch.randn(4).double()
+    learner = MetaTransfer(net).double()
+    with torch.no_grad():
+        s = (norm.var + norm.eps).sqrt()
+        learner.scale[0].copy_(a.view(4, 1, 1, 1).expand(4, 3, 1, 1))
+        learner.shift[0].copy_((a - 1) * (conv.bias - norm.mean) + s * d / norm.weight)
+        norm.weight.mul_(a)
+        norm.bias.add_(d)
+    x = torch.randn(5, 3, 8, 8).double()
+    torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
 
 
 def cell_8b0e049c(close):
@@ -293,13 +383,32 @@ def test_first_step_is_prototypes(device):
     cell_94da6e7f()
 
 
+def test_long_features_are_a_large_rate(device):
+    cell_85ca25df(device)
+    by_hand, close = cell_00fa8660()
+    cell_ebfc3054(by_hand, close)
+    cell_94da6e7f()
+    cell_ff9879f2()
+
+
 @pytest.mark.proves("eq-mtl-shared-row")
 def test_a_shared_row_does_nothing(device):
     cell_85ca25df(device)
     by_hand, close = cell_00fa8660()
     cell_ebfc3054(by_hand, close)
     cell_94da6e7f()
+    cell_ff9879f2()
     cell_b3b4a3c1()
+
+
+def test_zero_is_stationary(device):
+    cell_85ca25df(device)
+    by_hand, close = cell_00fa8660()
+    cell_ebfc3054(by_hand, close)
+    cell_94da6e7f()
+    cell_ff9879f2()
+    cell_b3b4a3c1()
+    cell_96673904()
 
 
 def test_contract(device):
@@ -307,7 +416,9 @@ def test_contract(device):
     by_hand, close = cell_00fa8660()
     cell_ebfc3054(by_hand, close)
     cell_94da6e7f()
+    cell_ff9879f2()
     cell_b3b4a3c1()
+    cell_96673904()
     cell_40ad2edc()
 
 
@@ -316,7 +427,9 @@ def test_errors_say_what_to_do(device):
     by_hand, close = cell_00fa8660()
     cell_ebfc3054(by_hand, close)
     cell_94da6e7f()
+    cell_ff9879f2()
     cell_b3b4a3c1()
+    cell_96673904()
     cell_40ad2edc()
     # cell 3001df4a
     with pytest.raises(ValueError, match=r"lr=0\.0, expected a positive inner rate"):
@@ -352,8 +465,13 @@ def test_two_ways():
     close(meta_gradient(first_order=True), 1.2 * slope, 0.2 * slope)
 
 
+def test_pulled_to_its_queries():
+    cell_43527804()
+
+
 @pytest.mark.proves("eq-mtl-one-scale")
 def test_one_scale():
+    cell_43527804()
     # cell 1a2b9c04
     torch.manual_seed(0)
     net = Conv4(size=16, width=4, pool="stride", stats="running").double().eval()
@@ -376,27 +494,37 @@ def test_hidden_by_the_batch():
 @pytest.mark.proves("eq-mtl-affine")
 def test_as_good_as_the_affine():
     cell_14e2a9ba()
-    # cell 42ac4e36
+    cell_42ac4e36()
+
+
+def test_two_settings_one_network():
+    cell_14e2a9ba()
+    cell_42ac4e36()
+    # cell 6f0612c2
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, "running")).double().eval()
-    conv, norm = net
-    norm.mean.copy_(torch.randn(4))
-    norm.var.copy_(torch.rand(4) + 0.5)
-    a, d = torch.rand(4).double() + 0.5, torch.randn(4).double()
-    learner = MetaTransfer(net).double()
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3), torch.nn.ReLU(), torch.nn.Conv2d(3, 2, 3)
+    ).double()
+    learner, x = MetaTransfer(net).double(), torch.randn(4, 1, 8, 8).double()
     with torch.no_grad():
-        s = (norm.var + norm.eps).sqrt()
-        learner.scale[0].copy_(a.view(4, 1, 1, 1).expand(4, 3, 1, 1))
-        learner.shift[0].copy_((a - 1) * (conv.bias - norm.mean) + s * d / norm.weight)
-        norm.weight.mul_(a)
-        norm.bias.add_(d)
-    x = torch.randn(5, 3, 8, 8).double()
+        learner.scale[0].fill_(5.0)
+        learner.shift[0].copy_(4 * net[0].bias)
+        learner.scale[1].fill_(1 / 5)
     torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
 
 
 def test_accuracy_of_each_class():
     by_hand, close = cell_00fa8660()
     cell_8b0e049c(close)
+
+
+def test_shares_add_up():
+    # cell df159f0b
+    on, off = 0.9 * 5 / 64 + 0.1 * 5 / 10, 0.9 * 5 / 64
+    assert round(on, 3) == 0.12 and round(off, 3) == 0.07 and round(on / (5 / 64), 2) == 1.54
+    assert math.isclose(10 * on + 54 * off, 5)
+    lowest = torch.randn(100_000, 5, generator=torch.Generator().manual_seed(0)).amin(-1).mean()
+    assert abs(lowest + 1.163) < 0.02
 
 
 @pytest.mark.proves("eq-mtl-frequency")
