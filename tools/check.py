@@ -77,6 +77,19 @@ def unreadable_references() -> list[str]:
     return []
 
 
+def unknown_terms() -> list[str]:
+    """Words of the glossary that chapters name and it lacks, which Sphinx would say after the whole book has run."""
+    words = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").lower().splitlines()
+    return [
+        f"{path.name}: {{term}}`{word}` is not in docs/glossary.md: add it, or link a chapter"
+        for path in find(NBS)
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "markdown"
+        for word in re.findall(r"\{term\}`(?:[^`<]*<)?([^`>]+)>?`", cell.source)
+        if word.lower() not in words
+    ]
+
+
 def stale_library() -> list[str]:
     return differences(exported(), PACKAGE)
 
@@ -196,6 +209,7 @@ CHECKS: list[Callable[[], list[str]]] = [
     unclaimed,
     unnoted,
     unreadable_references,
+    unknown_terms,
     stale_library,
     stale_tests,
     unproved,

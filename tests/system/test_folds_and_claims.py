@@ -163,3 +163,11 @@ def test_a_letter_without_a_meaning_or_with_two_is_named(tmp_path):
 @pytest.mark.parametrize("rule", [check.unfolded, check.unclaimed, check.unnoted])
 def test_the_book_keeps_the_rules(rule):
     assert rule() == []
+
+
+def test_a_word_that_the_glossary_lacks_is_named(tmp_path, monkeypatch):
+    said = "# A {term}`way`, {term}`Ways <way>` of {term}`a warlock`, {term}`spells <spell of one>`"
+    nbformat.write(book(said), tmp_path / "08_maml.ipynb")
+    monkeypatch.setattr(check, "NBS", tmp_path)
+    unknown = [problem.split("`")[1] for problem in check.unknown_terms()]
+    assert unknown == ["a warlock", "spell of one"]
