@@ -451,6 +451,28 @@ def check_rate(
         raise ValueError(f"lr={lr!r}, expected a positive inner rate: pass one, such as lr=0.01")
 
 
+def check_above_zero(
+    **numbers: float,  # a penalty, a scale, a temperature
+) -> None:
+    "Raise `ValueError`, naming the argument, unless every number is positive and finite."
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or not 0 < number < math.inf:
+            raise ValueError(
+                f"{name}={number!r}, expected a positive number: pass one, such as {name}=1.0"
+            )
+
+
+def check_share(
+    **numbers: float,  # of the training, say
+) -> None:
+    "Raise `ValueError`, naming the argument, unless every number lies from 0 to 1."
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or not 0 <= number <= 1:
+            raise ValueError(
+                f"{name}={number!r}, expected a share from 0 to 1: pass one, such as {name}=0.5"
+            )
+
+
 def check_steps(
     **numbers: int | None,  # of inner steps; `None`: not said
 ) -> None:

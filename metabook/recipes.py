@@ -127,7 +127,43 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     ("maml", "images"): Recipe(
         net=ALONE, method={"lr": 0.4, "test_steps": 3}, query=5, steps=9_000, lr=3e-3
     ),
+    ("meta-sgd", "sinusoids"): Recipe(
+        "mlp", method={"lr": 0.01}, query=10, steps=20_000, batch=32, lr=1e-2
+    ),
+    ("meta-sgd", "images"): Recipe(net=ALONE, method={"lr": 0.4}, query=5, steps=9_000, lr=3e-3),
+    ("maml++", "sinusoids"): Recipe(
+        "mlp", method={"lr": 0.01}, query=10, steps=10_000, batch=32, lr=1e-2
+    ),
+    ("maml++", "images"): Recipe(
+        net=ALONE, method={"lr": 0.4, "steps": 2}, query=5, steps=6_000, lr=3e-3
+    ),
+    ("anil", "images"): Recipe(
+        net=ALONE, method={"lr": 2.0, "steps": 3}, query=5, steps=9_000, lr=3e-3
+    ),
+    ("reptile", "images"): Recipe(
+        net=ALONE, method={"lr": 0.4, "steps": 5, "batches": 5}, query=9, steps=3_000, lr=3e-3
+    ),
+    ("imaml", "images"): Recipe(
+        net=ALONE,
+        method={"lr": 1.0, "steps": 5, "penalty": 0.3, "solver_steps": 3},
+        query=5,
+        steps=3_000,
+        lr=3e-3,
+    ),
     ("protonet", "images"): Recipe(net=STRIDED, way=20, query=5, steps=4000, batch=1, lr=3e-3),
+    ("ridge-head", "images"): Recipe(
+        net=STRIDED, method={"scale": 30.0}, way=20, query=5, steps=4000, batch=1, lr=3e-3
+    ),
+    ("matching", "images"): Recipe(net=STRIDED, way=20, query=5, steps=4000, batch=1, lr=3e-3),
+    ("relation", "images"): Recipe(
+        {"*": "conv4", "relation": "mlp"},
+        net={f"embed.{k}": v for k, v in STRIDED.items()} | {"relation.sizes": [128, 64, 1]},
+        way=20,
+        query=5,
+        steps=4000,
+        batch=1,
+        lr=3e-3,
+    ),
     ("pretrained", "images"): PRETRAIN,
     ("finetune", "images"): replace(PRETRAIN, tasks="episodes", start="pretrained", steps=0),
     ("meta-transfer", "images"): Recipe(
@@ -156,12 +192,25 @@ RECIPES: dict[tuple[str, str], Recipe] = {
 
 # %% ../nbs/A11_recipes.ipynb #5d3895f9
 OTHERWISE: dict[str, dict[str, dict[str, Any]]] = {  # other data, other lengths and rates
-    "glyphs": {"maml": {"steps": 2500}, "pretrained": {"steps": 500, "lr": 1e-2}},
+    "glyphs": {
+        "maml": {"steps": 2500},
+        "meta-sgd": {"steps": 2500},
+        "maml++": {"steps": 1500},
+        "pretrained": {"steps": 500, "lr": 1e-2},
+    },
     "omniglot": {"pretrained": {"steps": 2000, "lr": 1e-2}},
-    "cifarfs": {"maml": {"steps": 3000}, "meta-transfer": {"lr": 1e-3}},
+    "cifarfs": {
+        "maml": {"steps": 3000},
+        "meta-sgd": {"steps": 3000},
+        "maml++": {"steps": 2000},
+        "meta-transfer": {"lr": 1e-3},
+    },
     "fc100": {  # little time
         "maml": {"steps": 300},
+        "meta-sgd": {"steps": 300},
+        "maml++": {"steps": 200},
         "protonet": {"steps": 2000},
+        "matching": {"steps": 2000},
         "pretrained": {"steps": 500},
         "meta-transfer": {"steps": 100, "lr": 1e-3},
         "meta-lstm": {"steps": 100},

@@ -53,7 +53,12 @@ class Published:
 FINN = "Finn et al. 2017, table 1"
 
 
+NICHOL = "Nichol et al. 2018, tables 1 and 2"
+RAGHU = "Raghu et al. 2020"
 SNELL = "Snell et al. 2017, tables 1 and 2"
+
+
+VINYALS = "Vinyals et al. 2016, table 1"
 
 
 RAVI = "Ravi & Larochelle 2017, table 1"
@@ -62,7 +67,16 @@ RAVI = "Ravi & Larochelle 2017, table 1"
 CHEN = "Chen et al. 2019, table 1"
 
 
+SUNG = "Sung et al. 2018, tables 1 and 2"
+
+
 SUN = "Sun et al. 2019, tables 1 and 2"
+
+
+LI = "Li et al. 2017"
+
+
+ANTONIOU = "Antoniou et al. 2019"
 
 
 BERTINETTO = "Bertinetto et al. 2019, as listed by Lee et al. 2019"
@@ -77,11 +91,36 @@ PUBLISHED: dict[tuple[str, str, int], Published] = {
     ("maml", "miniimagenet", 5): Published(63.11, 0.92, FINN, f"32 filters, {TOGETHER}"),
     ("maml", "cifarfs", 1): Published(58.9, 1.9, BERTINETTO, "32 filters"),
     ("maml", "cifarfs", 5): Published(71.5, 1.0, BERTINETTO, "32 filters"),
+    ("meta-sgd", "omniglot", 1): Published(99.5, None, LI, "one step"),
+    ("meta-sgd", "miniimagenet", 1): Published(50.47, 1.87, LI, "one step"),
+    ("meta-sgd", "miniimagenet", 5): Published(64.03, 0.94, LI, "one step"),
+    ("maml++", "omniglot", 1): Published(99.47, None, ANTONIOU, f"five networks, {TOGETHER}"),
+    ("maml++", "miniimagenet", 1): Published(
+        52.15, 0.26, ANTONIOU, f"five networks of 48 filters, {TOGETHER}"
+    ),
+    ("maml++", "miniimagenet", 5): Published(
+        68.32, 0.44, ANTONIOU, f"five networks of 48 filters, {TOGETHER}"
+    ),
+    ("reptile", "omniglot", 1): Published(95.39, 0.09, NICHOL, "12 training shots"),
+    ("reptile", "miniimagenet", 1): Published(47.07, 0.26, NICHOL, "32 filters, 12 training shots"),
+    ("reptile", "miniimagenet", 5): Published(62.74, 0.37, NICHOL, "32 filters, 15 training shots"),
+    ("anil", "miniimagenet", 1): Published(46.7, 0.4, RAGHU, "the protocol of MAML, they say"),
+    ("anil", "miniimagenet", 5): Published(61.5, 0.5, RAGHU, "the protocol of MAML, they say"),
     ("protonet", "omniglot", 1): Published(98.8, None, SNELL, "trained on 60-way tasks"),
     ("protonet", "miniimagenet", 1): Published(49.42, 0.78, SNELL, "trained on 30-way tasks"),
     ("protonet", "miniimagenet", 5): Published(68.20, 0.66, SNELL, "trained on 20-way tasks"),
     ("protonet", "cifarfs", 1): Published(55.5, 0.7, BERTINETTO, "64 filters"),
     ("protonet", "cifarfs", 5): Published(72.0, 0.6, BERTINETTO, "64 filters"),
+    ("ridge-head", "cifarfs", 1): Published(65.3, 0.2, BERTINETTO, "96 to 512 filters"),
+    ("ridge-head", "cifarfs", 5): Published(79.4, 0.1, BERTINETTO, "96 to 512 filters"),
+    ("matching", "omniglot", 1): Published(98.1, None, VINYALS, "no temperature"),
+    ("matching", "miniimagenet", 1): Published(43.40, 0.78, RAVI, "without context"),
+    ("matching", "miniimagenet", 5): Published(51.09, 0.71, RAVI, "without context"),
+    ("relation", "omniglot", 1): Published(99.6, 0.2, SUNG, f"compares maps, {TOGETHER}"),
+    ("relation", "miniimagenet", 1): Published(50.44, 0.82, SUNG, f"compares maps, {TOGETHER}"),
+    ("relation", "miniimagenet", 5): Published(65.32, 0.70, SUNG, f"compares maps, {TOGETHER}"),
+    ("relation", "cifarfs", 1): Published(55.0, 1.0, BERTINETTO, "64 to 256 filters"),
+    ("relation", "cifarfs", 5): Published(69.3, 0.8, BERTINETTO, "64 to 256 filters"),
     ("meta-lstm", "miniimagenet", 1): Published(43.44, 0.77, RAVI, "32 filters"),
     ("meta-lstm", "miniimagenet", 5): Published(60.60, 0.71, RAVI, "32 filters"),
     ("finetune", "miniimagenet", 1): Published(42.11, 0.71, CHEN, "linear head, augmented images"),
@@ -121,9 +160,66 @@ PAPER: dict[tuple[Any, ...], Recipe] = {
         steps=60_000,
         clip=10.0,
     ),
+    ("meta-sgd", "omniglot"): Recipe(
+        net={"pool": "stride", "stats": "batch"},
+        method={"lr": 2.0},
+        query=1,
+        steps=60_000,
+        batch=32,
+    ),
+    ("meta-sgd", "images"): Recipe(
+        net={"width": 32, "stats": "batch"}, method={"lr": 0.05}, query=15, steps=60_000, clip=10.0
+    ),
+    ("maml++", "omniglot"): Recipe(
+        net={"stats": "batch"}, method={"lr": 0.1}, query=1, steps=50_000, batch=8
+    ),
+    ("maml++", "images"): Recipe(
+        net={"width": 48, "stats": "batch"},
+        method={"lr": 0.01},
+        query=15,
+        steps=50_000,
+        batch=2,
+        clip=10.0,
+    ),
+    ("anil", "images"): Recipe(
+        net={"width": 32, "stats": "batch"},
+        method={"lr": 0.05, "steps": 5, "test_steps": 10},
+        query=15,
+        steps=60_000,
+        clip=10.0,
+    ),
+    ("reptile", "images"): Recipe(
+        net={"width": 32, "stats": "support"},
+        method={"lr": 0.05, "steps": 8, "test_steps": 50, "batches": 8},
+        query=10,
+        steps=100_000,
+        batch=5,
+    ),
+    ("imaml", "images"): Recipe(
+        net={"stats": "batch"},
+        method={"lr": 0.01, "steps": 16, "penalty": 1.0, "solver_steps": 5},
+        query=15,
+        steps=20_000,
+        batch=16,
+        lr=1e-2,
+    ),
     ("protonet", "omniglot"): Recipe(net=MAX, way=60, query=5, steps=20_000, batch=1),
     ("protonet", "images"): Recipe(net=MAX, way=20, query=15, steps=20_000, batch=1),
     ("protonet", "images", 1): Recipe(net=MAX, way=30, query=15, steps=20_000, batch=1),
+    ("ridge-head", "images"): Recipe(
+        net=MAX, method={"scale": 30.0}, way=20, query=15, steps=20_000, batch=1
+    ),
+    ("matching", "omniglot"): Recipe(net=MAX, way=20, query=5, steps=20_000, batch=1),
+    ("matching", "images"): Recipe(net=MAX, way=20, query=15, steps=20_000, batch=1),
+    ("relation", "images"): Recipe(
+        {"*": "conv4", "relation": "mlp"},
+        net={"embed.pool": "stride", "embed.stats": "batch", "relation.sizes": [128, 64, 1]},
+        method={"pool": "sum"},
+        query=15,
+        steps=100_000,
+        batch=1,
+        clip=0.5,
+    ),
     ("pretrained", "images"): replace(PRETRAIN, net=MAX, steps=60_000, lr=1e-3),
     ("finetune", "images"): Recipe(net=MAX, start="pretrained", steps=0),
     ("meta-transfer", "images"): Recipe(
@@ -149,9 +245,17 @@ ROWS = (
     "pretrained",
     "finetune",
     "maml",
+    "meta-sgd",
+    "maml++",
+    "reptile",
+    "anil",
+    "imaml",
     "meta-lstm",
     "lstm-optimizer",
     "protonet",
+    "ridge-head",
+    "matching",
+    "relation",
     "pgn",
     "meta-transfer",
 )

@@ -34,6 +34,7 @@ from metabook.episodes import Episode, Examples, FewShot, Sinusoids, VariedWaySh
 from metabook.explore import Explore
 from metabook.learners import Learner
 from metabook.maml import MAML
+from metabook.meta_gradients import ANIL, ImplicitMAML, Reptile
 from metabook.meta_lstm import LSTMOptimizer, MetaLSTM
 from metabook.meta_transfer import HardTasks, MetaTransfer
 from metabook.networks import MLP, BatchNorm, Conv4, ResNet12
@@ -42,6 +43,7 @@ from metabook.prototypes import ProtoNet
 from metabook.registry import NETWORKS, methods
 from metabook.saving import save
 from metabook.scores import calibration, evaluate, paired
+from metabook.step_sizes import MAMLpp, MetaSGD
 from metabook.testing import check_learner
 from metabook.training import fit
 from metabook.transfer import Batches, FineTune, Pretrained
@@ -468,6 +470,17 @@ METHODS = {
     "no memory": Row(
         lambda _: MetaLSTM(FEATURES, hidden=0), ValueError, "hidden", "=0", AT_LEAST_1, "hidden=1"
     ),
+    "rates of what has no size yet": Row(
+        lambda _: MetaSGD(nn.LazyLinear(1)),
+        *(ValueError, "weight", "no size yet", "each of its entries needs a rate", "net(x)"),
+    ),
+    "rates for no step": Row(
+        lambda _: MAMLpp(FEATURES, steps=0), ValueError, "steps", "=0", AT_LEAST_1, "steps=1"
+    ),
+    "more than the whole training": Row(
+        lambda _: MAMLpp(FEATURES, multi_step=15),
+        *(ValueError, "multi_step", "=15", "a share from 0 to 1", "multi_step=0.5"),
+    ),
     "an unknown distance": Row(
         lambda _: ProtoNet(FEATURES, distance="cosin"),
         *(ValueError, "distance", "'cosin'", "known are cosine, plain", "did you mean 'cosine'"),
@@ -501,6 +514,29 @@ METHODS = {
     "a head for another way": Row(
         lambda _: MetaTransfer(FEATURES, way=5)(Examples(INPUTS, Y), INPUTS),
         *(ValueError, "way", "way is 3", "built for way=5", "build it with way=3"),
+    ),
+    "a layer to adapt that is not there": Row(
+        lambda _: ANIL(FEATURES, adapts="hed"),
+        *(ValueError, "adapts", "='hed'", "expected layers or parameters among", "leave it out"),
+    ),
+    "nothing to adapt": Row(
+        lambda _: ANIL(FEATURES, adapts=[]),
+        *(ValueError, "adapts", "=[]", "expected layers or parameters among", "leave it out"),
+    ),
+    "more minibatches than examples": Row(
+        lambda _: Reptile(FEATURES, batches=40).loss(Episode(*[Examples(INPUTS, Y)] * 2)),
+        *(ValueError, "batches", "=40", "expected at most as many", "lower batches"),
+    ),
+    "no minibatch": Row(
+        lambda _: Reptile(FEATURES, batches=0), ValueError, "batches", "=0", AT_LEAST_1, "batches=1"
+    ),
+    "no penalty": Row(
+        lambda _: ImplicitMAML(FEATURES, penalty=0),
+        *(ValueError, "penalty", "=0", "expected a positive number", "penalty=1.0"),
+    ),
+    "no step of the solver": Row(
+        lambda _: ImplicitMAML(FEATURES, solver_steps=0),
+        *(ValueError, "solver_steps", "=0", AT_LEAST_1, "solver_steps=1"),
     ),
     "an unknown form": Row(
         lambda _: PGN(FEATURES, form="filme"),
