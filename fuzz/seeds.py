@@ -30,7 +30,9 @@ def folders() -> list[bytes]:
     torch.manual_seed(0)
     made = []
     for _, method in sorted(methods().items()):
-        how = {"hidden": 2} if "hidden" in inspect.signature(method).parameters else {}
+        takes = inspect.signature(method).parameters
+        how = {"hidden": 2} if "hidden" in takes else {}
+        how |= {"relation": MLP([4, 2, 1])} if "relation" in takes else {}
         made.append(method(MLP([2, 3, 2]), **how))
     made.append(methods()["protonet"](Conv4(size=16, width=1, stats="running")))
     return [two_files(learner) for learner in made]

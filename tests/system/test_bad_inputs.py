@@ -21,6 +21,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from samples import learner_on
 from test_bad_data import huge, png, read_all, tarred, zipped
 from torch import nn
 
@@ -298,7 +299,7 @@ META = INPUTS.to("meta")
 def learner(name: str) -> Learner:
     """A method on a small network."""
     torch.manual_seed(0)
-    return methods()[name](MLP([4, 8, WAY]))
+    return learner_on(name, MLP([4, 8, WAY]), WAY)
 
 
 def asked(
@@ -317,7 +318,7 @@ def predicting(name: str) -> Callable[[Path], Any]:
 
 
 def on_a_word(name: str) -> Callable[[Path], Any]:
-    return lambda _: methods()[name]("conv4")
+    return lambda _: learner_on(name, "conv4", WAY)
 
 
 def first_argument(name: str) -> str:
@@ -1195,7 +1196,7 @@ def renamed(name: bytes) -> Callable[[Path], Any]:
 IMAGES = "1 of 5 images"
 LINES = {
     "an unknown method": Line(
-        line("train mamel"), "method", "'mamel'", "known are finetune", "did you mean 'maml'"
+        line("train mamel"), "method", "'mamel'", "known are anil", "did you mean 'maml'"
     ),
     "unknown data": Line(
         line("train maml --data glyfs"),

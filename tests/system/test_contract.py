@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from samples import learner_on
 
 from metabook import engine, learners
 from metabook.classes import Classes
@@ -64,7 +65,8 @@ def build(name: str, kind: str, network: str, **how: int) -> Learner:
     head = outputs if method.head else None
     net = NETWORKS[network](head) if kind == "classification" else MLP([1, 12, head or 6])
     given = {"kind": kind} if "kind" in inspect.signature(method).parameters else {}
-    return method(net, **given, **how)
+    features = net(torch.rand(2, 1, SIZE, SIZE) if kind == "classification" else torch.rand(2, 1))
+    return learner_on(name, net, features.shape[1], **given, **how)
 
 
 def flaws(learner: Learner, tasks: Tasks) -> set[str]:

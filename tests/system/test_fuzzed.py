@@ -80,6 +80,10 @@ CASES: dict[str, tuple[str, bytes]] = {
     "numbers of four bits": ("folder", tensors("F4", [0])),
     "a shape beyond all": ("folder", tensors("F32", [2**63, 0])),
     "a deep configuration": ("config", b"[" * 100_000),
+    "a layout that is a list": (
+        "config",
+        seeds.configs()[0].replace(b'"layout": 2', b'"layout": [2]'),
+    ),
     "no results at all": ("results", b""),
     "results in another encoding": ("results", b'{"rows": ["\xf5"]}'),
     "a list in another encoding": (
