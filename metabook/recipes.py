@@ -19,7 +19,7 @@ from .checks import spelled
 from .classes import Classes
 from .datasets import SPLITS, class_folders
 from .engine import Engine
-from .episodes import Examples, FewShot, Tasks, one_of
+from .episodes import Examples, FewShot, Frozen, Tasks, one_of
 from .learners import Learner
 from .meta_transfer import HardTasks
 from .registry import NETWORKS, build, lookup, methods, moved, plain
@@ -27,7 +27,7 @@ from .saving import at_home, commit, hardware, load, provenance, read_config, sa
 from .scores import evaluate
 from .sources import SOURCES, source_of
 from .structures import tree_map
-from .training import fit
+from .training import VALIDATION, VALIDATION_TASKS, fit
 from .transfer import Batches
 
 # %% auto #0
@@ -455,6 +455,7 @@ def run_recipe(
     start: Path | None = None,  # a trained folder to start from; `None`: as the recipe says
     engine: Engine = Engine(),  # how it is computed
     resume: bool = False,  # go on with the run in the folder, if there is one
+    validation: int = VALIDATION_TASKS,  # how many tasks choose the parameters
 ) -> dict[str, Any]:  # what config.json says
     """Train, select on validation tasks, and write what `evaluate` and `classify` need to know.
 
@@ -467,7 +468,8 @@ def run_recipe(
     if start is None and recipe.start:
         start = out / "start"
         first = recipe_for(recipe.start, task["data"]).on_network_of(recipe)
-        began = run_recipe(recipe.start, first, task, device, seed, start, resume=resume)
+        how = dict(resume=resume, validation=validation)
+        began = run_recipe(recipe.start, first, task, device, seed, start, **how)
         if began["training"]["steps_taken"] < began["training"]["steps"]:
             raise ValueError(
                 f"the training in {start}, to start from, was interrupted: give the same command again "
@@ -488,9 +490,11 @@ def run_recipe(
     notes |= {"start": start and evidence(start)}
     if recipe.steps:
         how = dict(engine=engine, resume=resume)
-        train(learner, tasks, recipe, validate, every, seed, out, notes, **how)
+        judges = validate.freeze(validation, VALIDATION)
+        train(learner, tasks, recipe, judges, every, seed, out, notes, **how)
     else:
-        taken_over(learner, tasks, validate, read_config(start), seed, out, notes)
+        began = read_config(start)
+        taken_over(learner, tasks, validate, validation, began, seed, out, notes)
     return read_config(out)
 
 # %% ../nbs/A11_recipes.ipynb #56c09487
@@ -507,7 +511,7 @@ def train(
     learner: Learner,
     tasks: Tasks,
     recipe: Recipe,
-    validate: Tasks,
+    validate: Frozen,
     every: int | None,
     seed: int,
     out: Path,
@@ -538,13 +542,14 @@ def taken_over(
     learner: Learner,
     tasks: Tasks,
     validate: Tasks,
+    validation: int,  # how many of them
     start: dict[str, Any],  # configuration of the trained folder it started from
     seed: int,
     out: Path,
     notes: dict[str, Any],
 ) -> None:
     "Write a trained folder of a learner that has nothing left to learn across tasks."
-    score = evaluate(learner, validate, 200, seed=seed, batch=8)
+    score = evaluate(learner, validate, validation, seed=seed, batch=8)
     if score.lost:
         raise ValueError(
             f"{score.lost} of {score.n} validation tasks have an answer that is NaN, so there is nothing to keep: "

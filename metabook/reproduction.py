@@ -35,6 +35,7 @@ from .registry import lookup
 from .saving import at_home, load, read_config, write_atomically
 from .scores import evaluate, paired
 from .sources import SOURCES
+from .training import VALIDATION_TASKS
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'REPRODUCTIONS', 'RESULTS', 'Published', 'reproduce', 'reports', 'table']
@@ -404,7 +405,8 @@ class Attempt:
         if not self.finished():
             task = {"data": self.row.data, "way": 5, "shot": self.shot}
             what = self.row.method, self.recipe, task, self.device, self.seed
-            run_recipe(*what, self.folder, start=start, resume=True)
+            looks = min(self.tasks, VALIDATION_TASKS)  # a trial is short in this, too
+            run_recipe(*what, self.folder, start=start, resume=True, validation=looks)
         return same_run(self.folder, self.recipe, start)
 
     def finished(self) -> bool:

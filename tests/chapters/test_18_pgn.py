@@ -38,7 +38,7 @@ def cell_1b69514b():
     assert not write.G.any()  # a bias starts as the network's own
     write.G.data = torch.tensor([[0.5, 0.5], [0.0, 2.0]])
     assert write(p, torch.tensor([1.0, 1.0])).tolist() == [2.0, 1.0]
-    assert write(p, torch.tensor([1.0, -1.0])).tolist() == [1.0, -3.0]
+    assert write(p, torch.tensor([0.0, 1.0])).tolist() == [1.5, 1.0]
     assert unit_scale(torch.tensor([3.0, 4.0])).square().mean().item() == pytest.approx(1.0)
     assert not unit_scale(torch.zeros(2)).any()
 

@@ -44,15 +44,15 @@ def test_a_row_is_run_and_written():
         "runs": work / "runs",
         "results": work / "results",
         "progress": False,
-        "tasks": 20,
+        "tasks": 4,
     }  # a trial
     for seed in (0, 1):
         report = reproduce("finetune-glyphs-5way-1shot", seeds=[seed], steps=1, **where)
     written = json.loads((work / "results/trials/finetune-glyphs-5way-1shot.json").read_text())
     assert written == report and [row["seed"] for row in written["rows"]] == [0, 1]
     row = written["rows"][0]
-    assert row["joint"]["episodes"] == row["single"]["episodes"] and row["single"]["n"] == 20
-    assert row["command"].endswith("--budget cpu --seed 0 --steps 1 --tasks 20")
+    assert row["joint"]["episodes"] == row["single"]["episodes"] and row["single"]["n"] == 4
+    assert row["command"].endswith("--budget cpu --seed 0 --steps 1 --tasks 4")
     assert row["training"]["steps_taken"] == 1  # of pre-training
     expected = row["single"]["mean"] - row["before"]["mean"]
     assert row["gain"]["mean"] == pytest.approx(expected, abs=1e-6)
@@ -70,10 +70,10 @@ def test_a_row_is_run_and_written():
 def test_what_a_row_starts_from_is_what_it_is_compared_with():
     # cell a641deed
     work = Path(tempfile.mkdtemp())
-    where = {"runs": work / "runs", "results": work, "progress": False, "tasks": 20, "steps": 2}
+    where = {"runs": work / "runs", "results": work, "progress": False, "tasks": 4, "steps": 2}
     (row,) = reproduce("meta-transfer-glyphs-5way-1shot", seeds=[0], **where)["rows"]
     name = "meta-transfer-glyphs-5way-1shot"
-    attempt = Attempt(REPRODUCTIONS[name], "cpu", 0, torch.device("cpu"), work / "runs", 2, 20)
+    attempt = Attempt(REPRODUCTIONS[name], "cpu", 0, torch.device("cpu"), work / "runs", 2, 4)
     started = network_of(attempt.start()).state_dict()
     frozen = load(attempt.folder).net.state_dict()
     assert all(torch.equal(started[key], frozen[key]) for key in started)
@@ -94,7 +94,7 @@ def test_what_a_row_starts_from_is_what_it_is_compared_with():
 def test_what_was_interrupted_goes_on():
     # cell d94b6784
     work, name = Path(tempfile.mkdtemp()), "pretrained-glyphs-5way-1shot"
-    where = {"runs": work / "runs", "results": work, "progress": False, "tasks": 20, "steps": 4}
+    where = {"runs": work / "runs", "results": work, "progress": False, "tasks": 4, "steps": 4}
     stopped = mock.patch.object(Outer, "look", side_effect=[None, None, KeyboardInterrupt])
     with stopped, pytest.raises(ValueError, match="or one that was interrupted"):
         reproduce(name, seeds=[0], **where)
