@@ -180,9 +180,7 @@ def test_memory_falls_with_the_chunk():
     def peak(f):
         "The most MiB that a call held at once on the CPU, beyond what was there before."
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(
-            activities=activities, profile_memory=True, acc_events=True
-        ) as profiler:
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
             f()
         events = profiler.profiler.kineto_results.events()
         sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]

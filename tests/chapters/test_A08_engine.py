@@ -104,7 +104,7 @@ def cell_d3840484():
     def peak(f):
         "The most bytes that a call held at once on the CPU, beyond what was there before."
         with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         ) as profiler:
             f()
         events = profiler.profiler.kineto_results.events()
