@@ -2,7 +2,8 @@
 
 A cell flagged `#| test: name` becomes `test_name`. The test holds whole cells in the order of the notebook, never parts
 of them: the `#| setup` cells above, the earlier cells of the same H1 or H2 section, and the cell itself; but no setup
-and no other test that shares no name with the rest and so cannot matter. Beyond these a test may use what the notebook
+that shares no name with the rest and so cannot matter, and another test only where it binds what the rest needs: what a
+test changes in place no other may count on. Beyond these a test may use what the notebook
 exports or imports, what a `#| setup: once` cell above binds (a fixture that runs once per file and device), and
 `device`. Left out are imports (they go to the top of the file), `device = ...` (a fixture), magics, `show_doc(...)`,
 and cells flagged `#| show`, `#| notest` or `#| eval: false`.

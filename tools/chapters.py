@@ -282,17 +282,26 @@ class Chapter:
     def held_by(self, own: Piece) -> list[Piece]:
         """The pieces of a test: setups above, earlier cells of its section, itself.
 
-        A setup or another test that shares no name with the others is left out: nothing that it does is seen there.
+        Another test is held where what it binds is needed: what it changes in place, no other test may count on. A setup
+        that shares no name with the others is left out: nothing that it does is seen there.
         """
         above = self.pieces[: self.pieces.index(own)]
         near = [p for p in above if own.role == "test" and p.cell.section == own.cell.section]
         setups = {p for p in above if p.role == "setup"}
-        may = setups | {p for p in near if p.role == "test"}
+        tests = {p for p in near if p.role == "test"}
         held = {own, *(p for p in near if p.role == "section")}
         held |= {p for p in setups if not self._made(p)}  # such as one seed for all
-        while more := {p for p in may - held if any(self._made(p) & self._made(h) for h in held)}:
+        while more := {
+            *(p for p in setups - held if any(self._made(p) & self._made(h) for h in held)),
+            *(p for p in tests - held if any(self._gives(p, h) for h in held)),
+        }:
             held |= more
         return [p for p in self.pieces if p in held]
+
+    def _gives(self, piece: Piece, to: Piece) -> bool:
+        """Whether a piece binds what another, further down, needs."""
+        below = self.pieces.index(piece) < self.pieces.index(to)
+        return below and bool(piece.names.binds & (to.names.needs | to.reads_first))
 
     def _made(self, piece: Piece) -> set[str]:
         """The names of a piece that stand for what cells have made and may change."""

@@ -32,134 +32,6 @@ def cell_08a2ae5d():
     return numbered
 
 
-def cell_f1990ff6(numbered):
-    # cell f1990ff6
-    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
-    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
-    assert support.shape == (500, 6) and query.shape == (500, 45)
-    both = torch.cat([support, query], 1).sort(1).values
-    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
-
-
-def cell_97b90e66(numbered):
-    # cell 97b90e66
-    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
-    for part in episode:
-        labels = part.y.argmax(-1)
-        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
-        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
-
-
-def cell_aa0b7ddc(numbered):
-    # cell aa0b7ddc
-    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
-    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
-    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
-    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
-    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
-    first = side[0][..., 0].float()
-    assert 0.4 < first.mean() < 0.6  # either side may be support ...
-    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
-    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
-    assert frozen[0] == frozen[1]  # the generator decides the coins too
-
-
-def cell_fe14474e(numbered):
-    # cell fe14474e
-    with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
-        FewShot(numbered, way=7)
-    with pytest.raises(
-        ValueError, match=r"class '0' has 20 examples, but shot=6 and query=15 need 21"
-    ):
-        FewShot(numbered, shot=6)
-    with pytest.raises(ValueError, match=r"shot=0, expected an integer of at least 1"):
-        FewShot(numbered, shot=0)
-    with pytest.raises(ValueError, match="on each side of its cut"):
-        FewShot(Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12)), query=9)
-
-
-def cell_9e6b0fdf(device, numbered):
-    # cell 9e6b0fdf
-    data = numbered.to(device)
-    tasks = FewShot(data, way=2, query=3)
-    assert tasks.sample(2).query.y.device == data.x.device
-    assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
-    assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
-    far = FewShot(numbered.to("meta"), way=2, query=3)
-    assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
-    assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
-
-
-def cell_92ea4528(numbered):
-    # cell 92ea4528
-    tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5), query=10)
-    ways, shots, uneven_counts, ascending = set(), set(), 0, 0
-    for seed in range(40):
-        support, query = tasks.sample(8, torch.Generator().manual_seed(seed))
-        per_class = support.y.sum(1)
-        ways.add(support.y.shape[-1])
-        shots.add(support.y.shape[1] / support.y.shape[2])
-        uneven_counts += int((per_class != per_class[:, :1]).any())
-        ascending += int((support.info["classes"].diff(dim=1) > 0).all())
-        assert (per_class >= 1).all() and (query.y.sum(1) == 10).all()
-        for s, q in zip(support.x[..., 0], query.x[..., 0], strict=True):
-            assert len(set(s.tolist()) | set(q.tolist())) == len(s) + len(
-                q
-            )  # no overlap, no repeats
-        labels = support.y.argmax(-1)
-        assert torch.equal(
-            support.info["classes"].gather(1, labels), support.x[..., 0].long() // 20
-        )
-    assert ways == {2, 3, 4, 5, 6} and shots == {1, 2, 3, 4, 5} and uneven_counts > 20
-    assert ascending < 5  # labels are a fresh order of the classes here too
-
-
-def cell_1d4f1bb0():
-    # cell 1d4f1bb0
-    sizes = torch.tensor([4, 9, 5, 7])
-    uneven_sizes = Classes(torch.arange(4.0).repeat_interleave(sizes)[:, None], sizes)
-    for tasks in (
-        FewShot(uneven_sizes, way=3, shot=1, query=3),
-        VariedWayShot(uneven_sizes, way=(2, 4), shot=(1, 2), query=2),
-    ):
-        for part in tasks.sample(200):
-            mine = part.info["classes"].gather(1, part.y.argmax(-1))
-            assert torch.equal(part.x[..., 0].long(), mine)
-
-
-def cell_6526c753(numbered):
-    # cell 6526c753
-    with pytest.raises(ValueError, match=r"shot=\(3, 2\), expected \(smallest, largest\)"):
-        VariedWayShot(numbered, way=(2, 2), shot=(3, 2))
-    with pytest.raises(ValueError, match="shot=11 and query=10 need 21"):
-        VariedWayShot(numbered, way=(2, 6), shot=(1, 11))
-
-
-def cell_84612dbe(numbered):
-    # cell 84612dbe
-    tasks = FewShot(numbered, way=3, shot=1, query=5)
-    first, again, other = (
-        tasks.freeze(50, seed=7),
-        tasks.freeze(50, seed=7),
-        tasks.freeze(50, seed=8),
-    )
-    assert first.hash == again.hash != other.hash and len(first.hash) == 12
-    assert FewShot(numbered, way=3, shot=2, query=5).freeze(50, seed=7).hash != first.hash
-    torch.manual_seed(123)  # the global seed has no say
-    assert tasks.freeze(50, seed=7).hash == first.hash
-    names = FewShot(replace(numbered, names=list("abcdef")), way=3, shot=1, query=5)
-    assert names.freeze(50, seed=7).hash != first.hash  # the same numbers of other classes
-    drawn = tasks.draw(50, torch.Generator().manual_seed(7))
-    assert torch.equal(first.groups[0].support, drawn.support)  # the seed itself, not one near it
-    other_queries = replace(first, groups=[drawn._replace(query=drawn.query.flip(1))])
-    assert other_queries.hash != first.hash
-    batches = [e.query.x for e in first.episodes(batch=16)]
-    assert [len(b) for b in batches] == [16, 16, 16, 2]
-    assert torch.equal(torch.cat(batches), tasks.gather(again.groups[0]).query.x)
-    with pytest.raises(ValueError, match="n=0, expected an integer of at least 1"):
-        VariedWayShot(numbered, way=(2, 3)).freeze(0)
-
-
 def cell_43b6a85c():
     # cell 43b6a85c
     def best_memoriser(episodes, classes):
@@ -172,36 +44,6 @@ def cell_43b6a85c():
         return (answers == torch.arange(seen.shape[1])).float()
 
     return best_memoriser
-
-
-def cell_bf5e85ca(best_memoriser):
-    # cell bf5e85ca
-    M, N = 20, 5
-    total = math.comb(M - 1, N - 1)
-    best = [
-        max(math.comb(i, j) * math.comb(M - 1 - i, N - 1 - j) for j in range(N)) / total
-        for i in range(M)
-    ]
-    leak = sum(best) / M
-    print(
-        f"sorted labels: {leak:.1%} without any learning from the support set; chance is {1 / N:.0%}"
-    )
-    assert leak > 0.5
-    every = torch.ones(40_000, M, dtype=torch.bool)
-    rows = choose(every, N, torch.Generator().manual_seed(0)).sort(1).values  # the mistake
-    part = Examples(rows, rows, {"classes": rows})
-    assert abs(best_memoriser(Episode(part, part), M).mean().item() - leak) < 0.02
-
-
-def cell_fecee98c(numbered):
-    # cell fecee98c
-    generator = torch.Generator().manual_seed(0)
-    tasks = FewShot(numbered, query=5)
-    batches = [tasks.draw(4, generator).support.tolist() for _ in range(50)]
-    rows = [tuple(row) for batch in batches for row in batch]
-    assert (
-        len(set(rows)) == 200
-    )  # of 2.3 billion: chance would repeat one in 1 of 100,000 such runs
 
 
 def test_examples_by_hand():
@@ -291,13 +133,22 @@ def test_every_ordered_choice_is_equally_likely():
 
 def test_support_and_query_never_share_an_example():
     numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
+    # cell f1990ff6
+    episodes = FewShot(numbered, way=3, shot=2, query=15).sample(500)
+    support, query = episodes.support.x[..., 0], episodes.query.x[..., 0]
+    assert support.shape == (500, 6) and query.shape == (500, 45)
+    both = torch.cat([support, query], 1).sort(1).values
+    assert (both[:, 1:] > both[:, :-1]).all()  # all different within each episode
 
 
 def test_labels_name_the_classes_that_info_says():
     numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
-    cell_97b90e66(numbered)
+    # cell 97b90e66
+    episode = FewShot(numbered, way=3, shot=2, query=4).sample(50)
+    for part in episode:
+        labels = part.y.argmax(-1)
+        assert torch.equal(part.info["classes"].gather(1, labels), part.x[..., 0].long() // 20)
+        assert (part.y.sum(1) == part.y.shape[1] // 3).all()  # balanced
 
 
 def test_images_reach_the_learner_prepared():
@@ -310,26 +161,45 @@ def test_images_reach_the_learner_prepared():
 
 def test_support_and_query_stand_on_different_sides_of_a_cut():
     numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
-    cell_97b90e66(numbered)
-    cell_aa0b7ddc(numbered)
+    # cell aa0b7ddc
+    halves = Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12))
+    episode = FewShot(halves, way=4, shot=3, query=8).sample(300)
+    side = [(part.x[..., 0] % 20 < 12).unflatten(1, (4, -1)) for part in episode]
+    assert (side[0].all(2) | (~side[0]).all(2)).all()  # of one side each
+    assert (side[0][..., 0] != side[1][..., 0]).all()  # of different sides
+    first = side[0][..., 0].float()
+    assert 0.4 < first.mean() < 0.6  # either side may be support ...
+    assert (first.mean(1) % 1 > 0).any()  # ... and each class throws its own coin
+    frozen = [FewShot(halves, query=8).freeze(20, seed=1).hash for _ in range(2)]
+    assert frozen[0] == frozen[1]  # the generator decides the coins too
 
 
 def test_too_little_data_is_refused_by_name():
     numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
-    cell_97b90e66(numbered)
-    cell_aa0b7ddc(numbered)
-    cell_fe14474e(numbered)
+    # cell fe14474e
+    with pytest.raises(ValueError, match=r"way=7, but the data has 6 classes"):
+        FewShot(numbered, way=7)
+    with pytest.raises(
+        ValueError, match=r"class '0' has 20 examples, but shot=6 and query=15 need 21"
+    ):
+        FewShot(numbered, shot=6)
+    with pytest.raises(ValueError, match=r"shot=0, expected an integer of at least 1"):
+        FewShot(numbered, shot=0)
+    with pytest.raises(ValueError, match="on each side of its cut"):
+        FewShot(Classes(numbered.x, numbered.sizes, cut=torch.full((6,), 12)), query=9)
 
 
 def test_the_data_decides_where_tensors_are(device):
     numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
-    cell_97b90e66(numbered)
-    cell_aa0b7ddc(numbered)
-    cell_fe14474e(numbered)
-    cell_9e6b0fdf(device, numbered)
+    # cell 9e6b0fdf
+    data = numbered.to(device)
+    tasks = FewShot(data, way=2, query=3)
+    assert tasks.sample(2).query.y.device == data.x.device
+    assert tasks.draw(2).support.device == data.x.device  # drawn where the data is ...
+    assert tasks.draw(2, torch.Generator()).support.device.type == "cpu"  # ... or where you say
+    far = FewShot(numbered.to("meta"), way=2, query=3)
+    assert far.sample(2, torch.Generator()).query.y.device.type == "meta"
+    assert far.describe()["examples"]["shape"] == [1] and far.describe()["kind"] == "classification"
 
 
 def test_a_draw_neither_waits_nor_copies(device):
@@ -389,25 +259,42 @@ def test_own_ways_of_drawing_are_not_recorded():
     assert not Turned.recordable and Promised.recordable and Named.recordable
 
 
-def test_varied_tasks_keep_their_promises(device):
+def test_varied_tasks_keep_their_promises():
     numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
-    cell_97b90e66(numbered)
-    cell_aa0b7ddc(numbered)
-    cell_fe14474e(numbered)
-    cell_9e6b0fdf(device, numbered)
-    cell_92ea4528(numbered)
+    # cell 92ea4528
+    tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5), query=10)
+    ways, shots, uneven_counts, ascending = set(), set(), 0, 0
+    for seed in range(40):
+        support, query = tasks.sample(8, torch.Generator().manual_seed(seed))
+        per_class = support.y.sum(1)
+        ways.add(support.y.shape[-1])
+        shots.add(support.y.shape[1] / support.y.shape[2])
+        uneven_counts += int((per_class != per_class[:, :1]).any())
+        ascending += int((support.info["classes"].diff(dim=1) > 0).all())
+        assert (per_class >= 1).all() and (query.y.sum(1) == 10).all()
+        for s, q in zip(support.x[..., 0], query.x[..., 0], strict=True):
+            assert len(set(s.tolist()) | set(q.tolist())) == len(s) + len(
+                q
+            )  # no overlap, no repeats
+        labels = support.y.argmax(-1)
+        assert torch.equal(
+            support.info["classes"].gather(1, labels), support.x[..., 0].long() // 20
+        )
+    assert ways == {2, 3, 4, 5, 6} and shots == {1, 2, 3, 4, 5} and uneven_counts > 20
+    assert ascending < 5  # labels are a fresh order of the classes here too
 
 
-def test_classes_of_different_size_give_only_their_own(device):
-    numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
-    cell_97b90e66(numbered)
-    cell_aa0b7ddc(numbered)
-    cell_fe14474e(numbered)
-    cell_9e6b0fdf(device, numbered)
-    cell_92ea4528(numbered)
-    cell_1d4f1bb0()
+def test_classes_of_different_size_give_only_their_own():
+    # cell 1d4f1bb0
+    sizes = torch.tensor([4, 9, 5, 7])
+    uneven_sizes = Classes(torch.arange(4.0).repeat_interleave(sizes)[:, None], sizes)
+    for tasks in (
+        FewShot(uneven_sizes, way=3, shot=1, query=3),
+        VariedWayShot(uneven_sizes, way=(2, 4), shot=(1, 2), query=2),
+    ):
+        for part in tasks.sample(200):
+            mine = part.info["classes"].gather(1, part.y.argmax(-1))
+            assert torch.equal(part.x[..., 0].long(), mine)
 
 
 def test_uneven_weights_spread_the_counts():
@@ -422,28 +309,17 @@ def test_uneven_weights_spread_the_counts():
     assert uneven(spare[:, :, :1], 2).sort(1).values.tolist() == [[0, 1]] * 2000  # one of each
 
 
-def test_wrong_ranges_are_refused(device):
+def test_wrong_ranges_are_refused():
     numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
-    cell_97b90e66(numbered)
-    cell_aa0b7ddc(numbered)
-    cell_fe14474e(numbered)
-    cell_9e6b0fdf(device, numbered)
-    cell_92ea4528(numbered)
-    cell_1d4f1bb0()
-    cell_6526c753(numbered)
+    # cell 6526c753
+    with pytest.raises(ValueError, match=r"shot=\(3, 2\), expected \(smallest, largest\)"):
+        VariedWayShot(numbered, way=(2, 2), shot=(3, 2))
+    with pytest.raises(ValueError, match="shot=11 and query=10 need 21"):
+        VariedWayShot(numbered, way=(2, 6), shot=(1, 11))
 
 
-def test_frozen_varied_tasks_hold_every_shape(device):
+def test_frozen_varied_tasks_hold_every_shape():
     numbered = cell_08a2ae5d()
-    cell_f1990ff6(numbered)
-    cell_97b90e66(numbered)
-    cell_aa0b7ddc(numbered)
-    cell_fe14474e(numbered)
-    cell_9e6b0fdf(device, numbered)
-    cell_92ea4528(numbered)
-    cell_1d4f1bb0()
-    cell_6526c753(numbered)
     # cell c0df75bf
     tasks = VariedWayShot(numbered, way=(2, 6), shot=(1, 5))
     frozen = tasks.freeze(12, seed=1)
@@ -453,12 +329,32 @@ def test_frozen_varied_tasks_hold_every_shape(device):
 
 def test_a_seed_is_a_set_of_episodes():
     numbered = cell_08a2ae5d()
-    cell_84612dbe(numbered)
+    # cell 84612dbe
+    tasks = FewShot(numbered, way=3, shot=1, query=5)
+    first, again, other = (
+        tasks.freeze(50, seed=7),
+        tasks.freeze(50, seed=7),
+        tasks.freeze(50, seed=8),
+    )
+    assert first.hash == again.hash != other.hash and len(first.hash) == 12
+    assert FewShot(numbered, way=3, shot=2, query=5).freeze(50, seed=7).hash != first.hash
+    torch.manual_seed(123)  # the global seed has no say
+    assert tasks.freeze(50, seed=7).hash == first.hash
+    names = FewShot(replace(numbered, names=list("abcdef")), way=3, shot=1, query=5)
+    assert names.freeze(50, seed=7).hash != first.hash  # the same numbers of other classes
+    drawn = tasks.draw(50, torch.Generator().manual_seed(7))
+    assert torch.equal(first.groups[0].support, drawn.support)  # the seed itself, not one near it
+    other_queries = replace(first, groups=[drawn._replace(query=drawn.query.flip(1))])
+    assert other_queries.hash != first.hash
+    batches = [e.query.x for e in first.episodes(batch=16)]
+    assert [len(b) for b in batches] == [16, 16, 16, 2]
+    assert torch.equal(torch.cat(batches), tasks.gather(again.groups[0]).query.x)
+    with pytest.raises(ValueError, match="n=0, expected an integer of at least 1"):
+        VariedWayShot(numbered, way=(2, 3)).freeze(0)
 
 
 def test_the_same_episodes_on_every_device(device):
     numbered = cell_08a2ae5d()
-    cell_84612dbe(numbered)
     # cell b4e6d7d7
     here, there = FewShot(numbered, query=5), FewShot(numbered.to(device), query=5)
     assert here.freeze(20, seed=1).hash == there.freeze(20, seed=1).hash
@@ -482,7 +378,22 @@ def test_nobody_beats_chance_without_the_support_set():
 
 def test_sorted_labels_leak():
     best_memoriser = cell_43b6a85c()
-    cell_bf5e85ca(best_memoriser)
+    # cell bf5e85ca
+    M, N = 20, 5
+    total = math.comb(M - 1, N - 1)
+    best = [
+        max(math.comb(i, j) * math.comb(M - 1 - i, N - 1 - j) for j in range(N)) / total
+        for i in range(M)
+    ]
+    leak = sum(best) / M
+    print(
+        f"sorted labels: {leak:.1%} without any learning from the support set; chance is {1 / N:.0%}"
+    )
+    assert leak > 0.5
+    every = torch.ones(40_000, M, dtype=torch.bool)
+    rows = choose(every, N, torch.Generator().manual_seed(0)).sort(1).values  # the mistake
+    part = Examples(rows, rows, {"classes": rows})
+    assert abs(best_memoriser(Episode(part, part), M).mean().item() - leak) < 0.02
 
 
 def test_drawing_twice_makes_the_sets_meet():
@@ -498,16 +409,18 @@ def test_drawing_twice_makes_the_sets_meet():
 
 def test_no_two_batches_are_alike():
     numbered = cell_08a2ae5d()
-    best_memoriser = cell_43b6a85c()
-    cell_bf5e85ca(best_memoriser)
-    cell_fecee98c(numbered)
+    # cell fecee98c
+    generator = torch.Generator().manual_seed(0)
+    tasks = FewShot(numbered, query=5)
+    batches = [tasks.draw(4, generator).support.tolist() for _ in range(50)]
+    rows = [tuple(row) for batch in batches for row in batch]
+    assert (
+        len(set(rows)) == 200
+    )  # of 2.3 billion: chance would repeat one in 1 of 100,000 such runs
 
 
 def test_redrawing_covers_every_example():
     numbered = cell_08a2ae5d()
-    best_memoriser = cell_43b6a85c()
-    cell_bf5e85ca(best_memoriser)
-    cell_fecee98c(numbered)
     # cell f2c39587
     only = numbered.select([0, 1])
     episodes = FewShot(only, way=2, shot=1, query=1).sample(2000)

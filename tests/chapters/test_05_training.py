@@ -22,21 +22,6 @@ from metabook.scores import Score
 from metabook.training import TRAINING, VALIDATION_TASKS, Outer, fit
 
 
-def cell_5a0e1002():
-    # cell 5a0e1002
-    def recited(learner, tasks, steps, meta_batch, lr, generator):
-        "The outer loop, and nothing else: `fit` below takes the same steps."
-        optimizer = torch.optim.Adam(learner.parameters(), lr=lr)
-        for _ in range(steps):
-            episodes = tasks.sample(meta_batch, generator)  # draw
-            loss = losses(learner, episodes).mean()  # adapt to each task, judge it by its queries
-            optimizer.zero_grad()
-            loss.backward()  # gradient
-            optimizer.step()  # step
-
-    return recited
-
-
 def cell_0e416f25():
     # cell 0e416f25
     class Shrink(Learner):
@@ -99,7 +84,39 @@ def cell_732608c8(Shrink):
     return one_step, two_tasks
 
 
-def cell_3733d06d(one_step, two_tasks):
+def cell_3a5e0001():
+    # cell 3a5e0001
+    def wave_run(steps=4, **how):
+        "A very short run of MAML on sinusoids."
+        torch.manual_seed(0)
+        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
+        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
+        return fit(learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), **how)
+
+    return wave_run
+
+
+def test_the_gradient_takes_two_ways():
+    # cell 5a0e1005
+    points = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    support = Examples.of(points[0].clone().requires_grad_(), torch.tensor([0, 1, 2, 0, 1]), way=3)
+    query = Examples.of(points[1].clone().requires_grad_(), torch.tensor([0, 0, 1, 2, 2]), way=3)
+    torch.manual_seed(0)
+    learner = ProtoNet(MLP([3, 8, 4]))
+    first = next(learner.parameters())
+    learner.loss(Episode(support, query)).backward()
+    assert support.x.grad.abs().min() > 0 and query.x.grad.abs().min() > 0
+    whole = first.grad.clone()
+    learner.zero_grad()
+    state = [t.detach() if isinstance(t, torch.Tensor) else t for t in learner.adapt(support)]
+    learner.criterion(learner.predict(tuple(state), query.x), query.y).backward()
+    assert (first.grad - whole).norm() > 0.1 * whole.norm()  # the other way counts
+
+
+@pytest.mark.proves("eq-outer-update")
+def test_one_outer_step_by_hand():
+    Shrink = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
     # cell 3733d06d
     for lift in ("loop", "vmap"):
         learner, outer, values = one_step(lift=lift)
@@ -110,7 +127,30 @@ def cell_3733d06d(one_step, two_tasks):
         assert learner.theta.item() == pytest.approx(0.3)
 
 
-def cell_5a0e1003(recited):
+@pytest.mark.proves("eq-clip")
+def test_one_clipped_step_by_hand():
+    Shrink = cell_0e416f25()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    # cell 89daeaac
+    for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
+        learner, outer, _ = one_step(clip=clip)
+        assert learner.theta.item() == pytest.approx(theta, rel=1e-4)
+    with pytest.raises(ValueError, match="clip=0"):
+        one_step(clip=0.0)
+
+
+def test_fit_is_the_loop_that_you_can_recite():
+    # cell 5a0e1002
+    def recited(learner, tasks, steps, meta_batch, lr, generator):
+        "The outer loop, and nothing else: `fit` below takes the same steps."
+        optimizer = torch.optim.Adam(learner.parameters(), lr=lr)
+        for _ in range(steps):
+            episodes = tasks.sample(meta_batch, generator)  # draw
+            loss = losses(learner, episodes).mean()  # adapt to each task, judge it by its queries
+            optimizer.zero_grad()
+            loss.backward()  # gradient
+            optimizer.step()  # step
+
     # cell 5a0e1003
     points = Classes(
         torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.full((6,), 10)
@@ -127,7 +167,11 @@ def cell_5a0e1003(recited):
     torch.testing.assert_close(*ends)
 
 
-def cell_7073776a(Shrink, Sightings):
+def test_tasks_are_told_how_it_went():
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
+    one_step, two_tasks = cell_732608c8(Shrink)
+
     # cell 7073776a
     class Listening(Sightings):
         "Keeps what it is told."
@@ -143,7 +187,12 @@ def cell_7073776a(Shrink, Sightings):
     torch.testing.assert_close(first.losses, first.episodes.query.y.square().mean((1, 2)))
 
 
-def cell_f5827b51(Shrink, Sightings):
+@pytest.mark.proves("eq-shrinkage")
+def test_fit_finds_what_the_pencil_found():
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
+    one_step, two_tasks = cell_732608c8(Shrink)
+
     # cell f5827b51
     def trained(shot):
         "What the smallest learner learns from tasks with so many sightings."
@@ -166,7 +215,12 @@ def cell_f5827b51(Shrink, Sightings):
         assert abs(theta - shot / (shot + 1)) < 0.05
 
 
-def cell_254f7d93(Shrink, Sightings):
+@pytest.mark.proves("eq-selection")
+def test_the_best_parameters_are_kept():
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
+    one_step, two_tasks = cell_732608c8(Shrink)
+
     # cell 254f7d93
     def kept(metric, scores):
         "The parameter that a run keeps when the validation scores after each step are these."
@@ -184,7 +238,10 @@ def cell_254f7d93(Shrink, Sightings):
     assert kept("mse", [math.nan, math.nan]) == 1  # nothing is known to be better than the latest
 
 
-def cell_0f941697(Shrink, Sightings):
+def test_each_phase_has_its_mode():
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
+    one_step, two_tasks = cell_732608c8(Shrink)
     # cell 0f941697
     modes = {"loss": set(), "predict": set()}
 
@@ -211,19 +268,31 @@ def cell_0f941697(Shrink, Sightings):
     assert modes == {"loss": {True}, "predict": {True, False}} and not run.learner.training
 
 
-def cell_3a5e0001():
-    # cell 3a5e0001
-    def wave_run(steps=4, **how):
-        "A very short run of MAML on sinusoids."
-        torch.manual_seed(0)
-        learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
-        how = {"meta_batch": 4, "every": 2, "log_every": 2, "progress": False} | how
-        return fit(learner, Sinusoids(5, 10), steps=steps, validate=Sinusoids(5, 15), **how)
+def test_a_bad_run_is_refused_before_it_begins():
+    Shrink = cell_0e416f25()
+    Sightings = cell_0e416f26()
+    one_step, two_tasks = cell_732608c8(Shrink)
+    # cell b8bb18a5
+    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 8, 8) for i in range(5)}), 3, 1, 5)
+    for wrong, message in [
+        (dict(tasks=pictures), "regression learner cannot be used on classification"),
+        (
+            dict(validate=pictures),
+            "regression learner cannot be used on classification",
+        ),
+        (dict(steps=0), "steps=0"),
+        (dict(every=-1), "every=-1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit(Shrink(), **({"tasks": Sightings(), "steps": 2, "progress": False} | wrong))
+    room = tempfile.TemporaryDirectory()
+    with pytest.raises(TypeError, match="cannot be saved by name"):  # nobody registered this class
+        fit(Shrink(), Sightings(), steps=2, folder=Path(room.name) / "run", progress=False)
+    assert not (Path(room.name) / "run").exists()
 
-    return wave_run
 
-
-def cell_f7852066(wave_run):
+def test_training_never_meets_the_test_tasks():
+    wave_run = cell_3a5e0001()
     # cell f7852066
     naive = Sinusoids().sample(25, torch.Generator().manual_seed(0))
     assert torch.equal(
@@ -253,132 +322,11 @@ def cell_f7852066(wave_run):
     assert len(seen) > 30 * 25 + 2 * VALIDATION_TASKS and not set(seen) & set(tested)
 
 
-def test_the_gradient_takes_two_ways():
-    # cell 5a0e1005
-    points = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
-    support = Examples.of(points[0].clone().requires_grad_(), torch.tensor([0, 1, 2, 0, 1]), way=3)
-    query = Examples.of(points[1].clone().requires_grad_(), torch.tensor([0, 0, 1, 2, 2]), way=3)
-    torch.manual_seed(0)
-    learner = ProtoNet(MLP([3, 8, 4]))
-    first = next(learner.parameters())
-    learner.loss(Episode(support, query)).backward()
-    assert support.x.grad.abs().min() > 0 and query.x.grad.abs().min() > 0
-    whole = first.grad.clone()
-    learner.zero_grad()
-    state = [t.detach() if isinstance(t, torch.Tensor) else t for t in learner.adapt(support)]
-    learner.criterion(learner.predict(tuple(state), query.x), query.y).backward()
-    assert (first.grad - whole).norm() > 0.1 * whole.norm()  # the other way counts
-
-
-@pytest.mark.proves("eq-outer-update")
-def test_one_outer_step_by_hand():
-    Shrink = cell_0e416f25()
-    one_step, two_tasks = cell_732608c8(Shrink)
-    cell_3733d06d(one_step, two_tasks)
-
-
-@pytest.mark.proves("eq-clip")
-def test_one_clipped_step_by_hand():
-    Shrink = cell_0e416f25()
-    one_step, two_tasks = cell_732608c8(Shrink)
-    cell_3733d06d(one_step, two_tasks)
-    # cell 89daeaac
-    for clip, theta in [(1.0, 0.1), (5.0, 0.2)]:  # a norm below the bound stays as it is
-        learner, outer, _ = one_step(clip=clip)
-        assert learner.theta.item() == pytest.approx(theta, rel=1e-4)
-    with pytest.raises(ValueError, match="clip=0"):
-        one_step(clip=0.0)
-
-
-def test_fit_is_the_loop_that_you_can_recite():
-    recited = cell_5a0e1002()
-    cell_5a0e1003(recited)
-
-
-def test_tasks_are_told_how_it_went():
-    recited = cell_5a0e1002()
-    Shrink = cell_0e416f25()
-    Sightings = cell_0e416f26()
-    one_step, two_tasks = cell_732608c8(Shrink)
-    cell_5a0e1003(recited)
-    cell_7073776a(Shrink, Sightings)
-
-
-@pytest.mark.proves("eq-shrinkage")
-def test_fit_finds_what_the_pencil_found():
-    recited = cell_5a0e1002()
-    Shrink = cell_0e416f25()
-    Sightings = cell_0e416f26()
-    one_step, two_tasks = cell_732608c8(Shrink)
-    cell_5a0e1003(recited)
-    cell_7073776a(Shrink, Sightings)
-    cell_f5827b51(Shrink, Sightings)
-
-
-@pytest.mark.proves("eq-selection")
-def test_the_best_parameters_are_kept():
-    recited = cell_5a0e1002()
-    Shrink = cell_0e416f25()
-    Sightings = cell_0e416f26()
-    one_step, two_tasks = cell_732608c8(Shrink)
-    cell_5a0e1003(recited)
-    cell_7073776a(Shrink, Sightings)
-    cell_f5827b51(Shrink, Sightings)
-    cell_254f7d93(Shrink, Sightings)
-
-
-def test_each_phase_has_its_mode():
-    recited = cell_5a0e1002()
-    Shrink = cell_0e416f25()
-    Sightings = cell_0e416f26()
-    one_step, two_tasks = cell_732608c8(Shrink)
-    cell_5a0e1003(recited)
-    cell_7073776a(Shrink, Sightings)
-    cell_f5827b51(Shrink, Sightings)
-    cell_254f7d93(Shrink, Sightings)
-    cell_0f941697(Shrink, Sightings)
-
-
-def test_a_bad_run_is_refused_before_it_begins():
-    recited = cell_5a0e1002()
-    Shrink = cell_0e416f25()
-    Sightings = cell_0e416f26()
-    one_step, two_tasks = cell_732608c8(Shrink)
-    cell_5a0e1003(recited)
-    cell_7073776a(Shrink, Sightings)
-    cell_f5827b51(Shrink, Sightings)
-    cell_254f7d93(Shrink, Sightings)
-    cell_0f941697(Shrink, Sightings)
-    # cell b8bb18a5
-    pictures = FewShot(Classes.of({str(i): torch.rand(6, 1, 8, 8) for i in range(5)}), 3, 1, 5)
-    for wrong, message in [
-        (dict(tasks=pictures), "regression learner cannot be used on classification"),
-        (
-            dict(validate=pictures),
-            "regression learner cannot be used on classification",
-        ),
-        (dict(steps=0), "steps=0"),
-        (dict(every=-1), "every=-1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            fit(Shrink(), **({"tasks": Sightings(), "steps": 2, "progress": False} | wrong))
-    room = tempfile.TemporaryDirectory()
-    with pytest.raises(TypeError, match="cannot be saved by name"):  # nobody registered this class
-        fit(Shrink(), Sightings(), steps=2, folder=Path(room.name) / "run", progress=False)
-    assert not (Path(room.name) / "run").exists()
-
-
-def test_training_never_meets_the_test_tasks():
-    wave_run = cell_3a5e0001()
-    cell_f7852066(wave_run)
-
-
 def test_equal_runs_are_equal(device):
     Shrink = cell_0e416f25()
     Sightings = cell_0e416f26()
     one_step, two_tasks = cell_732608c8(Shrink)
     wave_run = cell_3a5e0001()
-    cell_f7852066(wave_run)
 
     # cell 83b5715b
     def state_after(**how):

@@ -53,32 +53,6 @@ def cell_53f5d5e5(accuracies):
     return coverage
 
 
-def cell_56d0bf14(coverage):
-    # cell 56d0bf14
-    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
-
-
-def cell_c2b809e7(accuracies):
-    # cell c2b809e7
-    for m in (5, 75, 1000):
-        variance = 0.08**2 + (0.25 - 0.08**2) / m
-        measured = Score(accuracies(100_000, queries=m)[0].float()).standard_error ** 2 * 100_000
-        assert abs(measured / variance - 1) < 0.03
-
-
-def cell_7e89ac2a():
-    # cell 7e89ac2a
-    rng = np.random.default_rng(9)
-    skill = rng.normal(0.5, 0.1, (200, 20))  # how well each class of each world is recognised
-    five = rng.random((200, 600, 20)).argpartition(5, -1)[..., :5]  # the classes of each task
-    of_task = skill[np.arange(200)[:, None, None], five].mean(-1) + rng.normal(0, 0.05, (200, 600))
-    worlds = [Score(torch.tensor(row)) for row in of_task]
-    own = np.mean([abs(w.mean - m) <= w.ci95 for w, m in zip(worlds, skill.mean(1), strict=True)])
-    every = np.mean([abs(w.mean - 0.5) <= w.ci95 for w in worlds])
-    print(f"covers the mean of its own 20 classes: {own:.0%}, of all classes: {every:.0%}")
-    assert own > 0.9 and every < 0.35
-
-
 def cell_e6c7453f():
     # cell e6c7453f
     def images(n_classes=8, each=12, size=16, seed=0):
@@ -94,100 +68,6 @@ def cell_e6c7453f():
         return ProtoNet(Conv4(1, size=16, width=8, stats=stats))
 
     return images, small_net
-
-
-def cell_c886e8de(images, small_net):
-    # cell c886e8de
-    tasks = FewShot(images(), way=3, shot=1, query=5)
-    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
-        learner = small_net(stats).eval()
-        episodes = next(tasks.freeze(1).episodes())
-        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
-        phi = learner.adapt(S)
-        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
-        [(single, _)] = answers(learner, tasks.freeze(1), "single")
-        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
-        assert torch.allclose(single[0], by_hand, atol=1e-4)
-        assert by_hand.requires_grad and not single.requires_grad
-        assert torch.allclose(single, joint, atol=1e-4) == alone
-        assert learner.transductive != alone
-
-
-def cell_ad4a388a(device, images, small_net):
-    # cell ad4a388a
-    learner = small_net("running").to(device)
-    before = {k: v.clone() for k, v in learner.state_dict().items()}
-    tasks = FewShot(images(), way=3, shot=1, query=5)
-    expected = evaluate(learner.eval(), tasks, 20)
-    first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
-    torch.manual_seed(123)  # whatever else drew random numbers in the meantime
-    second = evaluate(learner, tasks, 20, engine=Engine(lift="loop"), batch=7)
-    assert torch.equal(first.per_task, expected.per_task)
-    assert first.episodes == second.episodes
-    assert torch.allclose(first.per_task, second.per_task)
-    assert learner.training and all(p.grad is None for p in learner.parameters())
-    for name, value in learner.state_dict().items():
-        assert torch.equal(before[name], value)
-
-
-def cell_fe2b3ecc():
-    # cell fe2b3ecc
-    def an_answer(confidence, right):
-        "Logits of three classes for one answer, whose target is class 0."
-        p = torch.full((3,), (1 - confidence) / 2)
-        p[0 if right else 1] = confidence
-        return p.log()
-
-    said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
-    logits = torch.stack([an_answer(*one) for one in said])[None]
-    by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
-    assert by_hand.ece == pytest.approx(0.12)
-    confidence, accuracy, share = by_hand.curve()
-    assert torch.allclose(confidence, torch.tensor([0.4, 0.8])) and share.tolist() == pytest.approx(
-        [0.4, 0.6]
-    )
-    assert torch.allclose(accuracy, torch.tensor([1 / 2, 2 / 3]))
-
-
-def cell_0d9c31e0(images):
-    # cell 0d9c31e0
-    class Sure(Learner):
-        "Always gives logits ln 9 to the first class and 0 to the second."
-
-        def adapt(self, support):
-            return support.y
-
-        def predict(self, state, x):
-            return torch.tensor([math.log(9.0), 0.0]).expand(len(x), 2)
-
-    tasks = FewShot(images(), way=2, shot=1, query=5)
-    for temperature, confidence in [(1.0, 0.9), (2.0, 0.75)]:
-        measured, accuracy, _ = calibration(Sure(), tasks, 10, temperature=temperature).curve()
-        assert measured.item() == pytest.approx(confidence) and accuracy.item() == 0.5
-
-
-def cell_24d67be0(images, small_net):
-    # cell 24d67be0
-    task = next(FewShot(images(), way=3, shot=1, query=5).freeze(1).episodes())
-    S, Q = (Examples(side.x[0], side.y[0]) for side in task)
-    for stats, depends in [("batch", True), ("support", False)]:
-        learner = small_net(stats).eval()
-        among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
-        assert torch.allclose(among_15, among_3, atol=1e-4) != depends
-
-
-def cell_8e2f60a3(images, small_net):
-    # cell 8e2f60a3
-    broken = small_net("support")
-    for p in broken.parameters():
-        p.data.fill_(math.nan)
-    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
-    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
-    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
-    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
-    print(score)
-    assert math.isnan(score.mean) and score.lost == 20
-    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
 
 
 @pytest.mark.proves("eq-standard-error")
@@ -209,7 +89,8 @@ def test_the_interval_covers_95_of_100():
     accuracies = cell_2a12a91c()
     cell_27d2e460()
     coverage = cell_53f5d5e5(accuracies)
-    cell_56d0bf14(coverage)
+    # cell 56d0bf14
+    assert abs(coverage(lambda a: Score(a.float()).ci95) - 0.95) < 0.015
 
 
 @pytest.mark.proves("eq-task-variance")
@@ -217,16 +98,17 @@ def test_tasks_and_queries_share_the_spread():
     accuracies = cell_2a12a91c()
     cell_27d2e460()
     coverage = cell_53f5d5e5(accuracies)
-    cell_56d0bf14(coverage)
-    cell_c2b809e7(accuracies)
+    # cell c2b809e7
+    for m in (5, 75, 1000):
+        variance = 0.08**2 + (0.25 - 0.08**2) / m
+        measured = Score(accuracies(100_000, queries=m)[0].float()).standard_error ** 2 * 100_000
+        assert abs(measured / variance - 1) < 0.03
 
 
 def test_only_one_of_three_intervals_is_right():
     accuracies = cell_2a12a91c()
     cell_27d2e460()
     coverage = cell_53f5d5e5(accuracies)
-    cell_56d0bf14(coverage)
-    cell_c2b809e7(accuracies)
     # cell 7e89ac29
     over_tasks_ = coverage(lambda a: 1.96 * a.std() / 600**0.5)
     standard_deviation = coverage(lambda a: a.std())
@@ -242,13 +124,21 @@ def test_only_one_of_three_intervals_is_right():
 
 def test_the_interval_counts_tasks_not_classes():
     cell_27d2e460()
-    cell_7e89ac2a()
+    # cell 7e89ac2a
+    rng = np.random.default_rng(9)
+    skill = rng.normal(0.5, 0.1, (200, 20))  # how well each class of each world is recognised
+    five = rng.random((200, 600, 20)).argpartition(5, -1)[..., :5]  # the classes of each task
+    of_task = skill[np.arange(200)[:, None, None], five].mean(-1) + rng.normal(0, 0.05, (200, 600))
+    worlds = [Score(torch.tensor(row)) for row in of_task]
+    own = np.mean([abs(w.mean - m) <= w.ci95 for w, m in zip(worlds, skill.mean(1), strict=True)])
+    every = np.mean([abs(w.mean - 0.5) <= w.ci95 for w in worlds])
+    print(f"covers the mean of its own 20 classes: {own:.0%}, of all classes: {every:.0%}")
+    assert own > 0.9 and every < 0.35
 
 
 @pytest.mark.proves("eq-seed-variance")
 def test_seeds_and_tasks_share_the_variance():
     cell_27d2e460()
-    cell_7e89ac2a()
     # cell 5eed0002
     rng = np.random.default_rng(10)
     for seeds, n in [(1, 50), (3, 50), (3, 200)]:
@@ -320,13 +210,38 @@ def test_holm_takes_what_there_is():
 @pytest.mark.proves("eq-single-query")
 def test_joint_and_single_queries():
     images, small_net = cell_e6c7453f()
-    cell_c886e8de(images, small_net)
+    # cell c886e8de
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    for stats, alone in [("batch", False), ("support", True), ("running", True)]:
+        learner = small_net(stats).eval()
+        episodes = next(tasks.freeze(1).episodes())
+        S, Q = (Examples(side.x[0], side.y[0]) for side in episodes)
+        phi = learner.adapt(S)
+        by_hand = torch.cat([learner.predict(phi, Q.x[j : j + 1]) for j in range(15)])
+        [(single, _)] = answers(learner, tasks.freeze(1), "single")
+        [(joint, _)] = answers(learner, tasks.freeze(1), "joint")
+        assert torch.allclose(single[0], by_hand, atol=1e-4)
+        assert by_hand.requires_grad and not single.requires_grad
+        assert torch.allclose(single, joint, atol=1e-4) == alone
+        assert learner.transductive != alone
 
 
 def test_evaluation_changes_nothing(device):
     images, small_net = cell_e6c7453f()
-    cell_c886e8de(images, small_net)
-    cell_ad4a388a(device, images, small_net)
+    # cell ad4a388a
+    learner = small_net("running").to(device)
+    before = {k: v.clone() for k, v in learner.state_dict().items()}
+    tasks = FewShot(images(), way=3, shot=1, query=5)
+    expected = evaluate(learner.eval(), tasks, 20)
+    first = evaluate(learner.train(), tasks, 20)  # in evaluation mode, and then back
+    torch.manual_seed(123)  # whatever else drew random numbers in the meantime
+    second = evaluate(learner, tasks, 20, engine=Engine(lift="loop"), batch=7)
+    assert torch.equal(first.per_task, expected.per_task)
+    assert first.episodes == second.episodes
+    assert torch.allclose(first.per_task, second.per_task)
+    assert learner.training and all(p.grad is None for p in learner.parameters())
+    for name, value in learner.state_dict().items():
+        assert torch.equal(before[name], value)
 
 
 def test_answers_come_in_the_precision_asked_for(device):
@@ -340,10 +255,8 @@ def test_answers_come_in_the_precision_asked_for(device):
     assert 1e-4 < ((rough - exact).abs() / exact).max() < 0.5
 
 
-def test_what_does_not_fit_is_refused(device):
+def test_what_does_not_fit_is_refused():
     images, small_net = cell_e6c7453f()
-    cell_c886e8de(images, small_net)
-    cell_ad4a388a(device, images, small_net)
     # cell 790969cf
     tasks = FewShot(images(), way=3, shot=1, query=5)
     with pytest.raises(
@@ -359,7 +272,22 @@ def test_what_does_not_fit_is_refused(device):
 
 @pytest.mark.proves("eq-ece")
 def test_the_calibration_error_by_hand():
-    cell_fe2b3ecc()
+    # cell fe2b3ecc
+    def an_answer(confidence, right):
+        "Logits of three classes for one answer, whose target is class 0."
+        p = torch.full((3,), (1 - confidence) / 2)
+        p[0 if right else 1] = confidence
+        return p.log()
+
+    said = [(0.4, True), (0.4, False), (0.9, True), (0.8, True), (0.7, False)]
+    logits = torch.stack([an_answer(*one) for one in said])[None]
+    by_hand = Calibration(*binned(logits, torch.eye(3)[[0] * 5][None], bins=2))
+    assert by_hand.ece == pytest.approx(0.12)
+    confidence, accuracy, share = by_hand.curve()
+    assert torch.allclose(confidence, torch.tensor([0.4, 0.8])) and share.tolist() == pytest.approx(
+        [0.4, 0.6]
+    )
+    assert torch.allclose(accuracy, torch.tensor([1 / 2, 2 / 3]))
 
 
 @pytest.mark.proves("eq-jackknife")
@@ -391,14 +319,25 @@ def test_the_jackknife_agrees_with_what_it_replaces():
 @pytest.mark.proves("eq-temperature")
 def test_temperature_changes_confidence_only():
     images, small_net = cell_e6c7453f()
-    cell_fe2b3ecc()
-    cell_0d9c31e0(images)
+
+    # cell 0d9c31e0
+    class Sure(Learner):
+        "Always gives logits ln 9 to the first class and 0 to the second."
+
+        def adapt(self, support):
+            return support.y
+
+        def predict(self, state, x):
+            return torch.tensor([math.log(9.0), 0.0]).expand(len(x), 2)
+
+    tasks = FewShot(images(), way=2, shot=1, query=5)
+    for temperature, confidence in [(1.0, 0.9), (2.0, 0.75)]:
+        measured, accuracy, _ = calibration(Sure(), tasks, 10, temperature=temperature).curve()
+        assert measured.item() == pytest.approx(confidence) and accuracy.item() == 0.5
 
 
 def test_calibration_that_means_nothing_is_refused():
     images, small_net = cell_e6c7453f()
-    cell_fe2b3ecc()
-    cell_0d9c31e0(images)
     # cell 0d9c31e1
     tasks = FewShot(images(), way=2, shot=1, query=5)
     for wrong in (0.0, math.nan):
@@ -458,19 +397,31 @@ def test_sealed_test_tasks_catch_a_peek():
 
 def test_company_changes_a_transductive_score():
     images, small_net = cell_e6c7453f()
-    cell_24d67be0(images, small_net)
+    # cell 24d67be0
+    task = next(FewShot(images(), way=3, shot=1, query=5).freeze(1).episodes())
+    S, Q = (Examples(side.x[0], side.y[0]) for side in task)
+    for stats, depends in [("batch", True), ("support", False)]:
+        learner = small_net(stats).eval()
+        among_15, among_3 = learner(S, Q.x)[:3], learner(S, Q.x[:3])
+        assert torch.allclose(among_15, among_3, atol=1e-4) != depends
 
 
 def test_no_answer_is_no_wrong_answer():
     images, small_net = cell_e6c7453f()
-    cell_24d67be0(images, small_net)
-    cell_8e2f60a3(images, small_net)
+    # cell 8e2f60a3
+    broken = small_net("support")
+    for p in broken.parameters():
+        p.data.fill_(math.nan)
+    logits, y = answers(broken, FewShot(images(), way=3, shot=1, query=5).freeze(20))[0]
+    naive = (logits.argmax(-1) == y.argmax(-1)).float().mean(1)
+    assert torch.allclose(naive, torch.tensor(1 / 3))  # in each task: nothing looks wrong
+    score = evaluate(broken, FewShot(images(), way=3, shot=1, query=5), n=20)
+    print(score)
+    assert math.isnan(score.mean) and score.lost == 20
+    assert not score.beats(None) and Score(torch.zeros(20)).beats(score)
 
 
 def test_adaptation_lowers_the_loss_that_it_descends():
-    images, small_net = cell_e6c7453f()
-    cell_24d67be0(images, small_net)
-    cell_8e2f60a3(images, small_net)
     # cell 9afa356c
     learner = MAML(MLP([1, 8, 1]), lr=0.01, kind="regression", test_steps=2)
     fit(learner, Sinusoids(5, 10), steps=4, meta_batch=4, progress=False)

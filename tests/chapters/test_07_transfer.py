@@ -52,83 +52,6 @@ def cell_6c2bb46c():
     return labels, points
 
 
-def cell_a7861c75(as_is, labels, points):
-    # cell a7861c75
-    weight, bias, _ = state = Pretrained(as_is).adapt(Examples(points, labels))
-    assert weight.tolist() == [[2.0, 0.0], [8.0, 4.0]] and bias.tolist() == [-1.0, -20.0]
-    query = torch.tensor([[2.0, 1.0]])
-    assert Pretrained(as_is).predict(state, query).tolist() == [[3.0, 0.0]]
-
-    z, y = torch.randn(40, 6).double(), one_hot(torch.arange(40) % 5, 5).double()
-    logits = Pretrained(as_is)(Examples(z, y), z)
-    distances = -squared_euclidean(z, prototypes(z, y))
-    torch.testing.assert_close(logits.softmax(1), distances.softmax(1))
-
-
-def cell_2604ab3e(as_is):
-    # cell 2604ab3e
-    z, y = torch.randn(10, 6), one_hot(torch.arange(10) % 2, 2)
-    learner = Pretrained(as_is, logits="cosine")
-    means = torch.stack([F.normalize(z[k::2], dim=1).mean(0) for k in range(2)])
-    nearest = F.cosine_similarity(z[:, None], means, dim=-1)
-    torch.testing.assert_close(learner(Examples(z, y), z), SCALE * nearest)
-    long = z * torch.rand(10, 1)  # other lengths, the same directions
-    torch.testing.assert_close(learner(Examples(long, y), z), SCALE * nearest)
-
-
-def cell_95933c58():
-    # cell 95933c58
-    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
-    episode = FewShot(noise, way=3, shot=2, query=3).sample(1)
-    episode = Episode(*(Examples(side.x[0], side.y[0]) for side in episode))
-    net = Conv4(size=16, width=4, stats="support")
-    losses, gradients = [], []
-    for learner in (Pretrained(net), ProtoNet(net)):
-        losses.append(learner.loss(episode))
-        gradients.append(torch.autograd.grad(losses[-1], list(net.parameters())))
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
-
-
-def cell_fddbc332():
-    # cell fddbc332
-    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
-    learner = Pretrained(Conv4(size=16, width=4, stats="running"), classes=5)
-    batch = Batches(noise, 8).sample(1)
-    support, query = (Examples(side.x[0], side.y[0]) for side in batch)
-    logits = learner.base(learner.embed(query.x))
-    expected = F.cross_entropy(logits, query.y.argmax(1))
-    torch.testing.assert_close(learner.loss(Episode(support, query)), expected)
-
-
-def cell_ca2da532(device):
-    # cell ca2da532
-    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
-    for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
-        learner = Pretrained(Conv4(size=16, width=4, stats=stats), logits=logits)
-        check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
-    for logits in HEADS:
-        net = Conv4(size=16, width=4, stats="running")
-        check_learner(Pretrained(net, 5, logits).to(device), Batches(noise, size=8))
-    assert METHODS["pretrained"].__name__ == "Pretrained"  # trained folders are found by this name
-
-
-def cell_9891c75b(as_is, labels, points):
-    # cell 9891c75b
-    def first_step(z, y, alpha=1.0):
-        "A step of gradient descent from zero."
-        zero = z.new_zeros(y.shape[1], z.shape[1]), z.new_zeros(y.shape[1])
-        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
-
-    w, b = first_step(points, labels)  # by hand
-    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
-    z = 5 * torch.randn(20, 6).double() + 3
-    y = one_hot(torch.arange(20) % 4, 4).double()
-    w, b = first_step(z, y, alpha=0.3)
-    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
-    torch.testing.assert_close(b, torch.zeros(4).double())
-
-
 def cell_b5249cc2():
     # cell b5249cc2
     def some_features(n=20, d=6, way=4, scale=5.0, shift=3.0):
@@ -144,144 +67,6 @@ def cell_b5249cc2():
         return state.weight, state.bias
 
     return descended, some_features
-
-
-def cell_fbe9af1e(as_is, some_features):
-    # cell fbe9af1e
-    z, y = some_features()
-    w, b = torch.randn(4, 6).double(), torch.randn(4).double()
-    for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
-    excess = linear(z, w, b).softmax(1) - y  # p - y
-    torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
-    torch.testing.assert_close(for_b, excess.mean(0))
-
-
-def cell_4f459f50(as_is, descended, points, some_features):
-    # cell 4f459f50
-    m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
-    assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
-
-    z, y = some_features()
-    turn = torch.linalg.qr(torch.randn(6, 6).double()).Q
-    learner = FineTune(as_is, steps=30)
-    logits = learner(Examples(z, y), z)
-    for factor, shift in ((1.0, 0.0), (1e-3, 0.0), (1e3, 0.0), (1.0, 50.0)):
-        other = factor * z @ turn + shift
-        torch.testing.assert_close(learner(Examples(other, y), other), logits)
-
-    m, r = spread(z)
-    u = (z - m) / r
-    torch.testing.assert_close(u.square().sum(1).mean(), torch.tensor(1.0).double())
-    torch.testing.assert_close(
-        linear(u, *descended(learner, u, y)), logits
-    )  # the two forms of the head
-
-
-def cell_6c34977a(as_is, some_features):
-    # cell 6c34977a
-    def largest_curvature(z, y, size):
-        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
-        m, r = spread(z)
-        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
-        support_loss = FineTune(as_is).support_loss
-
-        def loss_of(flat):
-            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
-
-        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
-        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
-        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
-        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
-        return torch.linalg.eigvalsh(curvature)[-1].item()
-
-    for size in (0.0, 1.0, 10.0):
-        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
-            z, y = some_features(way=way, scale=scale, shift=shift)
-            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
-    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
-    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
-
-
-def cell_3895283e(as_is, descended, some_features):
-    # cell 3895283e
-    z, y = some_features(scale=20.0)
-    m, r = spread(z)
-    u = (z - m) / r
-    for alpha in (0.5, 1.0, 2.0, 3.9):
-        for steps in range(8):
-            before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
-            head = descended(before, u, y)
-            g = grad(before.support_loss)(head, u, y)
-            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
-            gone = before.support_loss(head, u, y) - after.support_loss(
-                descended(after, u, y), u, y
-            )
-            assert gone >= fall - 1e-12 and fall > 0
-
-
-def cell_6dd18c8f(as_is, descended, some_features):
-    # cell 6dd18c8f
-    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
-    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
-    z_hat, w_hat = F.normalize(z), F.normalize(w)
-    across = z_hat - (w_hat * z_hat).sum() * w_hat
-    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
-
-    z, y = some_features()
-    lengths = torch.stack(
-        [
-            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
-            for k in range(6)
-        ]
-    )
-    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
-    assert (lengths.diff(dim=0) > 0).all()
-
-
-def cell_85add596(as_is, some_features):
-    # cell 85add596
-    z, y = some_features()
-    _, r = spread(z)
-    still, plain = FineTune(as_is, steps=0), Pretrained(as_is)
-    probability = plain(Examples(z / r, y), z / r).softmax(1)
-    torch.testing.assert_close(still(Examples(z, y), z).softmax(1), probability)
-    assert torch.equal(still(Examples(z, y), z).argmax(1), plain(Examples(z, y), z).argmax(1))
-    same = [m(as_is, logits="cosine", **k) for m, k in ((FineTune, {"steps": 0}), (Pretrained, {}))]
-    torch.testing.assert_close(*[learner(Examples(z, y), z) for learner in same])
-
-    few, names = z[:8], y[:8]  # 8 points, 6 numbers each, 4 classes
-    fitted = FineTune(as_is, steps=1000)(Examples(few, names), few)
-    assert (fitted.argmax(1) == names.argmax(1)).all()
-
-
-def cell_c2fc5de4(device):
-    # cell c2fc5de4
-    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
-    for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
-        learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=2)
-        check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
-    net = Conv4(size=16, width=4, stats="running")
-    check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
-    assert METHODS["finetune"].__name__ == "FineTune"
-
-
-def cell_ca56e6da():
-    # cell ca56e6da
-    net = Conv4(size=16, width=4, stats="running").double()
-    assert Pretrained(net, classes=5).base.weight.dtype == torch.float64
-    assert Pretrained(net.to("meta"), classes=5).base.weight.device.type == "meta"
-    plain = nn.Flatten()
-    plain.features = 256  # a network without parameters
-    assert Pretrained(plain, classes=5).base.weight.device == torch.empty(0).device
-
-
-def cell_06def926(as_is):
-    # cell 06def926
-    z, y = torch.randn(4, 6), one_hot(torch.tensor([0, 0, 1, 1]), 3)
-    for learner in (Pretrained(as_is), FineTune(as_is, steps=0)):
-        missing = learner(Examples(z, y), z)
-        assert missing[:, :2].isfinite().all() and missing[:, 2].isnan().all()
-    assert FineTune(as_is, steps=1)(Examples(z, y), z).isnan().all()
 
 
 def test_labels_of_batches():
@@ -318,51 +103,68 @@ def test_two_heads_by_hand():
 def test_nearest_centroid_is_a_linear_head():
     as_is, features_of = cell_5582b5cb()
     labels, points = cell_6c2bb46c()
-    cell_a7861c75(as_is, labels, points)
+    # cell a7861c75
+    weight, bias, _ = state = Pretrained(as_is).adapt(Examples(points, labels))
+    assert weight.tolist() == [[2.0, 0.0], [8.0, 4.0]] and bias.tolist() == [-1.0, -20.0]
+    query = torch.tensor([[2.0, 1.0]])
+    assert Pretrained(as_is).predict(state, query).tolist() == [[3.0, 0.0]]
+
+    z, y = torch.randn(40, 6).double(), one_hot(torch.arange(40) % 5, 5).double()
+    logits = Pretrained(as_is)(Examples(z, y), z)
+    distances = -squared_euclidean(z, prototypes(z, y))
+    torch.testing.assert_close(logits.softmax(1), distances.softmax(1))
 
 
 def test_cosine_centroid():
     as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_a7861c75(as_is, labels, points)
-    cell_2604ab3e(as_is)
+    # cell 2604ab3e
+    z, y = torch.randn(10, 6), one_hot(torch.arange(10) % 2, 2)
+    learner = Pretrained(as_is, logits="cosine")
+    means = torch.stack([F.normalize(z[k::2], dim=1).mean(0) for k in range(2)])
+    nearest = F.cosine_similarity(z[:, None], means, dim=-1)
+    torch.testing.assert_close(learner(Examples(z, y), z), SCALE * nearest)
+    long = z * torch.rand(10, 1)  # other lengths, the same directions
+    torch.testing.assert_close(learner(Examples(long, y), z), SCALE * nearest)
 
 
 def test_on_episodes_it_is_a_prototypical_network():
-    as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_a7861c75(as_is, labels, points)
-    cell_2604ab3e(as_is)
-    cell_95933c58()
+    # cell 95933c58
+    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
+    episode = FewShot(noise, way=3, shot=2, query=3).sample(1)
+    episode = Episode(*(Examples(side.x[0], side.y[0]) for side in episode))
+    net = Conv4(size=16, width=4, stats="support")
+    losses, gradients = [], []
+    for learner in (Pretrained(net), ProtoNet(net)):
+        losses.append(learner.loss(episode))
+        gradients.append(torch.autograd.grad(losses[-1], list(net.parameters())))
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
 
 
 def test_batches_have_the_loss_of_an_ordinary_classifier():
-    as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_a7861c75(as_is, labels, points)
-    cell_2604ab3e(as_is)
-    cell_95933c58()
-    cell_fddbc332()
+    # cell fddbc332
+    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
+    learner = Pretrained(Conv4(size=16, width=4, stats="running"), classes=5)
+    batch = Batches(noise, 8).sample(1)
+    support, query = (Examples(side.x[0], side.y[0]) for side in batch)
+    logits = learner.base(learner.embed(query.x))
+    expected = F.cross_entropy(logits, query.y.argmax(1))
+    torch.testing.assert_close(learner.loss(Episode(support, query)), expected)
 
 
 def test_keeps_the_contract(device):
-    as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_a7861c75(as_is, labels, points)
-    cell_2604ab3e(as_is)
-    cell_95933c58()
-    cell_fddbc332()
-    cell_ca2da532(device)
+    # cell ca2da532
+    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
+    for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
+        learner = Pretrained(Conv4(size=16, width=4, stats=stats), logits=logits)
+        check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
+    for logits in HEADS:
+        net = Conv4(size=16, width=4, stats="running")
+        check_learner(Pretrained(net, 5, logits).to(device), Batches(noise, size=8))
+    assert METHODS["pretrained"].__name__ == "Pretrained"  # trained folders are found by this name
 
 
-def test_chosen_by_few_shot_tasks(device):
-    as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_a7861c75(as_is, labels, points)
-    cell_2604ab3e(as_is)
-    cell_95933c58()
-    cell_fddbc332()
-    cell_ca2da532(device)
+def test_chosen_by_few_shot_tasks():
     # cell 576d897e
     noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
     learner = Pretrained(Conv4(size=16, width=4, stats="running"), classes=5)
@@ -380,136 +182,182 @@ def test_chosen_by_few_shot_tasks(device):
 def test_first_step_writes_the_class_means():
     as_is, features_of = cell_5582b5cb()
     labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
+
+    # cell 9891c75b
+    def first_step(z, y, alpha=1.0):
+        "A step of gradient descent from zero."
+        zero = z.new_zeros(y.shape[1], z.shape[1]), z.new_zeros(y.shape[1])
+        return tuple(-alpha * g for g in grad(FineTune(as_is).support_loss)(zero, z, y))
+
+    w, b = first_step(points, labels)  # by hand
+    assert w.tolist() == [[-0.75, -0.5], [0.75, 0.5]] and b.tolist() == [0.0, 0.0]
+    z = 5 * torch.randn(20, 6).double() + 3
+    y = one_hot(torch.arange(20) % 4, 4).double()
+    w, b = first_step(z, y, alpha=0.3)
+    torch.testing.assert_close(w, 0.3 / 4 * (prototypes(z, y) - z.mean(0)))
+    torch.testing.assert_close(b, torch.zeros(4).double())
 
 
 @pytest.mark.proves("eq-transfer-gradient")
 def test_gradient_of_the_last_layer():
     as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
     descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
+    # cell fbe9af1e
+    z, y = some_features()
+    w, b = torch.randn(4, 6).double(), torch.randn(4).double()
+    for_w, for_b = grad(FineTune(as_is).support_loss)((w, b), z, y)
+    excess = linear(z, w, b).softmax(1) - y  # p - y
+    torch.testing.assert_close(for_w, (excess[:, :, None] * z[:, None]).mean(0))
+    torch.testing.assert_close(for_b, excess.mean(0))
 
 
 @pytest.mark.proves("eq-transfer-spread")
 def test_answers_do_not_depend_on_units():
     as_is, features_of = cell_5582b5cb()
     labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
     descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
+    # cell 4f459f50
+    m, r = spread(points)  # by hand: (7.25 + 1.25 + 1.25 + 7.25) / 4
+    assert m.tolist() == [2.5, 1.0] and r.square().item() == pytest.approx(4.25)
+
+    z, y = some_features()
+    turn = torch.linalg.qr(torch.randn(6, 6).double()).Q
+    learner = FineTune(as_is, steps=30)
+    logits = learner(Examples(z, y), z)
+    for factor, shift in ((1.0, 0.0), (1e-3, 0.0), (1e3, 0.0), (1.0, 50.0)):
+        other = factor * z @ turn + shift
+        torch.testing.assert_close(learner(Examples(other, y), other), logits)
+
+    m, r = spread(z)
+    u = (z - m) / r
+    torch.testing.assert_close(u.square().sum(1).mean(), torch.tensor(1.0).double())
+    torch.testing.assert_close(
+        linear(u, *descended(learner, u, y)), logits
+    )  # the two forms of the head
 
 
 @pytest.mark.proves("eq-transfer-curvature")
 def test_no_direction_is_curved_above_a_half():
     as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
     descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
-    cell_6c34977a(as_is, some_features)
+
+    # cell 6c34977a
+    def largest_curvature(z, y, size):
+        "The largest eigenvalue of the Hessian for features as `FineTune` trains on them."
+        m, r = spread(z)
+        u, d, way = (z - m) / r, z.shape[1], y.shape[1]
+        support_loss = FineTune(as_is).support_loss
+
+        def loss_of(flat):
+            return support_loss((flat[: way * d].view(way, d), flat[way * d :]), u, y)
+
+        curvature = hessian(loss_of)(size * torch.randn(way * d + way, dtype=z.dtype))
+        assert u.mean(0).abs().max() < 1e-9  # so that the bias has its direction for itself
+        rows = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        assert torch.linalg.eigvalsh(rows.T @ rows / len(u))[-1] < 1 + 1e-9  # step 3
+        return torch.linalg.eigvalsh(curvature)[-1].item()
+
+    for size in (0.0, 1.0, 10.0):
+        for scale, shift, way in ((5.0, 3.0, 4), (1e-2, 100.0, 4), (5.0, 3.0, 2)):
+            z, y = some_features(way=way, scale=scale, shift=shift)
+            assert largest_curvature(z, y, size) <= 0.5 + 1e-9
+    line = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]).double()  # the worst case
+    assert largest_curvature(line, one_hot(torch.tensor([0, 1]), 2).double(), 0.0) > 0.49
 
 
 @pytest.mark.proves("eq-transfer-descent")
 def test_the_loss_falls_at_every_step():
     as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
     descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
-    cell_6c34977a(as_is, some_features)
-    cell_3895283e(as_is, descended, some_features)
+    # cell 3895283e
+    z, y = some_features(scale=20.0)
+    m, r = spread(z)
+    u = (z - m) / r
+    for alpha in (0.5, 1.0, 2.0, 3.9):
+        for steps in range(8):
+            before, after = (FineTune(as_is, steps=k, lr=alpha) for k in (steps, steps + 1))
+            head = descended(before, u, y)
+            g = grad(before.support_loss)(head, u, y)
+            fall = alpha * (1 - alpha / 4) * sum(t.square().sum() for t in g)
+            gone = before.support_loss(head, u, y) - after.support_loss(
+                descended(after, u, y), u, y
+            )
+            assert gone >= fall - 1e-12 and fall > 0
 
 
 @pytest.mark.proves("eq-transfer-cosine-gradient")
 def test_cosine_rows_only_grow():
     as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
     descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
-    cell_6c34977a(as_is, some_features)
-    cell_3895283e(as_is, descended, some_features)
-    cell_6dd18c8f(as_is, descended, some_features)
+    # cell 6dd18c8f
+    z, w = torch.randn(1, 6).double(), 3 * torch.randn(1, 6).double()
+    derivative = grad(lambda w: cosine(z, w, torch.zeros(1).double()).sum())(w)
+    z_hat, w_hat = F.normalize(z), F.normalize(w)
+    across = z_hat - (w_hat * z_hat).sum() * w_hat
+    torch.testing.assert_close(derivative, SCALE / w.norm() * across)
+
+    z, y = some_features()
+    lengths = torch.stack(
+        [
+            descended(FineTune(as_is, logits="cosine", steps=k), z, y)[0].norm(dim=1)
+            for k in range(6)
+        ]
+    )
+    torch.testing.assert_close(lengths[0], torch.full((4,), SCALE).double())
+    assert (lengths.diff(dim=0) > 0).all()
 
 
 def test_without_steps_it_is_the_nearest_centroid():
     as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
     descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
-    cell_6c34977a(as_is, some_features)
-    cell_3895283e(as_is, descended, some_features)
-    cell_6dd18c8f(as_is, descended, some_features)
-    cell_85add596(as_is, some_features)
+    # cell 85add596
+    z, y = some_features()
+    _, r = spread(z)
+    still, plain = FineTune(as_is, steps=0), Pretrained(as_is)
+    probability = plain(Examples(z / r, y), z / r).softmax(1)
+    torch.testing.assert_close(still(Examples(z, y), z).softmax(1), probability)
+    assert torch.equal(still(Examples(z, y), z).argmax(1), plain(Examples(z, y), z).argmax(1))
+    same = [m(as_is, logits="cosine", **k) for m, k in ((FineTune, {"steps": 0}), (Pretrained, {}))]
+    torch.testing.assert_close(*[learner(Examples(z, y), z) for learner in same])
+
+    few, names = z[:8], y[:8]  # 8 points, 6 numbers each, 4 classes
+    fitted = FineTune(as_is, steps=1000)(Examples(few, names), few)
+    assert (fitted.argmax(1) == names.argmax(1)).all()
 
 
 def test_fine_tuning_keeps_the_contract(device):
+    # cell c2fc5de4
+    noise = Classes(torch.rand(60, 1, 16, 16), sizes=torch.full((5,), 12))
+    for logits, stats in (("linear", "batch"), ("cosine", "support"), ("linear", "running")):
+        learner = FineTune(Conv4(size=16, width=4, stats=stats), logits=logits, steps=2)
+        check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
+    net = Conv4(size=16, width=4, stats="running")
+    check_learner(FineTune(net, 5, "cosine").to(device), Batches(noise, size=8))
+    assert METHODS["finetune"].__name__ == "FineTune"
+
+
+def test_the_last_layer_lives_where_the_network_does():
+    # cell ca56e6da
+    net = Conv4(size=16, width=4, stats="running").double()
+    assert Pretrained(net, classes=5).base.weight.dtype == torch.float64
+    assert Pretrained(net.to("meta"), classes=5).base.weight.device.type == "meta"
+    plain = nn.Flatten()
+    plain.features = 256  # a network without parameters
+    assert Pretrained(plain, classes=5).base.weight.device == torch.empty(0).device
+
+
+def test_a_class_without_an_example():
     as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
-    descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
-    cell_6c34977a(as_is, some_features)
-    cell_3895283e(as_is, descended, some_features)
-    cell_6dd18c8f(as_is, descended, some_features)
-    cell_85add596(as_is, some_features)
-    cell_c2fc5de4(device)
+    # cell 06def926
+    z, y = torch.randn(4, 6), one_hot(torch.tensor([0, 0, 1, 1]), 3)
+    for learner in (Pretrained(as_is), FineTune(as_is, steps=0)):
+        missing = learner(Examples(z, y), z)
+        assert missing[:, :2].isfinite().all() and missing[:, 2].isnan().all()
+    assert FineTune(as_is, steps=1)(Examples(z, y), z).isnan().all()
 
 
-def test_the_last_layer_lives_where_the_network_does(device):
+def test_what_is_refused():
     as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
-    descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
-    cell_6c34977a(as_is, some_features)
-    cell_3895283e(as_is, descended, some_features)
-    cell_6dd18c8f(as_is, descended, some_features)
-    cell_85add596(as_is, some_features)
-    cell_c2fc5de4(device)
-    cell_ca56e6da()
-
-
-def test_a_class_without_an_example(device):
-    as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
-    descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
-    cell_6c34977a(as_is, some_features)
-    cell_3895283e(as_is, descended, some_features)
-    cell_6dd18c8f(as_is, descended, some_features)
-    cell_85add596(as_is, some_features)
-    cell_c2fc5de4(device)
-    cell_ca56e6da()
-    cell_06def926(as_is)
-
-
-def test_what_is_refused(device):
-    as_is, features_of = cell_5582b5cb()
-    labels, points = cell_6c2bb46c()
-    cell_9891c75b(as_is, labels, points)
-    descended, some_features = cell_b5249cc2()
-    cell_fbe9af1e(as_is, some_features)
-    cell_4f459f50(as_is, descended, points, some_features)
-    cell_6c34977a(as_is, some_features)
-    cell_3895283e(as_is, descended, some_features)
-    cell_6dd18c8f(as_is, descended, some_features)
-    cell_85add596(as_is, some_features)
-    cell_c2fc5de4(device)
-    cell_ca56e6da()
-    cell_06def926(as_is)
     # cell df8248cf
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         Pretrained(as_is, logits="cosin")

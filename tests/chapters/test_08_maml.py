@@ -81,38 +81,6 @@ def cell_a1f00801():
     return plain_maml
 
 
-def cell_23f520b2():
-    # cell 23f520b2
-    torch.manual_seed(0)
-    learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
-    episodes = Sinusoids(shot=5, query=10).sample(3)
-    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
-    phi, _ = learner.adapt(task.support)
-    assert learner(task.support, task.query.x).shape == (10, 1)
-    assert losses(learner, episodes).shape == (3,)
-    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
-
-
-def cell_a1f00803(plain_maml):
-    # cell a1f00803
-    torch.manual_seed(0)
-    net = MLP([1, 8, 1]).double()
-    learner = MAML(copy.deepcopy(net), lr=0.01, steps=2, kind="regression")
-    batches = [Sinusoids(5, 10).sample(4).to(dtype=torch.float64) for _ in range(3)]
-    plain_maml(
-        net,
-        [[Episode(*(Examples(s.x[i], s.y[i]) for s in b)) for i in range(4)] for b in batches],
-        steps=2,
-    )
-
-    optimizer = torch.optim.Adam(learner.param_groups(), lr=0.01)
-    for batch in batches:
-        optimizer.zero_grad()
-        losses(learner, batch).mean().backward()
-        optimizer.step()
-    torch.testing.assert_close(list(net.parameters()), list(learner.net.parameters()))
-
-
 def cell_7b5041da(valley):
     # cell 7b5041da
     def plane(theta, **options):
@@ -133,44 +101,6 @@ def cell_7b5041da(valley):
     return SMALL, close, plane
 
 
-def cell_76a7ae4a(SMALL, close, plane):
-    # cell 76a7ae4a
-    support = SMALL.episode().support
-    for steps, expected in [(0, (0.0, 0.0)), (1, (0.4, 0.2)), (2, (0.64, 0.38))]:
-        phi, _ = plane((0.0, 0.0), lr=0.1, steps=steps).adapt(support)
-        close(phi["layers.0.weight"], *expected)
-        close(phi["layers.0.bias"], 0.0)
-
-
-def cell_f8e51e37(SMALL, close, plane, valley):
-    # cell f8e51e37
-    learner = plane((0.0, 0.0), lr=0.1, steps=1, test_steps=2)
-    easy = valley(4.0, 1.0, [0.0, 0.0])
-    each = torch.stack([learner.loss(task.episode()) for task in (SMALL, easy)])
-    close(each, 2.34, 0.0)
-    close(learner.combine(each), 1.17)
-    after_two = 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2
-    close(learner.eval().loss(SMALL.episode()), after_two)
-    close(plane((0.0, 0.0), lr=0.1, steps=2).eval().loss(SMALL.episode()), after_two)
-
-
-def cell_fe845ec6(plane):
-    # cell fe845ec6
-    for rate in (-0.1, 0.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match=f"lr={rate}, expected a positive inner rate"):
-            plane((0.0, 0.0), lr=rate)
-    with pytest.raises(ValueError, match=r"^steps=-1, expected at least 0"):
-        plane((0.0, 0.0), lr=0.1, steps=-1, test_steps=1)
-    with pytest.raises(ValueError, match="test_steps=-1, expected at least 0"):
-        plane((0.0, 0.0), lr=0.1, steps=1, test_steps=-1)
-    nothing = Examples(torch.zeros(0, 2).double(), torch.zeros(0, 1).double())
-    with pytest.raises(ValueError, match="the support set is empty"):
-        plane((0.0, 0.0), lr=0.1)(nothing, torch.zeros(1, 2).double())
-    three = Examples.of(torch.zeros(3, 2), torch.arange(3), way=3)
-    with pytest.raises(ValueError, match=r"gives 5 outputs.*is 3"):
-        MAML(MLP([2, 5])).adapt(three)
-
-
 def cell_cec0cbea():
     # cell cec0cbea
     def meta_gradient(learner, *tasks):
@@ -179,13 +109,6 @@ def cell_cec0cbea():
         return torch.autograd.grad(loss, learner.net.layers[0].weight)[0][0]
 
     return meta_gradient
-
-
-def cell_26f055c3(SMALL, close, meta_gradient, plane):
-    # cell 26f055c3
-    g = meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL)
-    print("meta-gradient", g.tolist())
-    close(g, -1.44, -1.62)
 
 
 def cell_6b044aa9():
@@ -212,135 +135,6 @@ def cell_6b044aa9():
         visited.append(flat(small.step(named(visited[-1]), wave.support)).detach())
     at_end = grad(loss_of)(visited[-1], wave.query)  # the gradient of L_Q at the end
     return at_end, loss_of, small, start, visited, wave
-
-
-def cell_114ee12d(at_end, loss_of, small, start, visited, wave):
-    # cell 114ee12d
-    u = at_end
-    for phi in reversed(visited[:-1]):  # the last step is nearest to the gradient
-        H = hessian(loss_of)(phi, wave.support)
-        u = (torch.eye(len(u)).double() - small.lr * H) @ u
-    exact = torch.autograd.grad(small.loss(wave), list(start.values()))
-    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), u)
-    print(f"{len(u)} parameters, Hessians of {len(u) ** 2} numbers each")
-
-
-def cell_528300aa(Valley, best_start, close, curvature_after, meta_gradient, plane):
-    # cell 528300aa
-    def random_valley(generator):
-        a, m = torch.randn(2, 2, generator=generator).double(), torch.randn(2, generator=generator)
-        return Valley(a @ a.T + 0.1 * torch.eye(2).double(), m.double())
-
-    generator = torch.Generator().manual_seed(0)
-    tasks = [random_valley(generator) for _ in range(3)]
-    theta, alpha, steps = torch.randn(2, generator=generator).double(), 0.1, 3
-    learner = plane(theta, lr=alpha, steps=steps)
-    curvatures = [curvature_after(task, alpha, steps) for task in tasks]
-    pairs = list(zip(tasks, curvatures, strict=True))
-    mean_loss = sum(0.5 * (theta - task.best) @ c @ (theta - task.best) for task, c in pairs) / 3
-    mean_gradient = sum(c @ (theta - task.best) for task, c in pairs) / 3
-    close(learner.combine(torch.stack([learner.loss(t.episode()) for t in tasks])), mean_loss)
-    close(meta_gradient(learner, *tasks), *mean_gradient)
-    close(
-        meta_gradient(plane(best_start(tasks, alpha, steps), lr=alpha, steps=steps), *tasks),
-        0.0,
-        0.0,
-    )
-
-
-def cell_a1f00805(best_start, close, left_over, valley):
-    # cell a1f00805
-    pair = [valley(8.0, 1.0, [-1.0, 1.0]), valley(1.0, 8.0, [1.0, -1.0])]
-    for steps in (1, 2, 5):
-        close(best_start(pair, 2 / 9, steps), *best_start(pair, 0.1, 0).tolist())
-    for task in pair:
-        close(left_over(task, 1 / 8, 1) @ (best_start(pair, 1 / 8, 1) - task.best), 0.0, 0.0)
-    crossing = [best_start(pair, alpha, 1)[0].item() for alpha in (0.125, 0.222, 0.3)]
-    assert crossing[0] > 0 > crossing[1] > crossing[2] > -1  # back to the floors, and closer
-
-
-def cell_17cd5a08(SMALL, close, meta_gradient, plane):
-    # cell 17cd5a08
-    first = plane((0.0, 0.0), lr=0.1, first_order=True)
-    close(meta_gradient(first, SMALL), -2.4, -1.8)
-    end = plane((0.4, 0.2), lr=0.1, steps=0)  # phi_1 as a start, no steps: the plain query gradient
-    torch.testing.assert_close(meta_gradient(first, SMALL), meta_gradient(end, SMALL))
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1, steps=2, first_order=True), SMALL), -1.44, -1.62)
-    twin = plane((0.0, 0.0), lr=0.1)  # adaptation itself is the same
-    torch.testing.assert_close(
-        first.adapt(SMALL.episode().support), twin.adapt(SMALL.episode().support)
-    )
-
-
-def cell_0e9ff8d3(SMALL, close, meta_gradient, plane):
-    # cell 0e9ff8d3
-    exact, first = (
-        meta_gradient(plane((0.0, 0.0), lr=0.1, first_order=f), SMALL) for f in (False, True)
-    )
-    close(first - exact, -0.96, -0.18)
-    r = (first - exact).norm() / first.norm()
-    assert r <= (1 + 0.1 * 4) - 1
-    assert F.cosine_similarity(exact, first, 0) >= (1 - r**2).sqrt()
-    two_steps = plane((0.0, 0.0), lr=0.1, steps=2, first_order=True)
-    close(meta_gradient(two_steps, SMALL), *exact.tolist())  # exact MAML, with one step
-
-
-def cell_a1f00807():
-    # cell a1f00807
-    torch.manual_seed(0)
-    net = MLP([1, 5, 5, 1]).double()
-    sines = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(2)).to(dtype=torch.float64)
-    wave = Episode(*(Examples(side.x[0], side.y[0]) for side in sines))
-
-    def both_gradients(alpha, steps):
-        found = []
-        for order in (False, True):
-            learner = MAML(net, alpha, steps, first_order=order, kind="regression")
-            found.append(torch.autograd.grad(learner.loss(wave), list(net.parameters())))
-        return (torch.cat([g.flatten() for g in gradients]) for gradients in found)
-
-    def largest_curvature(alpha, steps):
-        "The largest norm of the support Hessian along the inner steps."
-        learner, phi, norms = MAML(net, alpha, kind="regression"), dict(net.named_parameters()), []
-        for _ in range(steps):
-            blocks = hessian(learner.support_loss)(phi, wave.support)
-            rows = [
-                [b.reshape(phi[i].numel(), -1) for b in row.values()] for i, row in blocks.items()
-            ]
-            norms.append(torch.linalg.matrix_norm(torch.cat([torch.cat(r, 1) for r in rows]), 2))
-            phi = learner.step(phi, wave.support)
-        return max(norms)
-
-    for alpha, steps in [(0.001, 1), (0.01, 1), (0.01, 5), (0.05, 5)]:
-        exact, first = both_gradients(alpha, steps)
-        error = (first - exact).norm() / first.norm()
-        bound = (1 + alpha * largest_curvature(alpha, steps)) ** steps - 1
-        print(f"rate {alpha:5}, {steps} steps: error {error:.4f}, bound {bound:.4f}")
-        assert 0 < error <= bound
-        assert (
-            F.cosine_similarity(exact, first, 0) >= (1 - error**2).clamp_min(0).sqrt() or error > 1
-        )
-
-
-def cell_1bb0d5f5():
-    # cell 1bb0d5f5
-    torch.manual_seed(0)
-    learner = MAML(MLP([3, 8, 4]), lr=0.5, steps=3).double()
-    x, query = torch.randn(8, 3).double(), torch.randn(6, 3).double()
-    support = Examples(x, F.one_hot(torch.arange(8) % 4, 4).double())
-    order = torch.tensor([1, 0, 2, 3])
-    renamed = support._replace(y=support.y[:, order])
-    moved = copy.deepcopy(learner)
-    head = moved.net.layers[-1]
-    with torch.no_grad():
-        head.weight.copy_(head.weight[order])
-        head.bias.copy_(head.bias[order])
-
-    plain = learner(support, query)
-    torch.testing.assert_close(moved(renamed, query), plain[:, order])  # only names change
-    assert not torch.allclose(
-        learner(renamed, query), plain[:, order]
-    )  # renaming alone is no renaming
 
 
 def cell_be0806b9(SMALL):
@@ -387,291 +181,91 @@ def cell_be0806b9(SMALL):
     )
 
 
-def cell_d77bfb21(
-    SMALL,
-    close,
-    forgets_create_graph,
-    meta_gradient,
-    outer,
-    plane,
-    right,
-    steps_in_place,
-    steps_under_no_grad,
-):
-    # cell d77bfb21
-    close(outer(right)[0], -1.44, -1.62)
-    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
-        with pytest.raises(AssertionError):
-            close(outer(step)[0], -1.44, -1.62)
-
-    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
-    close(
-        outer(steps_in_place)[1], 0.4, 0.2
-    )  # the start itself has moved: the next task begins there
-    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
-    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
-
-
-def cell_b602af92(Valley, close, meta_gradient, plane, small_loss):
-    # cell b602af92
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    small_loss(theta).backward()  # theta.grad is the support gradient now
-    with torch.no_grad():
-        theta -= 0.1 * theta.grad
-    small_loss(theta).backward()  # adds to it
-    close(theta.grad, -4 - 2.4, -2 - 1.8)
-
-    point = Valley(torch.eye(2).double() * 5, torch.ones(2).double())  # alpha times curvature: 0.5
-    for steps in (1, 3):
-        exact, first = (
-            meta_gradient(plane((0.0, 0.0), lr=0.1, steps=steps, first_order=f), point)
-            for f in (False, True)
-        )
-        torch.testing.assert_close(first, 2**steps * exact)
-
-
-def cell_a1f00815(close, small_loss):
-    # cell a1f00815
-    def adapt_by(steps, of_start):
-        theta = phi = torch.zeros(2, 1).double().requires_grad_()
-        for _ in range(steps):
-            at = theta if of_start else phi
-            (g,) = torch.autograd.grad(small_loss(phi), at, create_graph=True)
-            phi = phi - 0.1 * g
-        return phi
-
-    close(adapt_by(2, of_start=False), 0.64, 0.38)
-    assert torch.equal(adapt_by(1, of_start=True), adapt_by(1, of_start=False))  # nobody notices
-    with pytest.raises(AssertionError):
-        close(adapt_by(2, of_start=True), 0.64, 0.38)
-    close(adapt_by(2, of_start=True), 0.544, 0.362)  # the mistake: 0.4 + 0.144, 0.2 + 0.162
-
-
-def cell_a1f00817():
-    # cell a1f00817
-    class InOrder(FewShot):
-        "The mistake: the classes of a task in their order."
-
-        def draw(self, n, generator=None):
-            return self.picks(super().draw(n, generator).classes.sort(1).values, generator)
-
-    def trained_on(tasks):
-        torch.manual_seed(0)
-        learner = MAML(MLP([8, 32, 5]), lr=0.1, steps=1)
-        fit(learner, tasks, steps=80, meta_batch=16, lr=0.01, progress=False)
-        return learner
-
-    def after_steps(learner, tasks, steps):
-        learner.test_steps = steps
-        return evaluate(learner, tasks.freeze(150, seed=1)).mean
-
-    draw = torch.Generator().manual_seed(0)
-    around = torch.randn(40, 1, 8, generator=draw) + 0.3 * torch.randn(40, 20, 8, generator=draw)
-    known, new = (Classes(a.flatten(0, 1), torch.full((20,), 20)) for a in around.split(20))
-    found = {}
-    for name, draw_tasks in (("in order", InOrder), ("shuffled", FewShot)):
-        learner = trained_on(draw_tasks(known, 5, 1, 5))
-        found[name] = [after_steps(learner, draw_tasks(known, 5, 1, 5), n) for n in (0, 1)]
-        found[name] += [after_steps(learner, FewShot(new, 5, 1, 5), n) for n in (0, 1)]
-        print(
-            f"{name}, after 0 and 1 steps:", " ".join(f"{a:.1%}" for a in found[name][:2]), end=""
-        )
-        print("; new classes:", " ".join(f"{a:.1%}" for a in found[name][2:]))
-    assert found["in order"][0] > 0.3  # the leak
-    assert abs(found["shuffled"][0] - 0.2) < 0.03
-    assert abs(found["in order"][2] - 0.2) < 0.06  # no use for new classes
-    gains = {name: each[3] - each[2] for name, each in found.items()}
-    assert gains["shuffled"] > gains["in order"] + 0.08  # nor has it learned to adapt
-
-
-def cell_742357d4():
-    # cell 742357d4
-    way, shot, authors_rate = 5, 3, 0.4
-    torch.manual_seed(0)
-    net = MLP([4, 16, way]).double()
-    x, labels = torch.randn(way * shot, 4).double(), torch.arange(way * shot) % way
-    query = Examples.of(torch.randn(10, 4).double(), torch.arange(10) % way, way)
-
-    def authors_step(phi):
-        each = F.cross_entropy(functional_call(net, phi, (x,)), labels, reduction="none") / shot
-        gradients = torch.autograd.grad(each.sum(), list(phi.values()), create_graph=True)
-        return {k: p - authors_rate * g for (k, p), g in zip(phi.items(), gradients, strict=True)}
-
-    support = Examples(x, F.one_hot(labels, way).double())
-    theirs = authors_step(authors_step(dict(net.named_parameters())))
-    learner = MAML(net, lr=way * authors_rate, steps=2)
-    ours, _ = learner.adapt(support)
-    torch.testing.assert_close(ours, theirs)
-
-    their_loss = task_loss("classification", functional_call(net, theirs, (query.x,)), query.y)
-    parameters = list(net.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(learner.loss(Episode(support, query)), parameters),
-        torch.autograd.grad(their_loss, parameters),
-    )
-    copied, _ = MAML(net, lr=authors_rate, steps=2).adapt(support)  # the mistake: another step
-    assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
-
-
-def cell_d24a95c1(plane, small_loss, small_support):
-    # cell d24a95c1
-    def adapt_by_rate(theta, alpha):
-        for _ in range(int(alpha)):  # meant: the number of steps
-            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
-            theta = theta - alpha * g
-        return theta
-
-    start = torch.zeros(2, 1).double().requires_grad_()
-    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
-    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
-    assert (phi["layers.0.weight"] != 0).all()
-
-
-def cell_78a83895(SMALL, close, plane):
-    # cell 78a83895
-    def outer_step_on_copy(net, episode, alpha, beta):
-        fast = copy.deepcopy(net)
-        for side, rate in ((episode.support, alpha), (episode.query, beta)):
-            loss = task_loss("regression", fast(side.x), side.y)
-            fast.zero_grad()
-            loss.backward()
-            torch.optim.SGD(fast.parameters(), lr=rate).step()
-        return fast  # the next network
-
-    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
-    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
-    close(
-        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
-    )  # plain training: phi - beta * gradient
-
-    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
-    learner.loss(episode).backward()
-    optimizer.step()
-    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
-
-
-def cell_c08ec8a2(SMALL, plane, valley):
-    # cell c08ec8a2
-    def adapt_with(optimizer, theta, episode):
-        "Three steps from zero with an optimiser that may have been used before."
-        theta.data.zero_()
-        for _ in range(3):
-            optimizer.zero_grad()
-            task_loss("regression", episode.support.x @ theta, episode.support.y).backward()
-            optimizer.step()
-        return theta.detach().clone()
-
-    other, episode = valley(1.0, 3.0, [-2.0, 1.0]).episode(), SMALL.episode()
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    shared = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
-    alone = adapt_with(shared, theta, episode)
-    adapt_with(shared, theta, other)
-    assert not torch.allclose(adapt_with(shared, theta, episode), alone)  # the mistake
-
-    learner = plane((0.0, 0.0), lr=0.1, steps=3)  # no optimiser in the inner loop: nothing to leak
-    alone = learner.adapt(episode.support)
-    learner.adapt(other.support)
-    torch.testing.assert_close(learner.adapt(episode.support), alone, rtol=0, atol=0)
-
-
-def cell_06299d39(close, plane, small_loss, small_support):
-    # cell 06299d39
-    theta = torch.zeros(2, 1).double().requires_grad_()
-    optimizer = torch.optim.SGD([theta], lr=0.1)
-    assert optimizer.state_dict()["param_groups"][0]["params"] == [0]  # a number, no tensor
-    assert optimizer.param_groups[0]["params"][0] is theta  # what was meant
-
-    with torch.no_grad():
-        loss = small_loss(theta)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        loss.backward()
-
-    learner = plane((0.0, 0.0), lr=0.1).eval()
-    with (
-        torch.no_grad()
-    ):  # as `evaluate` does: inner gradients work here, and no outer graph is kept
-        phi, _ = learner.adapt(small_support)
-    assert not phi["layers.0.weight"].requires_grad
-    close(phi["layers.0.weight"], 0.4, 0.2)
-
-
-def cell_0fe2da6c():
-    # cell 0fe2da6c
-    def adapted_to_images(stats):
-        torch.manual_seed(0)
-        learner = MAML(
-            Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats), lr=0.4
-        ).double()
-        images = torch.randn(9, 1, 16, 16).double()
-        support = Examples(images[:3], torch.eye(3).double())
-        return learner, learner.adapt(support), support.x, images[3:]
-
-    def together_and_alone(stats):
-        learner, state, _, queries = adapted_to_images(stats)
-        alone = torch.cat([learner.predict(state, image[None]) for image in queries])
-        return learner.predict(state, queries), alone
-
-    together, alone = together_and_alone("batch")
-    assert not torch.allclose(together, alone)  # transductive
-    torch.testing.assert_close(*together_and_alone("support"))  # each query stands alone
-
-    learner, state, seen, _ = adapted_to_images("support")
-    phi, _ = state
-    torch.testing.assert_close(learner.predict(state, seen), call(learner.net, phi, seen))
-
-
 def test_maml_in_use():
     plain_maml = cell_a1f00801()
-    cell_23f520b2()
+    # cell 23f520b2
+    torch.manual_seed(0)
+    learner = MAML(MLP([1, 40, 40, 1]), lr=0.01, steps=1, test_steps=5, kind="regression")
+    episodes = Sinusoids(shot=5, query=10).sample(3)
+    task = Episode(*(Examples(side.x[0], side.y[0]) for side in episodes))  # the first of the three
+    phi, _ = learner.adapt(task.support)
+    assert learner(task.support, task.query.x).shape == (10, 1)
+    assert losses(learner, episodes).shape == (3,)
+    assert all((phi[k] != p).any() for k, p in learner.net.named_parameters())
 
 
 def test_twelve_lines_are_the_class():
     plain_maml = cell_a1f00801()
-    cell_23f520b2()
-    cell_a1f00803(plain_maml)
+    # cell a1f00803
+    torch.manual_seed(0)
+    net = MLP([1, 8, 1]).double()
+    learner = MAML(copy.deepcopy(net), lr=0.01, steps=2, kind="regression")
+    batches = [Sinusoids(5, 10).sample(4).to(dtype=torch.float64) for _ in range(3)]
+    plain_maml(
+        net,
+        [[Episode(*(Examples(s.x[i], s.y[i]) for s in b)) for i in range(4)] for b in batches],
+        steps=2,
+    )
+
+    optimizer = torch.optim.Adam(learner.param_groups(), lr=0.01)
+    for batch in batches:
+        optimizer.zero_grad()
+        losses(learner, batch).mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(list(net.parameters()), list(learner.net.parameters()))
 
 
 @pytest.mark.proves("eq-maml-inner")
 def test_inner_update():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     plain_maml = cell_a1f00801()
-    cell_23f520b2()
-    cell_a1f00803(plain_maml)
     SMALL, close, plane = cell_7b5041da(valley)
-    cell_76a7ae4a(SMALL, close, plane)
+    # cell 76a7ae4a
+    support = SMALL.episode().support
+    for steps, expected in [(0, (0.0, 0.0)), (1, (0.4, 0.2)), (2, (0.64, 0.38))]:
+        phi, _ = plane((0.0, 0.0), lr=0.1, steps=steps).adapt(support)
+        close(phi["layers.0.weight"], *expected)
+        close(phi["layers.0.bias"], 0.0)
 
 
 @pytest.mark.proves("eq-maml-objective")
 def test_objective():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     plain_maml = cell_a1f00801()
-    cell_23f520b2()
-    cell_a1f00803(plain_maml)
     SMALL, close, plane = cell_7b5041da(valley)
-    cell_76a7ae4a(SMALL, close, plane)
-    cell_f8e51e37(SMALL, close, plane, valley)
+    # cell f8e51e37
+    learner = plane((0.0, 0.0), lr=0.1, steps=1, test_steps=2)
+    easy = valley(4.0, 1.0, [0.0, 0.0])
+    each = torch.stack([learner.loss(task.episode()) for task in (SMALL, easy)])
+    close(each, 2.34, 0.0)
+    close(learner.combine(each), 1.17)
+    after_two = 0.5 * 4 * 0.36**2 + 0.5 * 1.62**2
+    close(learner.eval().loss(SMALL.episode()), after_two)
+    close(plane((0.0, 0.0), lr=0.1, steps=2).eval().loss(SMALL.episode()), after_two)
 
 
 def test_errors_say_what_to_do():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     plain_maml = cell_a1f00801()
-    cell_23f520b2()
-    cell_a1f00803(plain_maml)
     SMALL, close, plane = cell_7b5041da(valley)
-    cell_76a7ae4a(SMALL, close, plane)
-    cell_f8e51e37(SMALL, close, plane, valley)
-    cell_fe845ec6(plane)
+    # cell fe845ec6
+    for rate in (-0.1, 0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"lr={rate}, expected a positive inner rate"):
+            plane((0.0, 0.0), lr=rate)
+    with pytest.raises(ValueError, match=r"^steps=-1, expected at least 0"):
+        plane((0.0, 0.0), lr=0.1, steps=-1, test_steps=1)
+    with pytest.raises(ValueError, match="test_steps=-1, expected at least 0"):
+        plane((0.0, 0.0), lr=0.1, steps=1, test_steps=-1)
+    nothing = Examples(torch.zeros(0, 2).double(), torch.zeros(0, 1).double())
+    with pytest.raises(ValueError, match="the support set is empty"):
+        plane((0.0, 0.0), lr=0.1)(nothing, torch.zeros(1, 2).double())
+    three = Examples.of(torch.zeros(3, 2), torch.arange(3), way=3)
+    with pytest.raises(ValueError, match=r"gives 5 outputs.*is 3"):
+        MAML(MLP([2, 5])).adapt(three)
 
 
 def test_keeps_the_contract():
-    Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     plain_maml = cell_a1f00801()
-    cell_23f520b2()
-    cell_a1f00803(plain_maml)
-    SMALL, close, plane = cell_7b5041da(valley)
-    cell_76a7ae4a(SMALL, close, plane)
-    cell_f8e51e37(SMALL, close, plane, valley)
-    cell_fe845ec6(plane)
     # cell 5128596d
     check_learner(MAML(MLP([1, 8, 1]), lr=0.01, steps=2, kind="regression"), Sinusoids(5, 4))
     noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -685,7 +279,10 @@ def test_meta_gradient_by_hand():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
     meta_gradient = cell_cec0cbea()
-    cell_26f055c3(SMALL, close, meta_gradient, plane)
+    # cell 26f055c3
+    g = meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL)
+    print("meta-gradient", g.tolist())
+    close(g, -1.44, -1.62)
 
 
 def test_meta_gradient_against_finite_differences(device):
@@ -719,8 +316,6 @@ def test_meta_gradient_against_finite_differences(device):
 def test_gradient_of_the_rate():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
-    cell_26f055c3(SMALL, close, meta_gradient, plane)
     # cell afc4ea97
     rates = torch.full((2,), 0.1).double().requires_grad_()
     g_support = SMALL.H @ (torch.zeros(2).double() - SMALL.best)
@@ -732,13 +327,19 @@ def test_gradient_of_the_rate():
 @pytest.mark.proves("eq-maml-product")
 def test_product_of_all_steps():
     at_end, loss_of, small, start, visited, wave = cell_6b044aa9()
-    cell_114ee12d(at_end, loss_of, small, start, visited, wave)
+    # cell 114ee12d
+    u = at_end
+    for phi in reversed(visited[:-1]):  # the last step is nearest to the gradient
+        H = hessian(loss_of)(phi, wave.support)
+        u = (torch.eye(len(u)).double() - small.lr * H) @ u
+    exact = torch.autograd.grad(small.loss(wave), list(start.values()))
+    torch.testing.assert_close(torch.cat([g.flatten() for g in exact]), u)
+    print(f"{len(u)} parameters, Hessians of {len(u) ** 2} numbers each")
 
 
 @pytest.mark.proves("eq-maml-hvp")
 def test_hessian_vector_products():
     at_end, loss_of, small, start, visited, wave = cell_6b044aa9()
-    cell_114ee12d(at_end, loss_of, small, start, visited, wave)
 
     # cell 0035a5d9
     def along(phi, u):
@@ -757,23 +358,45 @@ def test_closed_form():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
     meta_gradient = cell_cec0cbea()
-    cell_528300aa(Valley, best_start, close, curvature_after, meta_gradient, plane)
+
+    # cell 528300aa
+    def random_valley(generator):
+        a, m = torch.randn(2, 2, generator=generator).double(), torch.randn(2, generator=generator)
+        return Valley(a @ a.T + 0.1 * torch.eye(2).double(), m.double())
+
+    generator = torch.Generator().manual_seed(0)
+    tasks = [random_valley(generator) for _ in range(3)]
+    theta, alpha, steps = torch.randn(2, generator=generator).double(), 0.1, 3
+    learner = plane(theta, lr=alpha, steps=steps)
+    curvatures = [curvature_after(task, alpha, steps) for task in tasks]
+    pairs = list(zip(tasks, curvatures, strict=True))
+    mean_loss = sum(0.5 * (theta - task.best) @ c @ (theta - task.best) for task, c in pairs) / 3
+    mean_gradient = sum(c @ (theta - task.best) for task, c in pairs) / 3
+    close(learner.combine(torch.stack([learner.loss(t.episode()) for t in tasks])), mean_loss)
+    close(meta_gradient(learner, *tasks), *mean_gradient)
+    close(
+        meta_gradient(plane(best_start(tasks, alpha, steps), lr=alpha, steps=steps), *tasks),
+        0.0,
+        0.0,
+    )
 
 
 def test_play_with_valleys():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
-    cell_528300aa(Valley, best_start, close, curvature_after, meta_gradient, plane)
-    cell_a1f00805(best_start, close, left_over, valley)
+    # cell a1f00805
+    pair = [valley(8.0, 1.0, [-1.0, 1.0]), valley(1.0, 8.0, [1.0, -1.0])]
+    for steps in (1, 2, 5):
+        close(best_start(pair, 2 / 9, steps), *best_start(pair, 0.1, 0).tolist())
+    for task in pair:
+        close(left_over(task, 1 / 8, 1) @ (best_start(pair, 1 / 8, 1) - task.best), 0.0, 0.0)
+    crossing = [best_start(pair, alpha, 1)[0].item() for alpha in (0.125, 0.222, 0.3)]
+    assert crossing[0] > 0 > crossing[1] > crossing[2] > -1  # back to the floors, and closer
 
 
 def test_equal_curvatures_and_noise():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
-    cell_528300aa(Valley, best_start, close, curvature_after, meta_gradient, plane)
-    cell_a1f00805(best_start, close, left_over, valley)
     # cell 416079a2
     alike = [valley(4.0, 1.0, best) for best in ([1.0, 2.0], [-3.0, 0.0], [0.0, 5.0])]
     for alpha, steps in [(0.1, 0), (0.1, 1), (0.3, 5)]:
@@ -790,7 +413,16 @@ def test_first_order_gradient():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
     meta_gradient = cell_cec0cbea()
-    cell_17cd5a08(SMALL, close, meta_gradient, plane)
+    # cell 17cd5a08
+    first = plane((0.0, 0.0), lr=0.1, first_order=True)
+    close(meta_gradient(first, SMALL), -2.4, -1.8)
+    end = plane((0.4, 0.2), lr=0.1, steps=0)  # phi_1 as a start, no steps: the plain query gradient
+    torch.testing.assert_close(meta_gradient(first, SMALL), meta_gradient(end, SMALL))
+    close(meta_gradient(plane((0.0, 0.0), lr=0.1, steps=2, first_order=True), SMALL), -1.44, -1.62)
+    twin = plane((0.0, 0.0), lr=0.1)  # adaptation itself is the same
+    torch.testing.assert_close(
+        first.adapt(SMALL.episode().support), twin.adapt(SMALL.episode().support)
+    )
 
 
 @pytest.mark.proves("eq-maml-first-order-error")
@@ -798,26 +430,59 @@ def test_first_order_error():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
     meta_gradient = cell_cec0cbea()
-    cell_17cd5a08(SMALL, close, meta_gradient, plane)
-    cell_0e9ff8d3(SMALL, close, meta_gradient, plane)
+    # cell 0e9ff8d3
+    exact, first = (
+        meta_gradient(plane((0.0, 0.0), lr=0.1, first_order=f), SMALL) for f in (False, True)
+    )
+    close(first - exact, -0.96, -0.18)
+    r = (first - exact).norm() / first.norm()
+    assert r <= (1 + 0.1 * 4) - 1
+    assert F.cosine_similarity(exact, first, 0) >= (1 - r**2).sqrt()
+    two_steps = plane((0.0, 0.0), lr=0.1, steps=2, first_order=True)
+    close(meta_gradient(two_steps, SMALL), *exact.tolist())  # exact MAML, with one step
 
 
 def test_first_order_error_of_a_network():
-    Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
-    SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
-    cell_17cd5a08(SMALL, close, meta_gradient, plane)
-    cell_0e9ff8d3(SMALL, close, meta_gradient, plane)
-    cell_a1f00807()
+    # cell a1f00807
+    torch.manual_seed(0)
+    net = MLP([1, 5, 5, 1]).double()
+    sines = Sinusoids(5, 8).sample(1, torch.Generator().manual_seed(2)).to(dtype=torch.float64)
+    wave = Episode(*(Examples(side.x[0], side.y[0]) for side in sines))
+
+    def both_gradients(alpha, steps):
+        found = []
+        for order in (False, True):
+            learner = MAML(net, alpha, steps, first_order=order, kind="regression")
+            found.append(torch.autograd.grad(learner.loss(wave), list(net.parameters())))
+        return (torch.cat([g.flatten() for g in gradients]) for gradients in found)
+
+    def largest_curvature(alpha, steps):
+        "The largest norm of the support Hessian along the inner steps."
+        learner, phi, norms = MAML(net, alpha, kind="regression"), dict(net.named_parameters()), []
+        for _ in range(steps):
+            blocks = hessian(learner.support_loss)(phi, wave.support)
+            rows = [
+                [b.reshape(phi[i].numel(), -1) for b in row.values()] for i, row in blocks.items()
+            ]
+            norms.append(torch.linalg.matrix_norm(torch.cat([torch.cat(r, 1) for r in rows]), 2))
+            phi = learner.step(phi, wave.support)
+        return max(norms)
+
+    for alpha, steps in [(0.001, 1), (0.01, 1), (0.01, 5), (0.05, 5)]:
+        exact, first = both_gradients(alpha, steps)
+        error = (first - exact).norm() / first.norm()
+        bound = (1 + alpha * largest_curvature(alpha, steps)) ** steps - 1
+        print(f"rate {alpha:5}, {steps} steps: error {error:.4f}, bound {bound:.4f}")
+        assert 0 < error <= bound
+        assert (
+            F.cosine_similarity(exact, first, 0) >= (1 - error**2).clamp_min(0).sqrt() or error > 1
+        )
 
 
 def test_where_each_comes_to_rest():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
     meta_gradient = cell_cec0cbea()
-    cell_17cd5a08(SMALL, close, meta_gradient, plane)
-    cell_0e9ff8d3(SMALL, close, meta_gradient, plane)
-    cell_a1f00807()
     # cell 8434b1bb
     one = torch.eye(2, dtype=torch.float64)
     H, away = SMALL.H, -SMALL.best  # from the start (0, 0)
@@ -879,11 +544,27 @@ def test_maml_learns_to_adapt():
 
 @pytest.mark.proves("eq-maml-permutation")
 def test_permutation_of_labels():
-    cell_1bb0d5f5()
+    # cell 1bb0d5f5
+    torch.manual_seed(0)
+    learner = MAML(MLP([3, 8, 4]), lr=0.5, steps=3).double()
+    x, query = torch.randn(8, 3).double(), torch.randn(6, 3).double()
+    support = Examples(x, F.one_hot(torch.arange(8) % 4, 4).double())
+    order = torch.tensor([1, 0, 2, 3])
+    renamed = support._replace(y=support.y[:, order])
+    moved = copy.deepcopy(learner)
+    head = moved.net.layers[-1]
+    with torch.no_grad():
+        head.weight.copy_(head.weight[order])
+        head.bias.copy_(head.bias[order])
+
+    plain = learner(support, query)
+    torch.testing.assert_close(moved(renamed, query), plain[:, order])  # only names change
+    assert not torch.allclose(
+        learner(renamed, query), plain[:, order]
+    )  # renaming alone is no renaming
 
 
 def test_one_step_of_the_head_is_a_prototype_classifier():
-    cell_1bb0d5f5()
     # cell e2eb2c3f
     torch.manual_seed(0)
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 3  # 3-way 4-shot
@@ -914,17 +595,18 @@ def test_a_cut_graph_is_found():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
+    # cell d77bfb21
+    close(outer(right)[0], -1.44, -1.62)
+    for step in (forgets_create_graph, steps_in_place, steps_under_no_grad):
+        with pytest.raises(AssertionError):
+            close(outer(step)[0], -1.44, -1.62)
+
+    close(outer(forgets_create_graph)[0], -2.4, -1.8)  # first order, and nobody asked for it
+    close(
+        outer(steps_in_place)[1], 0.4, 0.2
+    )  # the start itself has moved: the next task begins there
+    close(outer(steps_under_no_grad)[0], 0.0, 0.0)  # nothing reaches the start: it never learns
+    close(meta_gradient(plane((0.0, 0.0), lr=0.1), SMALL), -1.44, -1.62)  # ours
 
 
 def test_what_stays_in_grad():
@@ -940,24 +622,26 @@ def test_what_stays_in_grad():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
+    # cell b602af92
+    theta = torch.zeros(2, 1).double().requires_grad_()
+    small_loss(theta).backward()  # theta.grad is the support gradient now
+    with torch.no_grad():
+        theta -= 0.1 * theta.grad
+    small_loss(theta).backward()  # adds to it
+    close(theta.grad, -4 - 2.4, -2 - 1.8)
+
+    point = Valley(torch.eye(2).double() * 5, torch.ones(2).double())  # alpha times curvature: 0.5
+    for steps in (1, 3):
+        exact, first = (
+            meta_gradient(plane((0.0, 0.0), lr=0.1, steps=steps, first_order=f), point)
+            for f in (False, True)
+        )
+        torch.testing.assert_close(first, 2**steps * exact)
 
 
 def test_gradient_at_the_fast_weights():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -967,25 +651,26 @@ def test_gradient_at_the_fast_weights():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
+
+    # cell a1f00815
+    def adapt_by(steps, of_start):
+        theta = phi = torch.zeros(2, 1).double().requires_grad_()
+        for _ in range(steps):
+            at = theta if of_start else phi
+            (g,) = torch.autograd.grad(small_loss(phi), at, create_graph=True)
+            phi = phi - 0.1 * g
+        return phi
+
+    close(adapt_by(2, of_start=False), 0.64, 0.38)
+    assert torch.equal(adapt_by(1, of_start=True), adapt_by(1, of_start=False))  # nobody notices
+    with pytest.raises(AssertionError):
+        close(adapt_by(2, of_start=True), 0.64, 0.38)
+    close(adapt_by(2, of_start=True), 0.544, 0.362)  # the mistake: 0.4 + 0.144, 0.2 + 0.162
 
 
 def test_the_score_before_any_step():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -995,27 +680,47 @@ def test_the_score_before_any_step():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
-    cell_a1f00817()
+
+    # cell a1f00817
+    class InOrder(FewShot):
+        "The mistake: the classes of a task in their order."
+
+        def draw(self, n, generator=None):
+            return self.picks(super().draw(n, generator).classes.sort(1).values, generator)
+
+    def trained_on(tasks):
+        torch.manual_seed(0)
+        learner = MAML(MLP([8, 32, 5]), lr=0.1, steps=1)
+        fit(learner, tasks, steps=80, meta_batch=16, lr=0.01, progress=False)
+        return learner
+
+    def after_steps(learner, tasks, steps):
+        learner.test_steps = steps
+        return evaluate(learner, tasks.freeze(150, seed=1)).mean
+
+    draw = torch.Generator().manual_seed(0)
+    around = torch.randn(40, 1, 8, generator=draw) + 0.3 * torch.randn(40, 20, 8, generator=draw)
+    known, new = (Classes(a.flatten(0, 1), torch.full((20,), 20)) for a in around.split(20))
+    found = {}
+    for name, draw_tasks in (("in order", InOrder), ("shuffled", FewShot)):
+        learner = trained_on(draw_tasks(known, 5, 1, 5))
+        found[name] = [after_steps(learner, draw_tasks(known, 5, 1, 5), n) for n in (0, 1)]
+        found[name] += [after_steps(learner, FewShot(new, 5, 1, 5), n) for n in (0, 1)]
+        print(
+            f"{name}, after 0 and 1 steps:", " ".join(f"{a:.1%}" for a in found[name][:2]), end=""
+        )
+        print("; new classes:", " ".join(f"{a:.1%}" for a in found[name][2:]))
+    assert found["in order"][0] > 0.3  # the leak
+    assert abs(found["shuffled"][0] - 0.2) < 0.03
+    assert abs(found["in order"][2] - 0.2) < 0.06  # no use for new classes
+    gains = {name: each[3] - each[2] for name, each in found.items()}
+    assert gains["shuffled"] > gains["in order"] + 0.08  # nor has it learned to adapt
 
 
 @pytest.mark.proves("eq-maml-loss-scale")
 def test_scale_of_the_inner_loss():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -1025,27 +730,37 @@ def test_scale_of_the_inner_loss():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
+    # cell 742357d4
+    way, shot, authors_rate = 5, 3, 0.4
+    torch.manual_seed(0)
+    net = MLP([4, 16, way]).double()
+    x, labels = torch.randn(way * shot, 4).double(), torch.arange(way * shot) % way
+    query = Examples.of(torch.randn(10, 4).double(), torch.arange(10) % way, way)
+
+    def authors_step(phi):
+        each = F.cross_entropy(functional_call(net, phi, (x,)), labels, reduction="none") / shot
+        gradients = torch.autograd.grad(each.sum(), list(phi.values()), create_graph=True)
+        return {k: p - authors_rate * g for (k, p), g in zip(phi.items(), gradients, strict=True)}
+
+    support = Examples(x, F.one_hot(labels, way).double())
+    theirs = authors_step(authors_step(dict(net.named_parameters())))
+    learner = MAML(net, lr=way * authors_rate, steps=2)
+    ours, _ = learner.adapt(support)
+    torch.testing.assert_close(ours, theirs)
+
+    their_loss = task_loss("classification", functional_call(net, theirs, (query.x,)), query.y)
+    parameters = list(net.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(learner.loss(Episode(support, query)), parameters),
+        torch.autograd.grad(their_loss, parameters),
     )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
-    cell_a1f00817()
-    cell_742357d4()
+    copied, _ = MAML(net, lr=authors_rate, steps=2).adapt(support)  # the mistake: another step
+    assert not torch.allclose(copied["layers.0.weight"], theirs["layers.0.weight"])
 
 
 def test_adaptation_must_move():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -1055,28 +770,23 @@ def test_adaptation_must_move():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
-    cell_a1f00817()
-    cell_742357d4()
-    cell_d24a95c1(plane, small_loss, small_support)
+
+    # cell d24a95c1
+    def adapt_by_rate(theta, alpha):
+        for _ in range(int(alpha)):  # meant: the number of steps
+            (g,) = torch.autograd.grad(small_loss(theta), theta, create_graph=True)
+            theta = theta - alpha * g
+        return theta
+
+    start = torch.zeros(2, 1).double().requires_grad_()
+    assert torch.equal(adapt_by_rate(start, 0.1), start)  # the mistake: nothing has moved
+    phi, _ = plane((0.0, 0.0), lr=0.1).adapt(small_support)
+    assert (phi["layers.0.weight"] != 0).all()
 
 
 def test_the_start_must_learn():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -1086,29 +796,32 @@ def test_the_start_must_learn():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
-    cell_a1f00817()
-    cell_742357d4()
-    cell_d24a95c1(plane, small_loss, small_support)
-    cell_78a83895(SMALL, close, plane)
+
+    # cell 78a83895
+    def outer_step_on_copy(net, episode, alpha, beta):
+        fast = copy.deepcopy(net)
+        for side, rate in ((episode.support, alpha), (episode.query, beta)):
+            loss = task_loss("regression", fast(side.x), side.y)
+            fast.zero_grad()
+            loss.backward()
+            torch.optim.SGD(fast.parameters(), lr=rate).step()
+        return fast  # the next network
+
+    learner, episode = plane((0.0, 0.0), lr=0.1), SMALL.episode()
+    wrong = outer_step_on_copy(learner.net, episode, alpha=0.1, beta=0.5)
+    close(
+        wrong.layers[0].weight, 0.4 + 0.5 * 2.4, 0.2 + 0.5 * 1.8
+    )  # plain training: phi - beta * gradient
+
+    optimizer = torch.optim.SGD(learner.param_groups(), lr=0.5)
+    learner.loss(episode).backward()
+    optimizer.step()
+    close(learner.net.layers[0].weight, 0.5 * 1.44, 0.5 * 1.62)  # theta - beta * meta-gradient
 
 
 def test_tasks_must_not_leak():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -1118,30 +831,33 @@ def test_tasks_must_not_leak():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
-    cell_a1f00817()
-    cell_742357d4()
-    cell_d24a95c1(plane, small_loss, small_support)
-    cell_78a83895(SMALL, close, plane)
-    cell_c08ec8a2(SMALL, plane, valley)
+
+    # cell c08ec8a2
+    def adapt_with(optimizer, theta, episode):
+        "Three steps from zero with an optimiser that may have been used before."
+        theta.data.zero_()
+        for _ in range(3):
+            optimizer.zero_grad()
+            task_loss("regression", episode.support.x @ theta, episode.support.y).backward()
+            optimizer.step()
+        return theta.detach().clone()
+
+    other, episode = valley(1.0, 3.0, [-2.0, 1.0]).episode(), SMALL.episode()
+    theta = torch.zeros(2, 1).double().requires_grad_()
+    shared = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
+    alone = adapt_with(shared, theta, episode)
+    adapt_with(shared, theta, other)
+    assert not torch.allclose(adapt_with(shared, theta, episode), alone)  # the mistake
+
+    learner = plane((0.0, 0.0), lr=0.1, steps=3)  # no optimiser in the inner loop: nothing to leak
+    alone = learner.adapt(episode.support)
+    learner.adapt(other.support)
+    torch.testing.assert_close(learner.adapt(episode.support), alone, rtol=0, atol=0)
 
 
 def test_what_has_no_gradient():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -1151,31 +867,29 @@ def test_what_has_no_gradient():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
-    cell_a1f00817()
-    cell_742357d4()
-    cell_d24a95c1(plane, small_loss, small_support)
-    cell_78a83895(SMALL, close, plane)
-    cell_c08ec8a2(SMALL, plane, valley)
-    cell_06299d39(close, plane, small_loss, small_support)
+    # cell 06299d39
+    theta = torch.zeros(2, 1).double().requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr=0.1)
+    assert optimizer.state_dict()["param_groups"][0]["params"] == [0]  # a number, no tensor
+    assert optimizer.param_groups[0]["params"][0] is theta  # what was meant
+
+    with torch.no_grad():
+        loss = small_loss(theta)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+
+    learner = plane((0.0, 0.0), lr=0.1).eval()
+    with (
+        torch.no_grad()
+    ):  # as `evaluate` does: inner gradients work here, and no outer graph is kept
+        phi, _ = learner.adapt(small_support)
+    assert not phi["layers.0.weight"].requires_grad
+    close(phi["layers.0.weight"], 0.4, 0.2)
 
 
 def test_queries_together_and_alone():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -1185,32 +899,34 @@ def test_queries_together_and_alone():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
-    cell_a1f00817()
-    cell_742357d4()
-    cell_d24a95c1(plane, small_loss, small_support)
-    cell_78a83895(SMALL, close, plane)
-    cell_c08ec8a2(SMALL, plane, valley)
-    cell_06299d39(close, plane, small_loss, small_support)
-    cell_0fe2da6c()
+
+    # cell 0fe2da6c
+    def adapted_to_images(stats):
+        torch.manual_seed(0)
+        learner = MAML(
+            Conv4(1, out=3, size=16, width=4, pool="stride", stats=stats), lr=0.4
+        ).double()
+        images = torch.randn(9, 1, 16, 16).double()
+        support = Examples(images[:3], torch.eye(3).double())
+        return learner, learner.adapt(support), support.x, images[3:]
+
+    def together_and_alone(stats):
+        learner, state, _, queries = adapted_to_images(stats)
+        alone = torch.cat([learner.predict(state, image[None]) for image in queries])
+        return learner.predict(state, queries), alone
+
+    together, alone = together_and_alone("batch")
+    assert not torch.allclose(together, alone)  # transductive
+    torch.testing.assert_close(*together_and_alone("support"))  # each query stands alone
+
+    learner, state, seen, _ = adapted_to_images("support")
+    phi, _ = state
+    torch.testing.assert_close(learner.predict(state, seen), call(learner.net, phi, seen))
 
 
 def test_buffers_stay():
     Valley, best_start, curvature_after, left_over, valley = cell_cf1757cc()
     SMALL, close, plane = cell_7b5041da(valley)
-    meta_gradient = cell_cec0cbea()
     (
         forgets_create_graph,
         outer,
@@ -1220,26 +936,6 @@ def test_buffers_stay():
         steps_in_place,
         steps_under_no_grad,
     ) = cell_be0806b9(SMALL)
-    cell_d77bfb21(
-        SMALL,
-        close,
-        forgets_create_graph,
-        meta_gradient,
-        outer,
-        plane,
-        right,
-        steps_in_place,
-        steps_under_no_grad,
-    )
-    cell_b602af92(Valley, close, meta_gradient, plane, small_loss)
-    cell_a1f00815(close, small_loss)
-    cell_a1f00817()
-    cell_742357d4()
-    cell_d24a95c1(plane, small_loss, small_support)
-    cell_78a83895(SMALL, close, plane)
-    cell_c08ec8a2(SMALL, plane, valley)
-    cell_06299d39(close, plane, small_loss, small_support)
-    cell_0fe2da6c()
 
     # cell 83486aa4
     def buffers_change(net, adapt):

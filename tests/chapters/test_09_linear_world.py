@@ -26,27 +26,6 @@ from metabook.networks import MLP
 from metabook.testing import check_learner
 
 
-def cell_09cf0019():
-    # cell 09cf0019
-    covariance = torch.tensor([[2.0, 1.0], [1.0, 1.0]]).double()
-    tasks = LinearTasks(torch.tensor([3.0, -1.0]).double(), covariance, noise=0.5, shot=3, query=1)
-    side = tasks.sample(6, torch.Generator().manual_seed(0)).support
-    mu = shared_mean(side.x, side.y, covariance, 0.5)[0].requires_grad_()
-    v = side.x @ covariance @ side.x.mT + 0.25 * torch.eye(3)
-    law = torch.distributions.MultivariateNormal((side.x @ mu[:, None])[..., 0], v)
-    (g,) = torch.autograd.grad(law.log_prob(side.y[..., 0]).sum(), mu)
-    assert g.abs().max() < 1e-9  # nothing is likelier
-
-    many = tasks.sample(24_000, torch.Generator().manual_seed(1)).support
-    x, y = (t.unflatten(0, (4000, 6)) for t in many[:2])
-    x[:] = side.x  # the same inputs 4000 times, other parameters and noise
-    y = x @ many.info["task"].unflatten(0, (4000, 6))[..., None]
-    y = y + 0.5 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).double()
-    means = torch.stack([shared_mean(*pair, covariance, 0.5)[0] for pair in zip(x, y, strict=True)])
-    expected = shared_mean(side.x, side.y, covariance, 0.5)[1]
-    torch.testing.assert_close(means.T.cov(), expected, atol=0, rtol=0.15)
-
-
 def cell_09cf0030():
     # cell 09cf0030
     def real_maml(start, lr, steps, n):
@@ -57,85 +36,6 @@ def cell_09cf0030():
         return MAML(net, lr * n / 2, steps, kind="regression")
 
     return real_maml
-
-
-def cell_09cf0031(real_maml):
-    # cell 09cf0031
-    torch.manual_seed(0)
-    x, y, start = torch.randn(3, 5).double(), torch.randn(3, 1).double(), torch.randn(5).double()
-    for lr, steps in ((0.05, 1), (0.05, 7), (0.2, 2)):
-        phi, _ = real_maml(start, lr, steps, 3).adapt(Examples(x, y))
-        precision = implied_precision(x, lr, steps)
-        p, u = walk(x, lr, steps)
-        torch.testing.assert_close(phi["weight"][0], p @ start + u @ x.T @ y[:, 0])
-        bayes, _ = posterior(x, y, start, 0.3**2 * precision.inverse(), 0.3)
-        torch.testing.assert_close(phi["weight"][0], bayes)
-        kappa, axes = torch.linalg.eigh(x.T @ x)
-        left = (1 - lr * kappa[2:]) ** steps  # two directions of five are not seen
-        along = torch.cat([torch.ones(2) / (lr * steps), kappa[2:] * left / (1 - left)])
-        torch.testing.assert_close(axes.T @ precision @ axes, along.diag())
-
-    torch.testing.assert_close(  # by hand
-        implied_precision(torch.ones(1, 1), 0.5, 1), torch.ones(1, 1)
-    )
-
-
-def cell_09cf0037(real_maml):
-    # cell 09cf0037
-    tasks = LinearTasks(torch.ones(5).double(), torch.eye(5).double(), shot=3, query=4)
-    episodes = tasks.sample(12, torch.Generator().manual_seed(0))
-    learner = real_maml(maml_start(episodes, 0.1, 3), 0.1, 3, 3)
-    losses(learner, episodes).mean().backward()  # the meta-gradient of the real MAML
-    assert learner.net.weight.grad.abs().max() < 1e-12
-
-
-def cell_09cf0055():
-    # cell 09cf0055
-    x = torch.tensor([[2.0, 0.0], [0.0, 1.0]]).double()
-    first, turned = (implied_precision(inputs, 0.1, 5) for inputs in (x, x.flip(1)))
-    assert not torch.allclose(first, turned)  # one start, one rate, two priors
-    assert first[0, 0] < 0.4 * first[1, 1]  # what is measured better is believed to vary more
-    torch.testing.assert_close(first, turned.flip(0, 1))
-
-
-def cell_09cf0061():
-    # cell 09cf0061
-    # Sigma_T projects on what the n examples do not show: D - n directions of variance 1.
-    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)).double()
-    _, left = posterior(
-        x, torch.zeros(4, 1).double(), torch.zeros(10).double(), torch.eye(10).double(), 1e-5
-    )
-    assert abs(left.trace() - 6) < 1e-6
-
-
-def cell_09cf0062():
-    # cell 09cf0062
-    # X^+ X projects on the n directions that were seen: on average n / D of mu.  Weighted least squares divides by that.
-    tasks = LinearTasks(torch.full((6,), 3.0).double(), torch.eye(6).double(), shot=2, query=1)
-    side = tasks.sample(20_000, torch.Generator().manual_seed(0)).support
-    projected = (torch.linalg.pinv(side.x) @ side.x).mean(0)
-    torch.testing.assert_close(projected, torch.eye(6).double() * 2 / 6, atol=0.02, rtol=0)
-    noiseless = (torch.linalg.pinv(side.x) @ side.x @ side.info["task"][..., None]).mean((0, 2))
-    assert (noiseless - 1).abs().max() < 0.1  # a third of 3
-    assert (shared_mean(side.x, side.y, torch.eye(6).double(), 1.0)[0] - 3).abs().max() < 0.1
-
-
-def cell_09cf0063():
-    # cell 09cf0063
-    # The gradient is then E[P H P (theta - theta*_T)] plus noise of mean zero: other weights, but all have the mean mu,
-    # because a task does not depend on its inputs.  With 120 tasks of twenty examples the whole is nearer than the split,
-    # as Bai et al. 2021 prove for a relative of MAML.  Where the data are not linear, the split is what one can trust.
-    tasks = LinearTasks(torch.ones(20).double(), torch.eye(20).double())
-    draws, off = torch.Generator().manual_seed(0), {"split": [], "whole": []}
-    for _ in range(20):
-        episodes = tasks.sample(120, draws)
-        x, y = (torch.cat(p, 1) for p in zip(episodes.support[:2], episodes.query[:2], strict=True))
-        whole = Episode(Examples(x, y), Examples(x, y))
-        for name, data in (("split", episodes), ("whole", whole)):
-            off[name].append((maml_start(data, 0.01, 10) - 1).square().sum())
-    off = {name: torch.stack(values).mean().item() for name, values in off.items()}
-    assert off["whole"] < off["split"] < 1
-    print(off)
 
 
 def test_the_world_is_what_it_says():
@@ -186,13 +86,28 @@ def test_precisions_add_up():
 
 @pytest.mark.proves("eq-linear-mean")
 def test_the_mean_of_the_tasks():
-    cell_09cf0019()
+    # cell 09cf0019
+    covariance = torch.tensor([[2.0, 1.0], [1.0, 1.0]]).double()
+    tasks = LinearTasks(torch.tensor([3.0, -1.0]).double(), covariance, noise=0.5, shot=3, query=1)
+    side = tasks.sample(6, torch.Generator().manual_seed(0)).support
+    mu = shared_mean(side.x, side.y, covariance, 0.5)[0].requires_grad_()
+    v = side.x @ covariance @ side.x.mT + 0.25 * torch.eye(3)
+    law = torch.distributions.MultivariateNormal((side.x @ mu[:, None])[..., 0], v)
+    (g,) = torch.autograd.grad(law.log_prob(side.y[..., 0]).sum(), mu)
+    assert g.abs().max() < 1e-9  # nothing is likelier
+
+    many = tasks.sample(24_000, torch.Generator().manual_seed(1)).support
+    x, y = (t.unflatten(0, (4000, 6)) for t in many[:2])
+    x[:] = side.x  # the same inputs 4000 times, other parameters and noise
+    y = x @ many.info["task"].unflatten(0, (4000, 6))[..., None]
+    y = y + 0.5 * torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).double()
+    means = torch.stack([shared_mean(*pair, covariance, 0.5)[0] for pair in zip(x, y, strict=True)])
+    expected = shared_mean(side.x, side.y, covariance, 0.5)[1]
+    torch.testing.assert_close(means.T.cov(), expected, atol=0, rtol=0.15)
 
 
 @pytest.mark.proves("eq-linear-em")
 def test_each_round_makes_the_data_likelier():
-    cell_09cf0019()
-
     # cell 09cf0026
     def likelihood(prior, side, noise):
         mean, covariance = prior
@@ -214,12 +129,27 @@ def test_each_round_makes_the_data_likelier():
 @pytest.mark.proves("eq-linear-walk", "eq-linear-implied", "eq-linear-axis")
 def test_steps_are_a_prior():
     real_maml = cell_09cf0030()
-    cell_09cf0031(real_maml)
+    # cell 09cf0031
+    torch.manual_seed(0)
+    x, y, start = torch.randn(3, 5).double(), torch.randn(3, 1).double(), torch.randn(5).double()
+    for lr, steps in ((0.05, 1), (0.05, 7), (0.2, 2)):
+        phi, _ = real_maml(start, lr, steps, 3).adapt(Examples(x, y))
+        precision = implied_precision(x, lr, steps)
+        p, u = walk(x, lr, steps)
+        torch.testing.assert_close(phi["weight"][0], p @ start + u @ x.T @ y[:, 0])
+        bayes, _ = posterior(x, y, start, 0.3**2 * precision.inverse(), 0.3)
+        torch.testing.assert_close(phi["weight"][0], bayes)
+        kappa, axes = torch.linalg.eigh(x.T @ x)
+        left = (1 - lr * kappa[2:]) ** steps  # two directions of five are not seen
+        along = torch.cat([torch.ones(2) / (lr * steps), kappa[2:] * left / (1 - left)])
+        torch.testing.assert_close(axes.T @ precision @ axes, along.diag())
+
+    torch.testing.assert_close(  # by hand
+        implied_precision(torch.ones(1, 1), 0.5, 1), torch.ones(1, 1)
+    )
 
 
 def test_small_steps():
-    real_maml = cell_09cf0030()
-    cell_09cf0031(real_maml)
     # cell 09cf0032
     torch.manual_seed(0)
     x = torch.randn(3, 5).double()
@@ -234,13 +164,16 @@ def test_small_steps():
 @pytest.mark.proves("eq-linear-objective")
 def test_nothing_is_left_to_learn():
     real_maml = cell_09cf0030()
-    cell_09cf0037(real_maml)
+    # cell 09cf0037
+    tasks = LinearTasks(torch.ones(5).double(), torch.eye(5).double(), shot=3, query=4)
+    episodes = tasks.sample(12, torch.Generator().manual_seed(0))
+    learner = real_maml(maml_start(episodes, 0.1, 3), 0.1, 3, 3)
+    losses(learner, episodes).mean().backward()  # the meta-gradient of the real MAML
+    assert learner.net.weight.grad.abs().max() < 1e-12
 
 
 @pytest.mark.proves("eq-linear-error")
 def test_the_error_has_three_terms():
-    real_maml = cell_09cf0030()
-    cell_09cf0037(real_maml)
     # cell 09cf0040
     covariance = torch.tensor([[2.0, 1.0], [1.0, 1.0]]).double()
     tasks = LinearTasks(torch.tensor([3.0, -1.0]).double(), covariance, noise=2.0, shot=1, query=1)
@@ -272,11 +205,15 @@ def test_moments_find_the_subspace():
 
 
 def test_another_task_another_prior():
-    cell_09cf0055()
+    # cell 09cf0055
+    x = torch.tensor([[2.0, 0.0], [0.0, 1.0]]).double()
+    first, turned = (implied_precision(inputs, 0.1, 5) for inputs in (x, x.flip(1)))
+    assert not torch.allclose(first, turned)  # one start, one rate, two priors
+    assert first[0, 0] < 0.4 * first[1, 1]  # what is measured better is believed to vary more
+    torch.testing.assert_close(first, turned.flip(0, 1))
 
 
 def test_a_negative_precision_is_no_prior():
-    cell_09cf0055()
     # cell 09cf0057
     x = torch.ones(1, 1).double()  # curvature 1
     assert implied_precision(x, 1.5, 3) < 0 < implied_precision(x, 1.5, 2)
@@ -297,23 +234,46 @@ def test_point_estimates_collapse():
 
 
 def test_what_no_example_shows():
-    cell_09cf0061()
+    # cell 09cf0061
+    # Sigma_T projects on what the n examples do not show: D - n directions of variance 1.
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)).double()
+    _, left = posterior(
+        x, torch.zeros(4, 1).double(), torch.zeros(10).double(), torch.eye(10).double(), 1e-5
+    )
+    assert abs(left.trace() - 6) < 1e-6
 
 
 def test_least_norm_solutions_have_another_mean():
-    cell_09cf0062()
+    # cell 09cf0062
+    # X^+ X projects on the n directions that were seen: on average n / D of mu.  Weighted least squares divides by that.
+    tasks = LinearTasks(torch.full((6,), 3.0).double(), torch.eye(6).double(), shot=2, query=1)
+    side = tasks.sample(20_000, torch.Generator().manual_seed(0)).support
+    projected = (torch.linalg.pinv(side.x) @ side.x).mean(0)
+    torch.testing.assert_close(projected, torch.eye(6).double() * 2 / 6, atol=0.02, rtol=0)
+    noiseless = (torch.linalg.pinv(side.x) @ side.x @ side.info["task"][..., None]).mean((0, 2))
+    assert (noiseless - 1).abs().max() < 0.1  # a third of 3
+    assert (shared_mean(side.x, side.y, torch.eye(6).double(), 1.0)[0] - 3).abs().max() < 0.1
 
 
 def test_without_a_split():
-    cell_09cf0061()
-    cell_09cf0062()
-    cell_09cf0063()
+    # cell 09cf0063
+    # The gradient is then E[P H P (theta - theta*_T)] plus noise of mean zero: other weights, but all have the mean mu,
+    # because a task does not depend on its inputs.  With 120 tasks of twenty examples the whole is nearer than the split,
+    # as Bai et al. 2021 prove for a relative of MAML.  Where the data are not linear, the split is what one can trust.
+    tasks = LinearTasks(torch.ones(20).double(), torch.eye(20).double())
+    draws, off = torch.Generator().manual_seed(0), {"split": [], "whole": []}
+    for _ in range(20):
+        episodes = tasks.sample(120, draws)
+        x, y = (torch.cat(p, 1) for p in zip(episodes.support[:2], episodes.query[:2], strict=True))
+        whole = Episode(Examples(x, y), Examples(x, y))
+        for name, data in (("split", episodes), ("whole", whole)):
+            off[name].append((maml_start(data, 0.01, 10) - 1).square().sum())
+    off = {name: torch.stack(values).mean().item() for name, values in off.items()}
+    assert off["whole"] < off["split"] < 1
+    print(off)
 
 
 def test_noise_that_differs():
-    cell_09cf0061()
-    cell_09cf0062()
-    cell_09cf0063()
     # cell 09cf0066
     # Each V_T holds the noise of its own task.  With one noise for all, the mean stays unbiased, but loud tasks count too
     # much; EM then takes what it cannot explain by noise for spread of the tasks.  Descent should stop earlier where it is

@@ -46,82 +46,6 @@ def cell_10cf0016():
     return plane, points, slope
 
 
-def cell_10cf1003(plane, points, slope):
-    # cell 10cf1003
-    side = points(torch.tensor([4.0]).double(), torch.ones(1).double())
-    start = plane(torch.zeros(1).double())
-    learner = ImplicitMAML(start, 0.1, steps=100, penalty=4.0, kind="regression")
-    torch.testing.assert_close(learner.end(side)["layers.0.weight"].item(), 0.5)
-    torch.testing.assert_close(slope(learner, Episode(side, side)).item(), -1.0)
-
-    short = ImplicitMAML(start, 0.1, steps=1, penalty=4.0, kind="regression")  # arrives at 0.4
-    torch.testing.assert_close(short.residual(side).item(), 0.8)  # |4 (0.4 - 1) + 4 (0.4 - 0)|
-
-
-def cell_10cf1004():
-    # cell 10cf1004
-    torch.manual_seed(0)
-    net = MLP([1, 3, 1]).double()
-    net.layers[0].bias.requires_grad_(False)  # what is frozen stays out of the system, too
-    support, query = (
-        Examples(torch.randn(n, 1).double(), torch.randn(n, 1).double()) for n in (5, 6)
-    )
-    learner = ImplicitMAML(net, 0.05, 3, penalty=4.0, solver_steps=30, kind="regression")
-    phi = {k: p for k, p in learner.end(support).items() if k != "layers.0.bias"}
-
-    def mean_error(flat, side):
-        "The loss as a function of one long vector."
-        parts = flat.split([p.numel() for p in phi.values()])
-        given = {k: part.reshape(p.shape) for (k, p), part in zip(phi.items(), parts, strict=True)}
-        return (call(net, given, side.x) - side.y).square().mean()
-
-    flat = torch.cat([p.detach().flatten() for p in phi.values()])
-    curvature = torch.autograd.functional.hessian(lambda v: mean_error(v, support), flat)
-    g = torch.autograd.functional.jacobian(lambda v: mean_error(v, query), flat)
-    wish = torch.linalg.solve(torch.eye(len(flat)).double() + curvature / 4.0, g)
-    found = torch.cat([v.flatten() for v in learner.direction(Episode(support, query)).values()])
-    torch.testing.assert_close(found, wish)
-
-
-def cell_10cf0071():
-    # cell 10cf0071
-    torch.manual_seed(0)
-    net = MLP([1, 6, 1])
-    support, query = (Examples(torch.randn(n, 1), torch.randn(n, 1)) for n in (4, 6))
-    together = Examples(*(torch.cat(pair) for pair in zip(support[:2], query[:2], strict=True)))
-    plain = torch.autograd.grad(
-        MAML(net, kind="regression").support_loss({}, together), list(net.parameters())
-    )
-
-    def reptile_direction(steps):
-        loss = Reptile(net, lr=0.1, steps=steps, kind="regression").loss(Episode(support, query))
-        return torch.autograd.grad(loss, list(net.parameters()))
-
-    torch.testing.assert_close(list(reptile_direction(1)), [0.1 * g for g in plain])
-    assert not torch.allclose(reptile_direction(3)[0], 0.3 * plain[0])
-
-
-def cell_10cf0081(plane, points, slope):
-    # cell 10cf0081
-    # P = (1 - 0.5)^2 = 0.25.  Reptile: 1 - P; first order: kappa P; MAML: kappa P^2.  Here kappa = 5.
-    side = points(torch.tensor([5.0]).double(), torch.zeros(1).double())
-    for make, wish in (
-        (lambda net: Reptile(net, 0.1, 2, kind="regression"), 0.75),
-        (lambda net: MAML(net, 0.1, 2, first_order=True, kind="regression"), 5 * 0.25),
-        (lambda net: MAML(net, 0.1, 2, kind="regression"), 5 * 0.25**2),
-    ):
-        found = slope(make(plane(torch.ones(1).double())), Episode(side, side))
-        torch.testing.assert_close(found.item(), wish)
-
-
-def cell_10cf0082():
-    # cell 10cf0082
-    boil = ANIL(Conv4(1, out=3, size=16, width=4), adapts=["convs", "norms"])
-    phi, _ = boil.adapt(Examples(torch.randn(3, 1, 16, 16), torch.eye(3)))
-    assert not any(k.startswith("head") for k in phi)
-    assert not torch.equal(phi["convs.3.weight"], boil.net.convs[3].weight)
-
-
 @pytest.mark.proves("eq-reptile-update")
 def test_reptile_by_hand():
     plane, points, slope = cell_10cf0016()
@@ -262,7 +186,15 @@ def test_conjugate_gradients_solve():
 
 def test_implicit_by_hand():
     plane, points, slope = cell_10cf0016()
-    cell_10cf1003(plane, points, slope)
+    # cell 10cf1003
+    side = points(torch.tensor([4.0]).double(), torch.ones(1).double())
+    start = plane(torch.zeros(1).double())
+    learner = ImplicitMAML(start, 0.1, steps=100, penalty=4.0, kind="regression")
+    torch.testing.assert_close(learner.end(side)["layers.0.weight"].item(), 0.5)
+    torch.testing.assert_close(slope(learner, Episode(side, side)).item(), -1.0)
+
+    short = ImplicitMAML(start, 0.1, steps=1, penalty=4.0, kind="regression")  # arrives at 0.4
+    torch.testing.assert_close(short.residual(side).item(), 0.8)  # |4 (0.4 - 1) + 4 (0.4 - 0)|
 
 
 @pytest.mark.proves("eq-imaml-gradient")
@@ -290,15 +222,31 @@ def test_the_gradient_of_the_place():
 
 
 def test_the_direction_is_the_inverse_written_out():
-    plane, points, slope = cell_10cf0016()
-    cell_10cf1003(plane, points, slope)
-    cell_10cf1004()
+    # cell 10cf1004
+    torch.manual_seed(0)
+    net = MLP([1, 3, 1]).double()
+    net.layers[0].bias.requires_grad_(False)  # what is frozen stays out of the system, too
+    support, query = (
+        Examples(torch.randn(n, 1).double(), torch.randn(n, 1).double()) for n in (5, 6)
+    )
+    learner = ImplicitMAML(net, 0.05, 3, penalty=4.0, solver_steps=30, kind="regression")
+    phi = {k: p for k, p in learner.end(support).items() if k != "layers.0.bias"}
+
+    def mean_error(flat, side):
+        "The loss as a function of one long vector."
+        parts = flat.split([p.numel() for p in phi.values()])
+        given = {k: part.reshape(p.shape) for (k, p), part in zip(phi.items(), parts, strict=True)}
+        return (call(net, given, side.x) - side.y).square().mean()
+
+    flat = torch.cat([p.detach().flatten() for p in phi.values()])
+    curvature = torch.autograd.functional.hessian(lambda v: mean_error(v, support), flat)
+    g = torch.autograd.functional.jacobian(lambda v: mean_error(v, query), flat)
+    wish = torch.linalg.solve(torch.eye(len(flat)).double() + curvature / 4.0, g)
+    found = torch.cat([v.flatten() for v in learner.direction(Episode(support, query)).values()])
+    torch.testing.assert_close(found, wish)
 
 
 def test_keeps_the_contract(device):
-    plane, points, slope = cell_10cf0016()
-    cell_10cf1003(plane, points, slope)
-    cell_10cf1004()
     # cell 10cf0018
     noise = Classes(torch.rand(96, 1, 16, 16), sizes=torch.full((8,), 12))
     few = FewShot(noise, way=3, shot=1, query=2)
@@ -460,7 +408,21 @@ def test_the_path_is_forgotten():
 
 
 def test_one_step_of_reptile_is_pretraining():
-    cell_10cf0071()
+    # cell 10cf0071
+    torch.manual_seed(0)
+    net = MLP([1, 6, 1])
+    support, query = (Examples(torch.randn(n, 1), torch.randn(n, 1)) for n in (4, 6))
+    together = Examples(*(torch.cat(pair) for pair in zip(support[:2], query[:2], strict=True)))
+    plain = torch.autograd.grad(
+        MAML(net, kind="regression").support_loss({}, together), list(net.parameters())
+    )
+
+    def reptile_direction(steps):
+        loss = Reptile(net, lr=0.1, steps=steps, kind="regression").loss(Episode(support, query))
+        return torch.autograd.grad(loss, list(net.parameters()))
+
+    torch.testing.assert_close(list(reptile_direction(1)), [0.1 * g for g in plain])
+    assert not torch.allclose(reptile_direction(3)[0], 0.3 * plain[0])
 
 
 def test_the_surrogate_is_no_loss():
@@ -475,7 +437,6 @@ def test_the_surrogate_is_no_loss():
 
 
 def test_a_detached_head_still_sees_the_body():
-    cell_10cf0071()
     # cell 10cf0075
     torch.manual_seed(0)
     net = MLP([1, 6, 1]).double()
@@ -500,17 +461,28 @@ def test_a_detached_head_still_sees_the_body():
 
 def test_three_directions_at_distance_one():
     plane, points, slope = cell_10cf0016()
-    cell_10cf0081(plane, points, slope)
+    # cell 10cf0081
+    # P = (1 - 0.5)^2 = 0.25.  Reptile: 1 - P; first order: kappa P; MAML: kappa P^2.  Here kappa = 5.
+    side = points(torch.tensor([5.0]).double(), torch.zeros(1).double())
+    for make, wish in (
+        (lambda net: Reptile(net, 0.1, 2, kind="regression"), 0.75),
+        (lambda net: MAML(net, 0.1, 2, first_order=True, kind="regression"), 5 * 0.25),
+        (lambda net: MAML(net, 0.1, 2, kind="regression"), 5 * 0.25**2),
+    ):
+        found = slope(make(plane(torch.ones(1).double())), Episode(side, side))
+        torch.testing.assert_close(found.item(), wish)
 
 
 def test_boil_in_one_line():
-    cell_10cf0082()
+    # cell 10cf0082
+    boil = ANIL(Conv4(1, out=3, size=16, width=4), adapts=["convs", "norms"])
+    phi, _ = boil.adapt(Examples(torch.randn(3, 1, 16, 16), torch.eye(3)))
+    assert not any(k.startswith("head") for k in phi)
+    assert not torch.equal(phi["convs.3.weight"], boil.net.convs[3].weight)
 
 
 def test_the_square_of_the_distance_is_another_objective():
     plane, points, slope = cell_10cf0016()
-    cell_10cf0081(plane, points, slope)
-    cell_10cf0082()
     # cell 10cf0083
     # theta - phi = (I - P)(theta - best), so its half square has the gradient (I - P)^2 (theta - best): steep directions
     # count for even more. The weights are (1 - P)^2 in place of 1 - P.

@@ -41,193 +41,6 @@ def cell_11a00012():
     return plane_net, plane_task
 
 
-def cell_11a00017(plane_net, plane_task):
-    # cell 11a00017
-    torch.manual_seed(0)
-    curvatures, bests = 1 + torch.rand(30, 2).double(), torch.randn(30, 2).double()
-    square = bests.square()  # of the distance from the start at 0
-    best_rates = (curvatures**2 * square).mean(0) / (curvatures**3 * square).mean(0)
-    left = (curvatures * square).mean(0) - (curvatures**2 * square).mean(0) * best_rates
-
-    tasks = [plane_task(k, b) for k, b in zip(curvatures, bests, strict=True)]
-    learner = MetaSGD(plane_net(), kind="regression").double()
-    with torch.no_grad():
-        learner.rates[0].copy_(best_rates[None])
-    mean_loss = torch.stack([learner.loss(task) for task in tasks]).mean()
-    torch.testing.assert_close(mean_loss, left.sum() / 2)
-    (slope,) = torch.autograd.grad(mean_loss, learner.rates[0])
-    assert slope.abs().max() < 1e-12
-
-    shared = torch.tensor([1.0, 8.0]).double()
-    with torch.no_grad():
-        learner.rates[0].copy_(1 / shared[None])
-    assert all(learner.loss(plane_task(shared, b)) < 1e-24 for b in bests)  # exact
-
-
-def cell_11a00027(plane_net, plane_task):
-    # cell 11a00027
-    learner = MAMLpp(plane_net(), lr=0.1, steps=2, test_steps=3, multi_step=0.5, kind="regression")
-    learner.double()
-    with torch.no_grad():
-        learner.rates.copy_(torch.tensor([[0.1, 0.1], [0.2, 0.2]]))  # [steps, layers]
-    task = plane_task([4.0, 1.0], [1.0, 2.0])
-    for progress, expected in ((0.0, 1.7028), (0.25, 1.3842), (0.5, 1.0656), (1.0, 1.0656)):
-        set_progress(learner, progress)
-        assert abs(learner.loss(task).item() - expected) < 1e-6
-    weights = {r: step_weights(torch.tensor(r), 5) for r in (0.0, 0.5, 1.0)}
-    torch.testing.assert_close(weights[0.0], torch.full((5,), 0.2))
-    torch.testing.assert_close(weights[0.5], torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6]))
-    torch.testing.assert_close(weights[1.0], torch.tensor([0.006, 0.006, 0.006, 0.006, 0.976]))
-
-    phi, _ = learner.eval().adapt(task.support)  # a third step takes the last one's rates
-    torch.testing.assert_close(phi["layers.0.weight"], torch.tensor([[0.976, 0.848]]).double())
-
-
-def cell_11a00028():
-    # cell 11a00028
-    torch.manual_seed(0)
-    net, batch = MLP([1, 6, 1]).double(), Sinusoids(5, 6).sample(2).to(dtype=torch.float64)
-    how = {"lr": 0.02, "steps": 3, "kind": "regression"}
-    learner = MAMLpp(net, multi_step=0.0, first_order_until=0.5, **how).double()
-
-    def gradients_of(learner):
-        return torch.autograd.grad(losses(learner, batch).mean(), list(net.parameters()))
-
-    for progress, first_order in ((0.0, True), (0.49, True), (0.5, False), (1.0, False)):
-        set_progress(learner, progress)
-        torch.testing.assert_close(
-            gradients_of(learner), gradients_of(MAML(net, first_order=first_order, **how))
-        )
-
-
-def cell_11a00029():
-    # cell 11a00029
-    torch.manual_seed(0)
-    net = Conv4(out=3, size=16, width=4, pool="stride", stats="support")
-    learner = MAMLpp(net, lr=0.3, steps=2).double()
-    images = torch.randn(6, 1, 16, 16).double()
-    support = Examples.of(images, torch.arange(6) % 3, 3)
-    support = support._replace(y=support.y.double())
-    with torch.no_grad():
-        for change in learner.changes:
-            change.copy_(torch.randn_like(change))
-    own = dict(net.named_parameters())
-    states = list(learner.path(support))
-    for j, (phi, *_) in enumerate(states[1:]):  # no inner step moves them; each step has its own
-        for k, change in zip(learner.norms, learner.changes, strict=True):
-            torch.testing.assert_close(phi[k], own[k] + change[j])
-    _, one = learner.result(states[1], support)
-    _, two = learner.result(states[2], support)
-    assert all(not torch.allclose(one[k], two[k]) for k in one)  # statistics of each step
-    answers = learner.predict(learner.adapt(support), images)
-    alone = torch.cat([learner.predict(learner.adapt(support), x[None]) for x in images])
-    torch.testing.assert_close(answers, alone)
-
-
-def cell_e8e2ed14():
-    # cell e8e2ed14
-    torch.manual_seed(
-        0
-    )  # the authors' loop by hand: 3 steps, epoch 5 of a phase of 15, training of 100
-    net = nn.Sequential(nn.Linear(3, 4), BatchNorm(4), nn.ReLU(), nn.Linear(4, 3)).double()
-    learner = MAMLpp(net, lr=0.1, steps=3, multi_step=0.15).double()
-    with torch.no_grad():
-        learner.rates.mul_(1 + torch.rand_like(learner.rates))
-        for change in learner.changes:
-            change.copy_(0.3 * torch.randn_like(change))
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    x, q = torch.randn(2, 6, 3).double()
-    task = Episode(*(Examples(z, F.one_hot(labels, 3).double()) for z in (x, q)))
-
-    def cross_entropy(z, w, j):
-        "The loss of the network of weights w with the normalisation of step j: always by the batch."
-        factor, summand = net[1].weight + learner.changes[0][j], net[1].bias + learner.changes[1][j]
-        h = F.linear(z, w["0.weight"], w["0.bias"])
-        h = F.batch_norm(h, None, None, factor, summand, training=True, eps=net[1].eps)
-        return F.cross_entropy(F.linear(h.relu(), w["3.weight"], w["3.bias"]), labels)
-
-    w = {k: p for k, p in net.named_parameters() if not k.startswith("1.")}
-    early = max(1 / 3 - 5 * (1 / 3 / 15), 0.03 / 3)
-    total = 0.0
-    for j, u in enumerate([early, early, 1 - 2 * early]):
-        g = torch.autograd.grad(cross_entropy(x, w, j), list(w.values()), create_graph=True)
-        w = {k: w[k] - learner.rates[j, i] * g[i] for i, k in enumerate(w)}
-        total = total + u * cross_entropy(q, w, j)  # the norm of the step just taken
-
-    set_progress(learner, 5 / 100)
-    learned = list(learner.parameters())
-    torch.testing.assert_close(learner.loss(task), total, rtol=1e-6, atol=1e-6)
-    ours, theirs = (torch.autograd.grad(z, learned) for z in (learner.loss(task), total))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def cell_441db642():
-    # cell 441db642
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), BatchNorm(4), nn.ReLU(), nn.Linear(4, 3)).double()
-    how = {"lr": 0.1, "steps": 2}
-    bare = MAMLpp(net, multi_step=0.0, learn_rates=False, step_norms=False, **how).double()
-    assert not bare.rates.requires_grad and not bare.norms and bare.rates.shape == (2, 6)
-    side = Examples(torch.randn(6, 3).double(), F.one_hot(torch.arange(6) % 3, 3).double())
-    torch.testing.assert_close(  # MAML again, which moves factor and summand too
-        bare.loss(Episode(side, side)),
-        MAML(net, **how).loss(Episode(side, side)),
-        rtol=1e-6,
-        atol=1e-6,
-    )
-    whole = MAMLpp(net, **how)
-    assert whole.rates.requires_grad and whole.norms == ["1.weight", "1.bias"]
-
-
-def cell_11a00042(plane_net, plane_task):
-    # cell 11a00042
-    support, query = (plane_task([1.0, 1.0], best) for best in ([1.0, 1.0], [-1.0, 1.0]))
-    task = Episode(support.support, query.query)  # in the first coordinate the support set misleads
-
-    class Clamped(MetaSGD):
-        "The mistake: rates that must not become negative."
-
-        def step(self, phi, support):
-            g = self.gradient(phi, support)
-            alpha = dict(zip(phi, (r.clamp(min=0.0) for r in self.rates), strict=True))
-            return {k: p - alpha[k] * g[k] for k, p in phi.items()}
-
-    def descended(cls):
-        learner = cls(plane_net(), lr=0.1, kind="regression").double()
-        for _ in range(200):
-            (slope,) = torch.autograd.grad(learner.loss(task), learner.rates[0])
-            with torch.no_grad():
-                learner.rates[0] -= 0.1 * slope
-        return learner.loss(task).item(), learner.rates[0][0, 0].item()
-
-    free, clamped = descended(MetaSGD), descended(Clamped)
-    assert free[1] < -0.9 and free[0] < 1e-6  # up the slope, exactly
-    assert clamped[1] <= 0.0 and clamped[0] > 0.49  # stuck: nothing is learned about this parameter
-
-
-def cell_11a00048():
-    # cell 11a00048
-    # (1 + 16) / (1 + 64) = 17/65: near 1/4, for the steep task decides.
-    kappa = torch.tensor([1.0, 4.0])
-    best = (kappa**2).mean() / (kappa**3).mean()
-    torch.testing.assert_close(best, torch.tensor(17 / 65))
-    left = 0.5 * (kappa * (1 - best * kappa) ** 2).mean()
-    torch.testing.assert_close(left, torch.tensor(0.5 * (2.5 - 8.5**2 / 32.5)))
-
-
-def cell_11a00049(plane_net, plane_task):
-    # cell 11a00049
-    # The steps leave (1 - a k)(1 - b k) of the distance: the rates 1 and 1/4, in either order, are exact for both tasks.
-    # One rate twice leaves (1 - a k)^2, which is zero for one curvature only.  t rates suit t curvatures.
-    for kappa in (1.0, 4.0):
-        task = plane_task([kappa, kappa], [1.0, 1.0])
-        learner = MAMLpp(plane_net(), steps=2, kind="regression").double()
-        with torch.no_grad():
-            learner.rates.copy_(torch.tensor([[1.0, 1.0], [0.25, 0.25]]))
-        assert learner.loss(task) < 1e-20
-
-
 @pytest.mark.proves("eq-steps-meta-sgd", "eq-steps-rate-gradient")
 def test_a_step_by_hand():
     plane_net, plane_task = cell_11a00012()
@@ -267,12 +80,30 @@ def test_meta_sgd_keeps_the_contract():
 @pytest.mark.proves("eq-steps-best-rate", "eq-steps-left-over")
 def test_the_best_rate_and_what_it_leaves():
     plane_net, plane_task = cell_11a00012()
-    cell_11a00017(plane_net, plane_task)
+    # cell 11a00017
+    torch.manual_seed(0)
+    curvatures, bests = 1 + torch.rand(30, 2).double(), torch.randn(30, 2).double()
+    square = bests.square()  # of the distance from the start at 0
+    best_rates = (curvatures**2 * square).mean(0) / (curvatures**3 * square).mean(0)
+    left = (curvatures * square).mean(0) - (curvatures**2 * square).mean(0) * best_rates
+
+    tasks = [plane_task(k, b) for k, b in zip(curvatures, bests, strict=True)]
+    learner = MetaSGD(plane_net(), kind="regression").double()
+    with torch.no_grad():
+        learner.rates[0].copy_(best_rates[None])
+    mean_loss = torch.stack([learner.loss(task) for task in tasks]).mean()
+    torch.testing.assert_close(mean_loss, left.sum() / 2)
+    (slope,) = torch.autograd.grad(mean_loss, learner.rates[0])
+    assert slope.abs().max() < 1e-12
+
+    shared = torch.tensor([1.0, 8.0]).double()
+    with torch.no_grad():
+        learner.rates[0].copy_(1 / shared[None])
+    assert all(learner.loss(plane_task(shared, b)) < 1e-24 for b in bests)  # exact
 
 
 def test_turned_valleys_gain_nothing():
     plane_net, plane_task = cell_11a00012()
-    cell_11a00017(plane_net, plane_task)
 
     # cell 4e4589e3
     def share_left(angle, rates):
@@ -297,46 +128,122 @@ def test_turned_valleys_gain_nothing():
 @pytest.mark.proves("eq-steps-multi", "eq-steps-annealed", "eq-steps-per-layer")
 def test_two_steps_by_hand():
     plane_net, plane_task = cell_11a00012()
-    cell_11a00027(plane_net, plane_task)
+    # cell 11a00027
+    learner = MAMLpp(plane_net(), lr=0.1, steps=2, test_steps=3, multi_step=0.5, kind="regression")
+    learner.double()
+    with torch.no_grad():
+        learner.rates.copy_(torch.tensor([[0.1, 0.1], [0.2, 0.2]]))  # [steps, layers]
+    task = plane_task([4.0, 1.0], [1.0, 2.0])
+    for progress, expected in ((0.0, 1.7028), (0.25, 1.3842), (0.5, 1.0656), (1.0, 1.0656)):
+        set_progress(learner, progress)
+        assert abs(learner.loss(task).item() - expected) < 1e-6
+    weights = {r: step_weights(torch.tensor(r), 5) for r in (0.0, 0.5, 1.0)}
+    torch.testing.assert_close(weights[0.0], torch.full((5,), 0.2))
+    torch.testing.assert_close(weights[0.5], torch.tensor([0.1, 0.1, 0.1, 0.1, 0.6]))
+    torch.testing.assert_close(weights[1.0], torch.tensor([0.006, 0.006, 0.006, 0.006, 0.976]))
+
+    phi, _ = learner.eval().adapt(task.support)  # a third step takes the last one's rates
+    torch.testing.assert_close(phi["layers.0.weight"], torch.tensor([[0.976, 0.848]]).double())
 
 
 def test_the_phases_of_a_training():
-    plane_net, plane_task = cell_11a00012()
-    cell_11a00027(plane_net, plane_task)
-    cell_11a00028()
+    # cell 11a00028
+    torch.manual_seed(0)
+    net, batch = MLP([1, 6, 1]).double(), Sinusoids(5, 6).sample(2).to(dtype=torch.float64)
+    how = {"lr": 0.02, "steps": 3, "kind": "regression"}
+    learner = MAMLpp(net, multi_step=0.0, first_order_until=0.5, **how).double()
+
+    def gradients_of(learner):
+        return torch.autograd.grad(losses(learner, batch).mean(), list(net.parameters()))
+
+    for progress, first_order in ((0.0, True), (0.49, True), (0.5, False), (1.0, False)):
+        set_progress(learner, progress)
+        torch.testing.assert_close(
+            gradients_of(learner), gradients_of(MAML(net, first_order=first_order, **how))
+        )
 
 
 def test_each_step_has_its_normalisation():
-    plane_net, plane_task = cell_11a00012()
-    cell_11a00027(plane_net, plane_task)
-    cell_11a00028()
-    cell_11a00029()
+    # cell 11a00029
+    torch.manual_seed(0)
+    net = Conv4(out=3, size=16, width=4, pool="stride", stats="support")
+    learner = MAMLpp(net, lr=0.3, steps=2).double()
+    images = torch.randn(6, 1, 16, 16).double()
+    support = Examples.of(images, torch.arange(6) % 3, 3)
+    support = support._replace(y=support.y.double())
+    with torch.no_grad():
+        for change in learner.changes:
+            change.copy_(torch.randn_like(change))
+    own = dict(net.named_parameters())
+    states = list(learner.path(support))
+    for j, (phi, *_) in enumerate(states[1:]):  # no inner step moves them; each step has its own
+        for k, change in zip(learner.norms, learner.changes, strict=True):
+            torch.testing.assert_close(phi[k], own[k] + change[j])
+    _, one = learner.result(states[1], support)
+    _, two = learner.result(states[2], support)
+    assert all(not torch.allclose(one[k], two[k]) for k in one)  # statistics of each step
+    answers = learner.predict(learner.adapt(support), images)
+    alone = torch.cat([learner.predict(learner.adapt(support), x[None]) for x in images])
+    torch.testing.assert_close(answers, alone)
 
 
 def test_as_the_reference_computes_it():
-    plane_net, plane_task = cell_11a00012()
-    cell_11a00027(plane_net, plane_task)
-    cell_11a00028()
-    cell_11a00029()
-    cell_e8e2ed14()
+    # cell e8e2ed14
+    torch.manual_seed(
+        0
+    )  # the authors' loop by hand: 3 steps, epoch 5 of a phase of 15, training of 100
+    net = nn.Sequential(nn.Linear(3, 4), BatchNorm(4), nn.ReLU(), nn.Linear(4, 3)).double()
+    learner = MAMLpp(net, lr=0.1, steps=3, multi_step=0.15).double()
+    with torch.no_grad():
+        learner.rates.mul_(1 + torch.rand_like(learner.rates))
+        for change in learner.changes:
+            change.copy_(0.3 * torch.randn_like(change))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    x, q = torch.randn(2, 6, 3).double()
+    task = Episode(*(Examples(z, F.one_hot(labels, 3).double()) for z in (x, q)))
+
+    def cross_entropy(z, w, j):
+        "The loss of the network of weights w with the normalisation of step j: always by the batch."
+        factor, summand = net[1].weight + learner.changes[0][j], net[1].bias + learner.changes[1][j]
+        h = F.linear(z, w["0.weight"], w["0.bias"])
+        h = F.batch_norm(h, None, None, factor, summand, training=True, eps=net[1].eps)
+        return F.cross_entropy(F.linear(h.relu(), w["3.weight"], w["3.bias"]), labels)
+
+    w = {k: p for k, p in net.named_parameters() if not k.startswith("1.")}
+    early = max(1 / 3 - 5 * (1 / 3 / 15), 0.03 / 3)
+    total = 0.0
+    for j, u in enumerate([early, early, 1 - 2 * early]):
+        g = torch.autograd.grad(cross_entropy(x, w, j), list(w.values()), create_graph=True)
+        w = {k: w[k] - learner.rates[j, i] * g[i] for i, k in enumerate(w)}
+        total = total + u * cross_entropy(q, w, j)  # the norm of the step just taken
+
+    set_progress(learner, 5 / 100)
+    learned = list(learner.parameters())
+    torch.testing.assert_close(learner.loss(task), total, rtol=1e-6, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(z, learned) for z in (learner.loss(task), total))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_each_repair_can_be_left_out():
-    plane_net, plane_task = cell_11a00012()
-    cell_11a00027(plane_net, plane_task)
-    cell_11a00028()
-    cell_11a00029()
-    cell_e8e2ed14()
-    cell_441db642()
+    # cell 441db642
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), BatchNorm(4), nn.ReLU(), nn.Linear(4, 3)).double()
+    how = {"lr": 0.1, "steps": 2}
+    bare = MAMLpp(net, multi_step=0.0, learn_rates=False, step_norms=False, **how).double()
+    assert not bare.rates.requires_grad and not bare.norms and bare.rates.shape == (2, 6)
+    side = Examples(torch.randn(6, 3).double(), F.one_hot(torch.arange(6) % 3, 3).double())
+    torch.testing.assert_close(  # MAML again, which moves factor and summand too
+        bare.loss(Episode(side, side)),
+        MAML(net, **how).loss(Episode(side, side)),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+    whole = MAMLpp(net, **how)
+    assert whole.rates.requires_grad and whole.norms == ["1.weight", "1.bias"]
 
 
 def test_mamlpp_keeps_the_contract():
-    plane_net, plane_task = cell_11a00012()
-    cell_11a00027(plane_net, plane_task)
-    cell_11a00028()
-    cell_11a00029()
-    cell_e8e2ed14()
-    cell_441db642()
     # cell 11a00030
     letters = FewShot(Glyphs("val"), 3, 2, 2)
     torch.manual_seed(0)
@@ -350,7 +257,29 @@ def test_mamlpp_keeps_the_contract():
 
 def test_a_clamp_is_a_trap():
     plane_net, plane_task = cell_11a00012()
-    cell_11a00042(plane_net, plane_task)
+    # cell 11a00042
+    support, query = (plane_task([1.0, 1.0], best) for best in ([1.0, 1.0], [-1.0, 1.0]))
+    task = Episode(support.support, query.query)  # in the first coordinate the support set misleads
+
+    class Clamped(MetaSGD):
+        "The mistake: rates that must not become negative."
+
+        def step(self, phi, support):
+            g = self.gradient(phi, support)
+            alpha = dict(zip(phi, (r.clamp(min=0.0) for r in self.rates), strict=True))
+            return {k: p - alpha[k] * g[k] for k, p in phi.items()}
+
+    def descended(cls):
+        learner = cls(plane_net(), lr=0.1, kind="regression").double()
+        for _ in range(200):
+            (slope,) = torch.autograd.grad(learner.loss(task), learner.rates[0])
+            with torch.no_grad():
+                learner.rates[0] -= 0.1 * slope
+        return learner.loss(task).item(), learner.rates[0][0, 0].item()
+
+    free, clamped = descended(MetaSGD), descended(Clamped)
+    assert free[1] < -0.9 and free[0] < 1e-6  # up the slope, exactly
+    assert clamped[1] <= 0.0 and clamped[0] > 0.49  # stuck: nothing is learned about this parameter
 
 
 def test_buffers_that_nobody_reads():
@@ -378,7 +307,6 @@ def test_buffers_that_nobody_reads():
 
 def test_rates_that_nobody_keeps():
     plane_net, plane_task = cell_11a00012()
-    cell_11a00042(plane_net, plane_task)
 
     # cell 0af68d82
     class Forgetful(MAML):
@@ -411,13 +339,26 @@ def test_an_average_of_answers_is_another_method():
 
 
 def test_two_tasks_in_one_dimension():
-    cell_11a00048()
+    # cell 11a00048
+    # (1 + 16) / (1 + 64) = 17/65: near 1/4, for the steep task decides.
+    kappa = torch.tensor([1.0, 4.0])
+    best = (kappa**2).mean() / (kappa**3).mean()
+    torch.testing.assert_close(best, torch.tensor(17 / 65))
+    left = 0.5 * (kappa * (1 - best * kappa) ** 2).mean()
+    torch.testing.assert_close(left, torch.tensor(0.5 * (2.5 - 8.5**2 / 32.5)))
 
 
 def test_two_rates_for_one_coordinate():
     plane_net, plane_task = cell_11a00012()
-    cell_11a00048()
-    cell_11a00049(plane_net, plane_task)
+    # cell 11a00049
+    # The steps leave (1 - a k)(1 - b k) of the distance: the rates 1 and 1/4, in either order, are exact for both tasks.
+    # One rate twice leaves (1 - a k)^2, which is zero for one curvature only.  t rates suit t curvatures.
+    for kappa in (1.0, 4.0):
+        task = plane_task([kappa, kappa], [1.0, 1.0])
+        learner = MAMLpp(plane_net(), steps=2, kind="regression").double()
+        with torch.no_grad():
+            learner.rates.copy_(torch.tensor([[1.0, 1.0], [0.25, 0.25]]))
+        assert learner.loss(task) < 1e-20
 
 
 def test_the_logarithm_of_a_rate():
@@ -431,8 +372,6 @@ def test_the_logarithm_of_a_rate():
 
 def test_a_rate_for_each_layer():
     plane_net, plane_task = cell_11a00012()
-    cell_11a00048()
-    cell_11a00049(plane_net, plane_task)
 
     # cell 11a00051
     class ByLayer(MAMLpp):

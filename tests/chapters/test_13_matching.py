@@ -32,16 +32,6 @@ def cell_13ma0006():
     return AsIs
 
 
-def cell_13ma0043(AsIs):
-    # cell 13ma0043
-    z, query = torch.randn(6, 8), torch.randn(4, 8)
-    y, order = one_hot(torch.arange(6) % 3, 3), torch.tensor([5, 3, 1, 0, 2, 4])
-    for context in (False, True):
-        learner = MatchingNet(AsIs(8), context=context)
-        gap = learner(Examples(z, y), query) - learner(Examples(z[order], y[order]), query)
-        assert (gap.abs().max() < 1e-5) == learner.order_invariant == (not context)
-
-
 @pytest.mark.proves("eq-match-attention", "eq-match-logits")
 def test_attention_by_hand():
     AsIs = cell_13ma0006()
@@ -200,12 +190,16 @@ def test_the_larger_class_wins():
 
 def test_an_order_that_should_not_matter():
     AsIs = cell_13ma0006()
-    cell_13ma0043(AsIs)
+    # cell 13ma0043
+    z, query = torch.randn(6, 8), torch.randn(4, 8)
+    y, order = one_hot(torch.arange(6) % 3, 3), torch.tensor([5, 3, 1, 0, 2, 4])
+    for context in (False, True):
+        learner = MatchingNet(AsIs(8), context=context)
+        gap = learner(Examples(z, y), query) - learner(Examples(z[order], y[order]), query)
+        assert (gap.abs().max() < 1e-5) == learner.order_invariant == (not context)
 
 
 def test_logits_are_not_rounded():
-    AsIs = cell_13ma0006()
-    cell_13ma0043(AsIs)
     # cell 13ma0048
     y, truth = torch.eye(2), torch.tensor([0])
 

@@ -29,57 +29,6 @@ def cell_14re0008():
     return log_ratio
 
 
-def cell_14re0017():
-    # cell 14re0017
-    learner = RelationNet(nn.Identity(), nn.Linear(4, 1))
-    y = one_hot(torch.tensor([0] * 6 + [1] * 3 + [2]), 3).double()
-    share_of = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
-
-    def cost(logits):
-        return learner.criterion(logits.expand(10, 3), y)
-
-    assert grad(cost)(share_of.logit()).abs().max() < 1e-12
-    assert grad(cost)(share_of.logit() + 0.3).abs().max() > 1e-3
-
-
-def cell_14re0060():
-    # cell 14re0060
-    plain = RelationNet(nn.Identity(), module := nn.Linear(4, 1), base_rate=False)
-    started = RelationNet(nn.Identity(), module)
-    for way in (2, 3, 20):
-        support = Examples(torch.randn(way, 2), torch.eye(way))
-        x = torch.randn(6, 2)
-        difference = plain(support, x) - started(support, x)
-        torch.testing.assert_close(difference, torch.full((6, way), math.log(way - 1)))
-
-
-def cell_14re0011(log_ratio):
-    # cell 14re0011
-    share, way = 0.8, 5
-
-    class Exact(nn.Module):
-        "The best relation module of the picture's world: it says log Lambda."
-
-        def forward(self, pairs):
-            return log_ratio(pairs[:, :1], pairs[:, 1:], share)
-
-    z, shown = torch.tensor(0.7).double(), torch.randn(way).double()  # a query; one example a class
-    both = torch.tensor([[1.0, share], [share, 1.0]]).double()
-    one_class = MultivariateNormal(torch.zeros(2).double(), both)
-    alone = Normal(torch.zeros(()).double(), 1.0)
-    same = one_class.log_prob(torch.stack([z.expand(way), shown], 1)).exp()
-    apart = (alone.log_prob(z) + alone.log_prob(shown)).exp()  # independent
-    r = same / way / (same / way + (way - 1) / way * apart)  # Bayes' rule for a pair
-    learner = RelationNet(nn.Identity(), Exact())
-    logits = learner(Examples(shown[:, None], torch.eye(way).double()), z[None, None])[0]
-    torch.testing.assert_close(r.logit(), logits)
-
-    spread = math.sqrt(1 - share**2)  # of a query around `share` times what was shown
-    posterior = Normal(share * shown, spread).log_prob(z).softmax(0)
-    torch.testing.assert_close(logits.softmax(0), posterior)
-    assert abs(torch.tensor(4 / 19).log().sigmoid().item() - 0.17) < 0.005
-
-
 def cell_14re0021():
     # cell 14re0021
     with pytest.raises(ValueError, match="did you mean 'squared'"):
@@ -108,42 +57,62 @@ def cell_14re0024():
     return Mahalanobis
 
 
-def cell_14re0054():
-    # cell 14re0054
-    # Row i * way + k has class k and query (i * way + k) mod n: another query.  With one query it is right.
-    def wrong(c, z):
-        return torch.cat([c.repeat(len(z), 1), z.repeat(len(c), 1)], 1)
-
-    c, z = torch.randn(3, 2), torch.randn(4, 2)
-    assert not torch.equal(wrong(c, z), all_pairs(c, z))
-    assert torch.equal(wrong(c, z[:1]), all_pairs(c, z[:1]))
-    repaired = torch.cat([c.repeat(4, 1), z.repeat_interleave(3, 0)], 1)
-    assert torch.equal(repaired, all_pairs(c, z))
-
-
 @pytest.mark.proves("eq-relation-minimiser")
 def test_the_best_score_is_a_share():
-    cell_14re0017()
+    # cell 14re0017
+    learner = RelationNet(nn.Identity(), nn.Linear(4, 1))
+    y = one_hot(torch.tensor([0] * 6 + [1] * 3 + [2]), 3).double()
+    share_of = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+
+    def cost(logits):
+        return learner.criterion(logits.expand(10, 3), y)
+
+    assert grad(cost)(share_of.logit()).abs().max() < 1e-12
+    assert grad(cost)(share_of.logit() + 0.3).abs().max() > 1e-3
 
 
 def test_the_base_rate_of_the_task():
-    cell_14re0060()
+    # cell 14re0060
+    plain = RelationNet(nn.Identity(), module := nn.Linear(4, 1), base_rate=False)
+    started = RelationNet(nn.Identity(), module)
+    for way in (2, 3, 20):
+        support = Examples(torch.randn(way, 2), torch.eye(way))
+        x = torch.randn(6, 2)
+        difference = plain(support, x) - started(support, x)
+        torch.testing.assert_close(difference, torch.full((6, way), math.log(way - 1)))
 
 
 @pytest.mark.proves("eq-relation-odds", "eq-relation-posterior")
 def test_odds_and_posterior():
     log_ratio = cell_14re0008()
-    cell_14re0017()
-    cell_14re0060()
-    cell_14re0011(log_ratio)
+    # cell 14re0011
+    share, way = 0.8, 5
+
+    class Exact(nn.Module):
+        "The best relation module of the picture's world: it says log Lambda."
+
+        def forward(self, pairs):
+            return log_ratio(pairs[:, :1], pairs[:, 1:], share)
+
+    z, shown = torch.tensor(0.7).double(), torch.randn(way).double()  # a query; one example a class
+    both = torch.tensor([[1.0, share], [share, 1.0]]).double()
+    one_class = MultivariateNormal(torch.zeros(2).double(), both)
+    alone = Normal(torch.zeros(()).double(), 1.0)
+    same = one_class.log_prob(torch.stack([z.expand(way), shown], 1)).exp()
+    apart = (alone.log_prob(z) + alone.log_prob(shown)).exp()  # independent
+    r = same / way / (same / way + (way - 1) / way * apart)  # Bayes' rule for a pair
+    learner = RelationNet(nn.Identity(), Exact())
+    logits = learner(Examples(shown[:, None], torch.eye(way).double()), z[None, None])[0]
+    torch.testing.assert_close(r.logit(), logits)
+
+    spread = math.sqrt(1 - share**2)  # of a query around `share` times what was shown
+    posterior = Normal(share * shown, spread).log_prob(z).softmax(0)
+    torch.testing.assert_close(logits.softmax(0), posterior)
+    assert abs(torch.tensor(4 / 19).log().sigmoid().item() - 0.17) < 0.005
 
 
 @pytest.mark.proves("eq-relation-score", "eq-relation-loss")
 def test_one_step_of_the_paper():
-    log_ratio = cell_14re0008()
-    cell_14re0017()
-    cell_14re0060()
-    cell_14re0011(log_ratio)
     # cell 14re0019
     torch.manual_seed(0)
     embed = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2)).double()
@@ -297,12 +266,20 @@ def test_a_symmetric_module():
 
 
 def test_pairs_that_do_not_belong():
-    cell_14re0054()
+    # cell 14re0054
+    # Row i * way + k has class k and query (i * way + k) mod n: another query.  With one query it is right.
+    def wrong(c, z):
+        return torch.cat([c.repeat(len(z), 1), z.repeat(len(c), 1)], 1)
+
+    c, z = torch.randn(3, 2), torch.randn(4, 2)
+    assert not torch.equal(wrong(c, z), all_pairs(c, z))
+    assert torch.equal(wrong(c, z[:1]), all_pairs(c, z[:1]))
+    repaired = torch.cat([c.repeat(4, 1), z.repeat_interleave(3, 0)], 1)
+    assert torch.equal(repaired, all_pairs(c, z))
 
 
 def test_evidence_of_many_shots():
     log_ratio = cell_14re0008()
-    cell_14re0054()
 
     # cell 14re0055
     # The mean of K has variance share + (1 - share) / K and covariance `share` with the query; K stands in the formula, so

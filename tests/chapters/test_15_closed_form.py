@@ -18,63 +18,6 @@ from metabook.prototypes import prototypes
 from metabook.testing import check_learner
 
 
-def cell_15cf0014():
-    # cell 15cf0014
-    support = Examples(torch.randn(6, 2), one_hot(torch.arange(6) % 3, 3))
-    query = torch.randn(4, 2)
-    learner = RidgeHead(nn.Identity(), penalty=0.2, scale=7.0)
-    wide = torch.cat([support.x, torch.ones(6, 1)], 1)
-    w = torch.linalg.solve(wide.T @ wide + 6 * 0.2 * torch.eye(3), wide.T @ support.y)
-    torch.testing.assert_close(learner(support, query), 7 * (query @ w[:2] + w[2]))
-
-    sure = F.one_hot(torch.tensor([0]), 5).float()
-    assert abs(sure.softmax(1).max().item() - math.e / (math.e + 4)) < 1e-6  # 0.40: never sure
-    logits = learner(support, query)
-    torch.testing.assert_close(
-        (logits + 3).softmax(1), logits.softmax(1)
-    )  # one number added to all
-
-
-def cell_15cf0037():
-    # cell 15cf0037
-    z, y = torch.cat([torch.randn(8, 3), torch.ones(8, 1)], 1).double(), torch.ones(8, 1).double()
-    z[:, :3] -= z[:, :3].mean(0)
-    answers = z @ ridge(z, y, 1.0)
-    torch.testing.assert_close(answers, torch.full_like(answers, 0.5))
-    repaired = 1 + z[:, :3] @ ridge(z[:, :3], y - y.mean(), 1.0)
-    torch.testing.assert_close(repaired, y)
-
-
-def cell_15cf0039():
-    # cell 15cf0039
-    z, y = torch.randn(6, 9).double(), one_hot(torch.arange(6) % 3, 3).double()
-    torch.testing.assert_close(ridge(z.repeat(2, 1), y.repeat(2, 1), 0.4), ridge(z, y, 0.4))
-
-    def by_the_sum(z, y, penalty):
-        return z.T @ torch.linalg.solve(z @ z.T + penalty * torch.eye(len(z), dtype=z.dtype), y)
-
-    assert not torch.allclose(
-        by_the_sum(z.repeat(2, 1), y.repeat(2, 1), 0.4), by_the_sum(z, y, 0.4)
-    )
-
-
-def cell_15cf0044():
-    # cell 15cf0044
-    def kernel_ridge(kernel, x, y, queries, penalty):
-        "Answers to queries by ridge regression in the feature space of a kernel."
-        K = kernel(x, x)
-        weights = torch.linalg.solve(K + len(x) * penalty * torch.eye(len(x), dtype=K.dtype), y)
-        return kernel(queries, x) @ weights
-
-    z, y, queries = (
-        torch.randn(6, 9).double(),
-        torch.randn(6, 2).double(),
-        torch.randn(4, 9).double(),
-    )
-    same = kernel_ridge(lambda a, b: a @ b.T, z, y, queries, 0.3)
-    torch.testing.assert_close(same, queries @ ridge(z, y, 0.3))
-
-
 @pytest.mark.proves("eq-ridge-solution", "eq-ridge-dual")
 def test_solves_by_hand_and_leaves_no_gradient():
     # cell 15cf0011
@@ -95,11 +38,23 @@ def test_solves_by_hand_and_leaves_no_gradient():
 
 @pytest.mark.proves("eq-ridge-logits")
 def test_logits_are_a_scaled_fit():
-    cell_15cf0014()
+    # cell 15cf0014
+    support = Examples(torch.randn(6, 2), one_hot(torch.arange(6) % 3, 3))
+    query = torch.randn(4, 2)
+    learner = RidgeHead(nn.Identity(), penalty=0.2, scale=7.0)
+    wide = torch.cat([support.x, torch.ones(6, 1)], 1)
+    w = torch.linalg.solve(wide.T @ wide + 6 * 0.2 * torch.eye(3), wide.T @ support.y)
+    torch.testing.assert_close(learner(support, query), 7 * (query @ w[:2] + w[2]))
+
+    sure = F.one_hot(torch.tensor([0]), 5).float()
+    assert abs(sure.softmax(1).max().item() - math.e / (math.e + 4)) < 1e-6  # 0.40: never sure
+    logits = learner(support, query)
+    torch.testing.assert_close(
+        (logits + 3).softmax(1), logits.softmax(1)
+    )  # one number added to all
 
 
 def test_keeps_the_contract(device):
-    cell_15cf0014()
     # cell 15cf0015
     noise = Classes(torch.rand(96, 1, 16, 16), sizes=torch.full((8,), 12))
     for stats in ("batch", "support", "running"):
@@ -153,17 +108,29 @@ def test_leaving_one_out():
 
 
 def test_a_penalised_bias_is_pulled_to_zero():
-    cell_15cf0037()
+    # cell 15cf0037
+    z, y = torch.cat([torch.randn(8, 3), torch.ones(8, 1)], 1).double(), torch.ones(8, 1).double()
+    z[:, :3] -= z[:, :3].mean(0)
+    answers = z @ ridge(z, y, 1.0)
+    torch.testing.assert_close(answers, torch.full_like(answers, 0.5))
+    repaired = 1 + z[:, :3] @ ridge(z[:, :3], y - y.mean(), 1.0)
+    torch.testing.assert_close(repaired, y)
 
 
 def test_a_support_set_that_stands_twice_gives_the_same_map():
-    cell_15cf0037()
-    cell_15cf0039()
+    # cell 15cf0039
+    z, y = torch.randn(6, 9).double(), one_hot(torch.arange(6) % 3, 3).double()
+    torch.testing.assert_close(ridge(z.repeat(2, 1), y.repeat(2, 1), 0.4), ridge(z, y, 0.4))
+
+    def by_the_sum(z, y, penalty):
+        return z.T @ torch.linalg.solve(z @ z.T + penalty * torch.eye(len(z), dtype=z.dtype), y)
+
+    assert not torch.allclose(
+        by_the_sum(z.repeat(2, 1), y.repeat(2, 1), 0.4), by_the_sum(z, y, 0.4)
+    )
 
 
 def test_float32_needs_a_penalty():
-    cell_15cf0037()
-    cell_15cf0039()
     # cell 15cf0041
     torch.manual_seed(0)
     z = torch.randn(6, 20)
@@ -178,12 +145,23 @@ def test_float32_needs_a_penalty():
 
 
 def test_the_linear_kernel_gives_the_same_head():
-    cell_15cf0044()
+    # cell 15cf0044
+    def kernel_ridge(kernel, x, y, queries, penalty):
+        "Answers to queries by ridge regression in the feature space of a kernel."
+        K = kernel(x, x)
+        weights = torch.linalg.solve(K + len(x) * penalty * torch.eye(len(x), dtype=K.dtype), y)
+        return kernel(queries, x) @ weights
+
+    z, y, queries = (
+        torch.randn(6, 9).double(),
+        torch.randn(6, 2).double(),
+        torch.randn(4, 9).double(),
+    )
+    same = kernel_ridge(lambda a, b: a @ b.T, z, y, queries, 0.3)
+    torch.testing.assert_close(same, queries @ ridge(z, y, 0.3))
 
 
 def test_newton_steps_reach_the_logistic_head():
-    cell_15cf0044()
-
     # cell 15cf0045
     def price(w, z, signs, penalty):
         "Mean cross-entropy of two classes, signs +1 and -1, and the penalty."

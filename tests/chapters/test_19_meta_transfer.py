@@ -27,7 +27,62 @@ from metabook.training import Report, fit
 from metabook.transfer import Descent, linear
 
 
-def cell_85ca25df(device):
+def cell_00fa8660():
+    # cell 00fa8660
+    def by_hand(**options):
+        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
+        net = MLP([1, 1]).double()
+        with torch.no_grad():
+            net.layers[0].weight.fill_(2.0)
+            net.layers[0].bias.zero_()
+        y = torch.tensor([[1.0, 0.0]]).double()
+        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
+        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
+
+    def close(a, *numbers):
+        "Assert that a tensor holds these numbers."
+        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
+        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
+
+    return by_hand, close
+
+
+def cell_08f6664e():
+    # cell 08f6664e
+    def many_classes(count=20):
+        "Classes of random vectors."
+        g = torch.Generator().manual_seed(0)
+        return Classes.of({str(i): torch.randn(8, 3, generator=g) for i in range(count)})
+
+    def rigged(tasks, n, generator, bad=7):
+        "A report of a step on `n` tasks: all answers are right, but for the queries of one class."
+        episodes = tasks.sample(n, generator)
+        where = (episodes.support.info["classes"] == bad).to(episodes.query.y.dtype)  # [tasks, way]
+        missed = (episodes.query.y * where[:, None]).sum(-1, keepdim=True)  # [tasks, m, 1]
+        answers = episodes.query.y + 2 * missed * episodes.query.y.roll(1, -1)
+        return Report(episodes, torch.zeros(n), answers)
+
+    return many_classes, rigged
+
+
+@pytest.mark.proves("eq-mtl-scale-shift")
+def test_a_layer_by_hand():
+    # cell 10212ff0
+    layer = torch.nn.Conv2d(2, 1, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([2.0, -1.0]).view(1, 2, 1, 1))
+        layer.bias.fill_(1.0)
+    x = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+    rho, delta = torch.tensor([0.5, 2.0]).view(1, 2, 1, 1), torch.tensor([-1.0])
+    assert layer(x).item() == 3.0
+    assert call(layer, scale_and_shift(layer, [rho], [delta]), x).item() == -5.0
+
+    bare = torch.nn.Conv2d(2, 1, 1, bias=False)
+    new = scale_and_shift(bare, [torch.ones(1, 2, 1, 1)], [delta])
+    torch.testing.assert_close(call(bare, new, x), bare(x) - 1)
+
+
+def test_in_use(device):
     # cell 85ca25df
     net = Conv4(size=16, width=4, pool="stride", stats="running").eval()
     learner = MetaTransfer(net, steps=5).to(device)
@@ -50,27 +105,22 @@ def cell_85ca25df(device):
     assert all(p.is_meta for p in MetaTransfer(MLP([6, 5]).to("meta"), way=3).parameters())
 
 
-def cell_00fa8660():
-    # cell 00fa8660
-    def by_hand(**options):
-        "MetaTransfer on the network z = 2 x, a support set and a query set of one example of class 0."
-        net = MLP([1, 1]).double()
-        with torch.no_grad():
-            net.layers[0].weight.fill_(2.0)
-            net.layers[0].bias.zero_()
-        y = torch.tensor([[1.0, 0.0]]).double()
-        support, query = (Examples(torch.tensor([[x]]).double(), y) for x in (1.0, 3.0))
-        return MetaTransfer(net, lr=0.1, **options).double(), Episode(support, query)
+@pytest.mark.proves("eq-mtl-count")
+def test_counts():
+    # cell f6a8116b
+    def learned(learner):
+        "How many numbers the outer loop changes."
+        return sum(p.numel() for p in learner.parameters() if p.requires_grad)
 
-    def close(a, *numbers):
-        "Assert that a tensor holds these numbers."
-        expected = torch.tensor(numbers, dtype=a.dtype, device=a.device)
-        torch.testing.assert_close(a.detach().flatten(), expected, rtol=1e-4, atol=1e-4)
-
-    return by_hand, close
+    layer = torch.nn.Conv2d(64, 64, 3, padding=1)
+    assert (parameter_count(layer), learned(MetaTransfer(layer))) == (36_928, 4_160)
+    point = torch.nn.Conv2d(64, 64, 1)
+    assert parameter_count(point) == learned(MetaTransfer(point)) == 4_160
 
 
-def cell_ebfc3054(by_hand, close):
+@pytest.mark.proves("eq-mtl-inner")
+def test_head_by_hand():
+    by_hand, close = cell_00fa8660()
     # cell ebfc3054
     learner, task = by_hand(steps=1)
     weight, bias, _ = learner.adapt(task.support)
@@ -87,7 +137,8 @@ def cell_ebfc3054(by_hand, close):
     torch.testing.assert_close(tested.weight, two.weight)
 
 
-def cell_94da6e7f():
+@pytest.mark.proves("eq-mtl-first-step")
+def test_first_step_is_prototypes():
     # cell 94da6e7f
     z, labels = torch.randn(12, 6).double(), torch.arange(12) % 4
     y = F.one_hot(labels, 4).double()
@@ -99,7 +150,7 @@ def cell_94da6e7f():
     torch.testing.assert_close(bias, torch.zeros(4).double())
 
 
-def cell_ff9879f2():
+def test_long_features_are_a_large_rate():
     # cell ff9879f2
     torch.manual_seed(0)
     z, y = torch.randn(8, 6).double(), F.one_hot(torch.arange(8) % 4, 4).double()
@@ -129,7 +180,8 @@ def cell_ff9879f2():
     assert sum(9 * c * 32 * side**2 for c, side in shapes) == 692_352
 
 
-def cell_b3b4a3c1():
+@pytest.mark.proves("eq-mtl-shared-row")
+def test_a_shared_row_does_nothing():
     # cell b3b4a3c1
     torch.manual_seed(0)
     net = MLP([6, 5]).double()
@@ -148,7 +200,7 @@ def cell_b3b4a3c1():
     )
 
 
-def cell_96673904():
+def test_zero_is_stationary():
     # cell 96673904
     torch.manual_seed(0)
     learner = MetaTransfer(MLP([6, 5]).double(), way=3, steps=4).double()
@@ -164,7 +216,7 @@ def cell_96673904():
     assert torch.stack(each).mean(0).abs().max() < 1e-12
 
 
-def cell_40ad2edc():
+def test_contract():
     # cell 40ad2edc
     tasks = FewShot(
         Classes.of(
@@ -185,252 +237,8 @@ def cell_40ad2edc():
         assert "passed" in check_learner(learner, tasks).values()
 
 
-def cell_43527804():
-    # cell 43527804
-    torch.manual_seed(0)
-    z_s, z_q = torch.randn(6, 5).double().requires_grad_(), torch.randn(4, 5).double()
-    y_s, y_q = (F.one_hot(torch.arange(n) % 3, 3).double() for n in (6, 4))
-    learner = MetaTransfer(MLP([5, 5]), lr=0.2)
-    head = learner.step(Descent(*first_head(learner, z_s, y_s), z_s, {}), Examples(z_s, y_s))
-    logits = linear(z_q, head.weight, head.bias)
-    (found,) = torch.autograd.grad(learner.criterion(logits, y_q), z_s)
-    gap = (
-        logits.softmax(-1) - y_q
-    ) @ y_s.T  # [query, support]: p of its class, less 1 if it is theirs
-    torch.testing.assert_close(found, 0.2 / (6 * 4) * gap.T @ z_q)
-
-    for t, exact, cut in ((1, 1.0, 0.5), (10, 0.0195, 0.999)):
-        for detach, expected in ((False, exact), (True, cut)):
-            rho, w = torch.ones((), dtype=torch.float64, requires_grad=True), 0.0
-            for _ in range(t):
-                g = rho * (w * rho - 1)
-                w = w - 0.5 * (g.detach() if detach else g)
-            assert abs(torch.autograd.grad(w * rho, rho)[0].item() - expected) < 1e-4
-
-
-def cell_14e2a9ba():
-    # cell 14e2a9ba
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, eps=1e-2)).double()
-    x = torch.randn(5, 3, 8, 8).double()
-    learner = MetaTransfer(net).double()
-    with torch.no_grad():
-        learner.scale[0].fill_(0.2)
-        learner.shift[0].copy_(torch.randn(4))
-    net[1].eps /= 0.2**2
-    torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
-
-    x = torch.randn(6, 1, 16, 16)
-    y = F.one_hot(torch.arange(6) % 3, 3).float()
-    for stats, hidden in (("batch", True), ("running", False)):
-        learner = MetaTransfer(Conv4(size=16, width=4, pool="stride", stats=stats)).double()
-        task = Episode(Examples(x, y), Examples(x.flip(-1), y)).to(dtype=torch.float64)
-        gradients = torch.autograd.grad(learner.loss(task), list(learner.shift))
-        assert all((g.abs().max() < 1e-12) == hidden for g in gradients)
-
-
-def cell_42ac4e36():
-    # cell 42ac4e36
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, "running")).double().eval()
-    conv, norm = net
-    norm.mean.copy_(torch.randn(4))
-    norm.var.copy_(torch.rand(4) + 0.5)
-    a, d = torch.rand(4).double() + 0.5, torch.randn(4).double()
-    learner = MetaTransfer(net).double()
-    with torch.no_grad():
-        s = (norm.var + norm.eps).sqrt()
-        learner.scale[0].copy_(a.view(4, 1, 1, 1).expand(4, 3, 1, 1))
-        learner.shift[0].copy_((a - 1) * (conv.bias - norm.mean) + s * d / norm.weight)
-        norm.weight.mul_(a)
-        norm.bias.add_(d)
-    x = torch.randn(5, 3, 8, 8).double()
-    torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
-
-
-def cell_8b0e049c(close):
-    # cell 8b0e049c
-    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
-    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
-    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
-    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
-
-
-def cell_08f6664e():
-    # cell 08f6664e
-    def many_classes(count=20):
-        "Classes of random vectors."
-        g = torch.Generator().manual_seed(0)
-        return Classes.of({str(i): torch.randn(8, 3, generator=g) for i in range(count)})
-
-    def rigged(tasks, n, generator, bad=7):
-        "A report of a step on `n` tasks: all answers are right, but for the queries of one class."
-        episodes = tasks.sample(n, generator)
-        where = (episodes.support.info["classes"] == bad).to(episodes.query.y.dtype)  # [tasks, way]
-        missed = (episodes.query.y * where[:, None]).sum(-1, keepdim=True)  # [tasks, m, 1]
-        answers = episodes.query.y + 2 * missed * episodes.query.y.roll(1, -1)
-        return Report(episodes, torch.zeros(n), answers)
-
-    return many_classes, rigged
-
-
-def cell_876329b6(many_classes, rigged):
-    # cell 876329b6
-    def share(every, steps=400, n=16):
-        "How many of the tasks that were drawn contain the class that always fails."
-        tasks, g = (
-            HardTasks(FewShot(many_classes(), 5, 1, 2), every),
-            torch.Generator().manual_seed(0),
-        )
-        found = []
-        for _ in range(steps):
-            report = rigged(tasks, n, g)
-            tasks.feedback(report)
-            found.append((report.episodes.support.info["classes"] == 7).any(-1).float())
-        return torch.cat(found).mean().item()
-
-    for every in (2, 4):
-        expected = (every - 1) / every * 5 / 20 + 1 / every
-        found = share(every)
-        print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
-        assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
-
-
-def cell_619cc1fd(many_classes):
-    # cell 619cc1fd
-    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
-    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
-    answers = episodes.query.y.clone()
-    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
-    tasks.feedback(Report(episodes, torch.zeros(1), answers))
-    label = episodes.query.y[0, 0].argmax()
-    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
-    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
-
-
-def cell_6e96542f(device, many_classes, rigged):
-    # cell 6e96542f
-    few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
-    tasks = HardTasks(few, every=2)
-    g = torch.Generator(device).manual_seed(0)
-    for bad in (3, 7):
-        tasks.feedback(rigged(tasks, 40, g, bad))
-    assert tasks.hard and tasks.failed.nonzero().flatten().tolist() == [3, 7]
-    one, two = (tasks.draw(200, torch.Generator(device).manual_seed(1)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    for bad in (3, 7):
-        assert (one.classes == bad).any(-1).all()
-        places = (one.classes == bad).float().mean(0)  # which label the class has
-        assert (places > 0.08).all()
-    assert all(len(set(row)) == 5 for row in one.classes.tolist())
-    assert not (one.support[:, :, None] == one.query[:, None]).any()
-
-    for bad in (0, 1, 2, 3, 4, 5):
-        tasks.failed[bad] = True
-    assert (tasks.draw(50, g).classes < 8).all()  # 0 to 5 and 7: enough to fill each task
-    tasks.feedback(rigged(tasks, 40, g, bad=0))
-    assert not tasks.hard and tasks.failed.nonzero().tolist() == [[0]]  # a new list
-    tasks.feedback(rigged(tasks, 40, g, bad=99))  # all right: nothing has failed
-    assert tasks.failed.sum() == 1
-
-
-@pytest.mark.proves("eq-mtl-scale-shift")
-def test_a_layer_by_hand():
-    # cell 10212ff0
-    layer = torch.nn.Conv2d(2, 1, 1)
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([2.0, -1.0]).view(1, 2, 1, 1))
-        layer.bias.fill_(1.0)
-    x = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
-    rho, delta = torch.tensor([0.5, 2.0]).view(1, 2, 1, 1), torch.tensor([-1.0])
-    assert layer(x).item() == 3.0
-    assert call(layer, scale_and_shift(layer, [rho], [delta]), x).item() == -5.0
-
-    bare = torch.nn.Conv2d(2, 1, 1, bias=False)
-    new = scale_and_shift(bare, [torch.ones(1, 2, 1, 1)], [delta])
-    torch.testing.assert_close(call(bare, new, x), bare(x) - 1)
-
-
-def test_in_use(device):
-    cell_85ca25df(device)
-
-
-@pytest.mark.proves("eq-mtl-count")
-def test_counts():
-    # cell f6a8116b
-    def learned(learner):
-        "How many numbers the outer loop changes."
-        return sum(p.numel() for p in learner.parameters() if p.requires_grad)
-
-    layer = torch.nn.Conv2d(64, 64, 3, padding=1)
-    assert (parameter_count(layer), learned(MetaTransfer(layer))) == (36_928, 4_160)
-    point = torch.nn.Conv2d(64, 64, 1)
-    assert parameter_count(point) == learned(MetaTransfer(point)) == 4_160
-
-
-@pytest.mark.proves("eq-mtl-inner")
-def test_head_by_hand(device):
-    cell_85ca25df(device)
+def test_errors_say_what_to_do():
     by_hand, close = cell_00fa8660()
-    cell_ebfc3054(by_hand, close)
-
-
-@pytest.mark.proves("eq-mtl-first-step")
-def test_first_step_is_prototypes(device):
-    cell_85ca25df(device)
-    by_hand, close = cell_00fa8660()
-    cell_ebfc3054(by_hand, close)
-    cell_94da6e7f()
-
-
-def test_long_features_are_a_large_rate(device):
-    cell_85ca25df(device)
-    by_hand, close = cell_00fa8660()
-    cell_ebfc3054(by_hand, close)
-    cell_94da6e7f()
-    cell_ff9879f2()
-
-
-@pytest.mark.proves("eq-mtl-shared-row")
-def test_a_shared_row_does_nothing(device):
-    cell_85ca25df(device)
-    by_hand, close = cell_00fa8660()
-    cell_ebfc3054(by_hand, close)
-    cell_94da6e7f()
-    cell_ff9879f2()
-    cell_b3b4a3c1()
-
-
-def test_zero_is_stationary(device):
-    cell_85ca25df(device)
-    by_hand, close = cell_00fa8660()
-    cell_ebfc3054(by_hand, close)
-    cell_94da6e7f()
-    cell_ff9879f2()
-    cell_b3b4a3c1()
-    cell_96673904()
-
-
-def test_contract(device):
-    cell_85ca25df(device)
-    by_hand, close = cell_00fa8660()
-    cell_ebfc3054(by_hand, close)
-    cell_94da6e7f()
-    cell_ff9879f2()
-    cell_b3b4a3c1()
-    cell_96673904()
-    cell_40ad2edc()
-
-
-def test_errors_say_what_to_do(device):
-    cell_85ca25df(device)
-    by_hand, close = cell_00fa8660()
-    cell_ebfc3054(by_hand, close)
-    cell_94da6e7f()
-    cell_ff9879f2()
-    cell_b3b4a3c1()
-    cell_96673904()
-    cell_40ad2edc()
     # cell 3001df4a
     with pytest.raises(ValueError, match=r"lr=0\.0, expected a positive inner rate"):
         MetaTransfer(MLP([2, 2]), lr=0.0)
@@ -466,12 +274,30 @@ def test_two_ways():
 
 
 def test_pulled_to_its_queries():
-    cell_43527804()
+    # cell 43527804
+    torch.manual_seed(0)
+    z_s, z_q = torch.randn(6, 5).double().requires_grad_(), torch.randn(4, 5).double()
+    y_s, y_q = (F.one_hot(torch.arange(n) % 3, 3).double() for n in (6, 4))
+    learner = MetaTransfer(MLP([5, 5]), lr=0.2)
+    head = learner.step(Descent(*first_head(learner, z_s, y_s), z_s, {}), Examples(z_s, y_s))
+    logits = linear(z_q, head.weight, head.bias)
+    (found,) = torch.autograd.grad(learner.criterion(logits, y_q), z_s)
+    gap = (
+        logits.softmax(-1) - y_q
+    ) @ y_s.T  # [query, support]: p of its class, less 1 if it is theirs
+    torch.testing.assert_close(found, 0.2 / (6 * 4) * gap.T @ z_q)
+
+    for t, exact, cut in ((1, 1.0, 0.5), (10, 0.0195, 0.999)):
+        for detach, expected in ((False, exact), (True, cut)):
+            rho, w = torch.ones((), dtype=torch.float64, requires_grad=True), 0.0
+            for _ in range(t):
+                g = rho * (w * rho - 1)
+                w = w - 0.5 * (g.detach() if detach else g)
+            assert abs(torch.autograd.grad(w * rho, rho)[0].item() - expected) < 1e-4
 
 
 @pytest.mark.proves("eq-mtl-one-scale")
 def test_one_scale():
-    cell_43527804()
     # cell 1a2b9c04
     torch.manual_seed(0)
     net = Conv4(size=16, width=4, pool="stride", stats="running").double().eval()
@@ -488,18 +314,47 @@ def test_one_scale():
 
 @pytest.mark.proves("eq-mtl-invisible")
 def test_hidden_by_the_batch():
-    cell_14e2a9ba()
+    # cell 14e2a9ba
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, eps=1e-2)).double()
+    x = torch.randn(5, 3, 8, 8).double()
+    learner = MetaTransfer(net).double()
+    with torch.no_grad():
+        learner.scale[0].fill_(0.2)
+        learner.shift[0].copy_(torch.randn(4))
+    net[1].eps /= 0.2**2
+    torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
+
+    x = torch.randn(6, 1, 16, 16)
+    y = F.one_hot(torch.arange(6) % 3, 3).float()
+    for stats, hidden in (("batch", True), ("running", False)):
+        learner = MetaTransfer(Conv4(size=16, width=4, pool="stride", stats=stats)).double()
+        task = Episode(Examples(x, y), Examples(x.flip(-1), y)).to(dtype=torch.float64)
+        gradients = torch.autograd.grad(learner.loss(task), list(learner.shift))
+        assert all((g.abs().max() < 1e-12) == hidden for g in gradients)
 
 
 @pytest.mark.proves("eq-mtl-affine")
 def test_as_good_as_the_affine():
-    cell_14e2a9ba()
-    cell_42ac4e36()
+    # cell 42ac4e36
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), BatchNorm(4, "running")).double().eval()
+    conv, norm = net
+    norm.mean.copy_(torch.randn(4))
+    norm.var.copy_(torch.rand(4) + 0.5)
+    a, d = torch.rand(4).double() + 0.5, torch.randn(4).double()
+    learner = MetaTransfer(net).double()
+    with torch.no_grad():
+        s = (norm.var + norm.eps).sqrt()
+        learner.scale[0].copy_(a.view(4, 1, 1, 1).expand(4, 3, 1, 1))
+        learner.shift[0].copy_((a - 1) * (conv.bias - norm.mean) + s * d / norm.weight)
+        norm.weight.mul_(a)
+        norm.bias.add_(d)
+    x = torch.randn(5, 3, 8, 8).double()
+    torch.testing.assert_close(call(learner.net, learner.weights(), x), net(x))
 
 
 def test_two_settings_one_network():
-    cell_14e2a9ba()
-    cell_42ac4e36()
     # cell 6f0612c2
     torch.manual_seed(0)
     net = torch.nn.Sequential(
@@ -515,7 +370,11 @@ def test_two_settings_one_network():
 
 def test_accuracy_of_each_class():
     by_hand, close = cell_00fa8660()
-    cell_8b0e049c(close)
+    # cell 8b0e049c
+    y = one_hot(torch.tensor([0, 0, 0, 1, 2]), 3)
+    answers = one_hot(torch.tensor([0, 2, 0, 0, 2]), 3)
+    close(class_accuracy(answers, y), 2 / 3, 0.0, 1.0)
+    close(class_accuracy(torch.stack([answers, y]), torch.stack([y, y])), 2 / 3, 0, 1, 1, 1, 1)
 
 
 def test_shares_add_up():
@@ -530,33 +389,70 @@ def test_shares_add_up():
 @pytest.mark.proves("eq-mtl-frequency")
 def test_hard_classes_come_more_often():
     many_classes, rigged = cell_08f6664e()
-    cell_876329b6(many_classes, rigged)
+
+    # cell 876329b6
+    def share(every, steps=400, n=16):
+        "How many of the tasks that were drawn contain the class that always fails."
+        tasks, g = (
+            HardTasks(FewShot(many_classes(), 5, 1, 2), every),
+            torch.Generator().manual_seed(0),
+        )
+        found = []
+        for _ in range(steps):
+            report = rigged(tasks, n, g)
+            tasks.feedback(report)
+            found.append((report.episodes.support.info["classes"] == 7).any(-1).float())
+        return torch.cat(found).mean().item()
+
+    for every in (2, 4):
+        expected = (every - 1) / every * 5 / 20 + 1 / every
+        found = share(every)
+        print(f"every {every}: {found:.3f}, expected {expected:.3f}, without hard tasks 0.250")
+        assert abs(found - expected) < 4 * math.sqrt(0.25 * 0.75 / 6400)
 
 
 def test_one_wrong_answer_fails():
-    by_hand, close = cell_00fa8660()
-    cell_8b0e049c(close)
     many_classes, rigged = cell_08f6664e()
-    cell_876329b6(many_classes, rigged)
-    cell_619cc1fd(many_classes)
+    # cell 619cc1fd
+    tasks = HardTasks(FewShot(many_classes(), way=5, shot=1, query=2), every=2)
+    episodes = tasks.sample(1, torch.Generator().manual_seed(0))
+    answers = episodes.query.y.clone()
+    answers[0, 0] = answers[0, 0].roll(1)  # one of the two queries of its class
+    tasks.feedback(Report(episodes, torch.zeros(1), answers))
+    label = episodes.query.y[0, 0].argmax()
+    assert class_accuracy(answers, episodes.query.y)[0, label] == 0.5
+    assert tasks.failed.nonzero().tolist() == [[episodes.support.info["classes"][0, label]]]
 
 
 def test_hard_tasks_keep_their_promises(device):
-    by_hand, close = cell_00fa8660()
-    cell_8b0e049c(close)
     many_classes, rigged = cell_08f6664e()
-    cell_876329b6(many_classes, rigged)
-    cell_619cc1fd(many_classes)
-    cell_6e96542f(device, many_classes, rigged)
+    # cell 6e96542f
+    few = FewShot(many_classes().to(device), way=5, shot=1, query=2)
+    tasks = HardTasks(few, every=2)
+    g = torch.Generator(device).manual_seed(0)
+    for bad in (3, 7):
+        tasks.feedback(rigged(tasks, 40, g, bad))
+    assert tasks.hard and tasks.failed.nonzero().flatten().tolist() == [3, 7]
+    one, two = (tasks.draw(200, torch.Generator(device).manual_seed(1)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for bad in (3, 7):
+        assert (one.classes == bad).any(-1).all()
+        places = (one.classes == bad).float().mean(0)  # which label the class has
+        assert (places > 0.08).all()
+    assert all(len(set(row)) == 5 for row in one.classes.tolist())
+    assert not (one.support[:, :, None] == one.query[:, None]).any()
+
+    for bad in (0, 1, 2, 3, 4, 5):
+        tasks.failed[bad] = True
+    assert (tasks.draw(50, g).classes < 8).all()  # 0 to 5 and 7: enough to fill each task
+    tasks.feedback(rigged(tasks, 40, g, bad=0))
+    assert not tasks.hard and tasks.failed.nonzero().tolist() == [[0]]  # a new list
+    tasks.feedback(rigged(tasks, 40, g, bad=99))  # all right: nothing has failed
+    assert tasks.failed.sum() == 1
 
 
-def test_hard_tasks_refuse(device):
-    by_hand, close = cell_00fa8660()
-    cell_8b0e049c(close)
+def test_hard_tasks_refuse():
     many_classes, rigged = cell_08f6664e()
-    cell_876329b6(many_classes, rigged)
-    cell_619cc1fd(many_classes)
-    cell_6e96542f(device, many_classes, rigged)
     # cell fbf61fa3
     few = FewShot(many_classes(), way=5, shot=1, query=2)
     tasks = HardTasks(few, every=2)

@@ -54,25 +54,6 @@ from metabook.datasets import (
 from metabook.sources import present
 
 
-def cell_5bdefe65():
-    # cell 5bdefe65
-    with tempfile.TemporaryDirectory() as folder:
-        assert data_root(folder) == Path(folder)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("METABOOK_DATA", "~/elsewhere")
-            assert data_root() == Path.home() / "elsewhere" and data_root(folder) == Path(folder)
-            patch.delenv("METABOOK_DATA")
-            assert data_root().name == "metabook"
-
-
-def cell_0b71663e():
-    # cell 0b71663e
-    for drawing in _drawings("Rψщ", [[0, 8], [3], [13]]):
-        for axis in (0, 1):
-            inked = np.flatnonzero(drawing.max(axis))
-            assert abs(inked[0] + inked[-1] - 55) <= 3
-
-
 def cell_16ad1c4d():
     # cell 16ad1c4d
     SCRIPTS = {
@@ -112,14 +93,6 @@ def cell_16ad1c4d():
     return SCRIPTS, look_apart, shape
 
 
-def cell_81e4368c(look_apart):
-    # cell 81e4368c
-    distances = look_apart("AWo", "ΑЖо")
-    assert distances.diagonal()[[0, 2]].max() < 0.01  # A and Alpha, o and Cyrillic о
-    assert distances[1].min() > 0.15  # W is like none of them
-    assert torch.allclose(look_apart("Ab", "bA"), look_apart("bA", "Ab").T, atol=1e-5)
-
-
 def cell_6745690a(SCRIPTS, look_apart):
     # cell 6745690a
     def candidates():
@@ -149,64 +122,6 @@ def cell_6745690a(SCRIPTS, look_apart):
     return candidates, distinct
 
 
-def cell_7ce5e787():
-    # cell 7ce5e787
-    sides = {
-        protocol: [
-            {name.split("/")[0] for name in omniglot_split(split, protocol)} for split in SPLITS
-        ]
-        for protocol in ("random", "alphabet")
-    }
-    train, val, test = sides["alphabet"]
-    assert not train & val and not train & test and not val & test
-    assert (len(train), len(val), len(test)) == (25, 5, 20)
-    train, _, test = sides["random"]
-    assert len(train & test) == 50  # every alphabet trains, and every one tests
-
-
-def cell_4f439b7a():
-    # cell 4f439b7a
-    train, val, test = (omniglot_split(split) for split in SPLITS)
-    assert (len(train), len(val), len(test)) == (1100, 100, 423) and len(set(OMNIGLOT)) == 1623
-    # Each character stands on one side, so none has a sister in training.
-    assert sorted(train + val + test) == sorted(OMNIGLOT)
-
-
-def cell_4fca12a9():
-    # cell 4fca12a9
-    with tempfile.TemporaryDirectory() as folder:
-        for name, colour, number in (("red", "red", 3), ("blue ü", "blue", 2)):
-            Path(folder, name).mkdir()
-            for i in range(number):
-                Image.new("RGB", (40, 30), colour).save(Path(folder, name, f"{i}.png"))
-        Path(folder, "red", "notes.txt").write_text("no image, and not meant as one")
-        Path(folder, "red", ".hidden.png").write_text("hidden")
-        for left_there in (".git", "__MACOSX", "@eaDir", "blue ü/.ipynb_checkpoints", "red/@eaDir"):
-            Path(folder, left_there).mkdir()
-            Image.new("RGB", (9, 9)).save(Path(folder, left_there, "0.png"))
-        data = from_folder(folder, size=16)
-        grey = from_folder(folder, size=16, channels=1, invert=True)
-    assert data.names == ["blue ü", "red"] and data.sizes.tolist() == [2, 3]
-    assert data.x.shape == (5, 3, 16, 16) and data.x[0, :, 0, 0].tolist() == [0, 0, 255]
-    assert data.prepare(data.x).max() == 2 and data.prepare(data.x).min() == -2
-    assert (
-        grey.x.shape == (5, 1, 16, 16) and grey.x[0, 0, 0, 0] == 255 - 29
-    )  # blue is dark: much ink
-
-
-def cell_30cf7ada(shape):
-    # cell 30cf7ada
-    font = ImageFont.truetype(_font_path("DejaVuSans"), 64, layout_engine=ImageFont.Layout.BASIC)
-    same = ""
-    for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
-        blurred = torch.nn.functional.avg_pool2d(shape(letter, font)[None], 3, 1, 1)
-        half = torch.rot90(blurred, 2, (-2, -1))
-        if torch.cosine_similarity(blurred.flatten(), half.flatten(), 0) > 0.82:
-            same += letter
-    print(same)  # such an episode cannot be solved: its two classes are one
-    assert same == "HINOSXZ"
-
-
 def test_shuffling_depends_on_names_and_seed_alone():
     # cell b479cd61
     names = [f"class {i}" for i in range(100)]
@@ -228,11 +143,17 @@ def test_a_shuffle_favours_no_place():
 
 
 def test_the_data_root():
-    cell_5bdefe65()
+    # cell 5bdefe65
+    with tempfile.TemporaryDirectory() as folder:
+        assert data_root(folder) == Path(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("METABOOK_DATA", "~/elsewhere")
+            assert data_root() == Path.home() / "elsewhere" and data_root(folder) == Path(folder)
+            patch.delenv("METABOOK_DATA")
+            assert data_root().name == "metabook"
 
 
 def test_arrays_are_made_once():
-    cell_5bdefe65()
     # cell 17ee5e52
     made = []
 
@@ -266,7 +187,11 @@ def test_the_fonts_are_those_of_the_book():
 
 
 def test_drawings_stand_in_the_middle():
-    cell_0b71663e()
+    # cell 0b71663e
+    for drawing in _drawings("Rψщ", [[0, 8], [3], [13]]):
+        for axis in (0, 1):
+            inked = np.flatnonzero(drawing.max(axis))
+            assert abs(inked[0] + inked[-1] - 55) <= 3
 
 
 def test_without_chance_nothing_is_distorted():
@@ -296,7 +221,6 @@ def test_without_chance_nothing_is_distorted():
 
 
 def test_distortions_keep_the_ink():
-    cell_0b71663e()
     # cell 20b630c1
     drawing = torch.zeros(1, 1, 56, 56)
     drawing[..., 20:36, 24:32] = 1.0
@@ -356,12 +280,15 @@ def test_the_classes_of_glyphs_have_fixed_names():
 
 def test_distances_agree_with_the_eye():
     SCRIPTS, look_apart, shape = cell_16ad1c4d()
-    cell_81e4368c(look_apart)
+    # cell 81e4368c
+    distances = look_apart("AWo", "ΑЖо")
+    assert distances.diagonal()[[0, 2]].max() < 0.01  # A and Alpha, o and Cyrillic о
+    assert distances[1].min() > 0.15  # W is like none of them
+    assert torch.allclose(look_apart("Ab", "bA"), look_apart("bA", "Ab").T, atol=1e-5)
 
 
 def test_the_lists_follow_the_rules():
     SCRIPTS, look_apart, shape = cell_16ad1c4d()
-    cell_81e4368c(look_apart)
     candidates, distinct = cell_6745690a(SCRIPTS, look_apart)
     # cell ad747d5f
     lists = {split: distinct(letters) for split, letters in candidates().items()}
@@ -463,12 +390,26 @@ def test_both_protocols_are_fixed_for_good():
 
 
 def test_alphabets_stay_on_one_side():
-    cell_7ce5e787()
+    # cell 7ce5e787
+    sides = {
+        protocol: [
+            {name.split("/")[0] for name in omniglot_split(split, protocol)} for split in SPLITS
+        ]
+        for protocol in ("random", "alphabet")
+    }
+    train, val, test = sides["alphabet"]
+    assert not train & val and not train & test and not val & test
+    assert (len(train), len(val), len(test)) == (25, 5, 20)
+    train, _, test = sides["random"]
+    assert len(train & test) == 50  # every alphabet trains, and every one tests
 
 
 def test_characters_are_split_before_they_are_turned():
-    cell_7ce5e787()
-    cell_4f439b7a()
+    # cell 4f439b7a
+    train, val, test = (omniglot_split(split) for split in SPLITS)
+    assert (len(train), len(val), len(test)) == (1100, 100, 423) and len(set(OMNIGLOT)) == 1623
+    # Each character stands on one side, so none has a sister in training.
+    assert sorted(train + val + test) == sorted(OMNIGLOT)
 
 
 def test_one_bit_images_ignore_the_filter():
@@ -504,8 +445,6 @@ def test_omniglot_is_what_was_published():
 
 @pytest.mark.data("omniglot")
 def test_omniglot_turns_in_training_only():
-    cell_7ce5e787()
-    cell_4f439b7a()
     # cell af00d79d
     if present("omniglot"):
         train, flat = Omniglot("train"), Omniglot("train", rotations=False)
@@ -545,7 +484,25 @@ def test_cifar_pictures_carry_their_names():
 
 
 def test_a_folder_of_your_own():
-    cell_4fca12a9()
+    # cell 4fca12a9
+    with tempfile.TemporaryDirectory() as folder:
+        for name, colour, number in (("red", "red", 3), ("blue ü", "blue", 2)):
+            Path(folder, name).mkdir()
+            for i in range(number):
+                Image.new("RGB", (40, 30), colour).save(Path(folder, name, f"{i}.png"))
+        Path(folder, "red", "notes.txt").write_text("no image, and not meant as one")
+        Path(folder, "red", ".hidden.png").write_text("hidden")
+        for left_there in (".git", "__MACOSX", "@eaDir", "blue ü/.ipynb_checkpoints", "red/@eaDir"):
+            Path(folder, left_there).mkdir()
+            Image.new("RGB", (9, 9)).save(Path(folder, left_there, "0.png"))
+        data = from_folder(folder, size=16)
+        grey = from_folder(folder, size=16, channels=1, invert=True)
+    assert data.names == ["blue ü", "red"] and data.sizes.tolist() == [2, 3]
+    assert data.x.shape == (5, 3, 16, 16) and data.x[0, :, 0, 0].tolist() == [0, 0, 255]
+    assert data.prepare(data.x).max() == 2 and data.prepare(data.x).min() == -2
+    assert (
+        grey.x.shape == (5, 1, 16, 16) and grey.x[0, 0, 0, 0] == 255 - 29
+    )  # blue is dark: much ink
 
 
 def test_images_are_read_as_you_see_them():
@@ -569,7 +526,6 @@ def test_images_are_read_as_you_see_them():
 
 
 def test_images_that_nobody_can_want():
-    cell_4fca12a9()
     # cell 8c257a05
     with tempfile.TemporaryDirectory() as folder:
         with pytest.raises(ValueError, match="size=0, expected an integer of at least 1"):
@@ -627,7 +583,16 @@ def test_random_splits_leave_relatives_in_training():
 def test_some_letters_survive_a_half_turn():
     SCRIPTS, look_apart, shape = cell_16ad1c4d()
     candidates, distinct = cell_6745690a(SCRIPTS, look_apart)
-    cell_30cf7ada(shape)
+    # cell 30cf7ada
+    font = ImageFont.truetype(_font_path("DejaVuSans"), 64, layout_engine=ImageFont.Layout.BASIC)
+    same = ""
+    for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        blurred = torch.nn.functional.avg_pool2d(shape(letter, font)[None], 3, 1, 1)
+        half = torch.rot90(blurred, 2, (-2, -1))
+        if torch.cosine_similarity(blurred.flatten(), half.flatten(), 0) > 0.82:
+            same += letter
+    print(same)  # such an episode cannot be solved: its two classes are one
+    assert same == "HINOSXZ"
 
 
 def test_the_exact_leak():
@@ -651,7 +616,6 @@ def test_the_exact_leak():
 def test_small_letters_are_no_strangers_to_capitals():
     SCRIPTS, look_apart, shape = cell_16ad1c4d()
     candidates, distinct = cell_6745690a(SCRIPTS, look_apart)
-    cell_30cf7ada(shape)
     # cell 02fa4cb6
     every = "".join(map(glyph_list, SPLITS))
     small = [c for c in every if unicodedata.category(c) == "Ll"]

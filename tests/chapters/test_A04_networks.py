@@ -32,227 +32,6 @@ from metabook.prototypes import ProtoNet
 from metabook.scores import evaluate
 
 
-def cell_40818f7d():
-    # cell 40818f7d
-    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9])[:, None]
-    y = BatchNorm(1, eps=0.0)(x)
-    assert y.flatten().tolist() == [-1.5, -0.5, -0.5, -0.5, 0.0, 0.0, 1.0, 2.0]
-
-    torch.manual_seed(0)
-    x = 3 + 2 * torch.randn(10, 4, 5, 5, dtype=torch.float64)
-    layer = BatchNorm(4).double()
-    with torch.no_grad():
-        layer.weight.copy_(torch.rand(4))
-        layer.bias.copy_(torch.rand(4))
-    wanted = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=1e-5)
-    torch.testing.assert_close(layer(x), wanted, atol=1e-12, rtol=0)
-    print(y.flatten().tolist())
-
-
-def cell_b388c28e():
-    # cell b388c28e
-    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], dtype=torch.float64)
-    layer = BatchNorm(1).double()
-    jacobian = jacrev(lambda x: layer(x[:, None])[:, 0])(x)
-
-    n, s = len(x), (x.var(correction=0) + layer.eps).sqrt()
-    hat = (x - x.mean()) / s
-    formula = (torch.eye(n) - 1 / n - torch.outer(hat, hat) / n) / s
-    torch.testing.assert_close(jacobian, formula)
-    print(jacobian[0].detach().numpy().round(3))  # what each input does to the first output
-
-
-def cell_dbe27bab():
-    # cell dbe27bab
-    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], requires_grad=True)
-    g = torch.tensor([8.0, 0, 0, 0, 0, 0, 0, 0])
-    layer = BatchNorm(1, eps=0.0)
-    (by_hand,) = torch.autograd.grad(layer(x[:, None])[:, 0] @ g, x)
-    assert by_hand.tolist() == [2.375, -0.875, -0.875, -0.875, -0.5, -0.5, 0.25, 1.0]
-
-    torch.manual_seed(0)
-    x, g = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
-    layer = BatchNorm(3).double()
-    with torch.no_grad():
-        layer.weight.copy_(torch.rand(3))
-    gamma = layer.weight.view(1, 3, 1, 1)
-
-    def mean(t):
-        return t.mean((0, 2, 3), keepdim=True)
-
-    s = (mean((x - mean(x)) ** 2) + layer.eps).sqrt()
-    hat = (x - mean(x)) / s
-    formula = gamma / s * (g - mean(g) - hat * mean(g * hat))
-    torch.testing.assert_close(grad(lambda x: (layer(x) * g).sum())(x), formula)
-
-
-def cell_1d6881cc():
-    # cell 1d6881cc
-    torch.manual_seed(0)
-    support, query = torch.randn(5, 3, 4, 4), 2 + 3 * torch.randn(7, 3, 4, 4)
-
-    def by_statistics_of(x, eps=1e-5):
-        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
-        return (query - mean) / (var + eps).sqrt()
-
-    torch.testing.assert_close(BatchNorm(3, "batch")(query), by_statistics_of(query))
-
-    layer = BatchNorm(3, "support")
-    statistics = support_statistics(layer, {}, support)
-    torch.testing.assert_close(call(layer, {}, query, statistics), by_statistics_of(support))
-
-    layer = BatchNorm(3, "running")
-    torch.testing.assert_close(layer(query), by_statistics_of(query))  # in training
-    layer.eval()
-    torch.testing.assert_close(layer(query), query / (1 + 1e-5) ** 0.5)  # averages still 0 and 1
-    layer.mean += 1
-    torch.testing.assert_close(layer(query), (query - 1) / (1 + 1e-5) ** 0.5)
-
-
-def cell_c95eeec3():
-    # cell c95eeec3
-    layer = BatchNorm(1, "running")
-
-    def seen_by_one_task(x):
-        with recording(layer, "running") as seen:
-            layer(x)
-        return seen
-
-    tasks = torch.tensor([[0.0, 2.0], [4.0, 8.0]])[..., None]
-    seen = vmap(seen_by_one_task)(tasks)
-    assert layer.mean.item() == 0 and layer.var.item() == 1  # nothing was written inside the lift
-    store_running(layer, {k: s.mean(0) for k, s in seen.items()})
-    torch.testing.assert_close(torch.stack([layer.mean, layer.var]), torch.tensor([[0.35], [1.15]]))
-    fast = BatchNorm(1, "running", momentum=1.0)  # forgets at once
-    store_running(fast, {k: s.mean(0).requires_grad_() for k, s in seen.items()})
-    assert not fast.mean.requires_grad and not fast.var.requires_grad
-    torch.testing.assert_close(torch.stack([fast.mean, fast.var]), torch.tensor([[3.5], [2.5]]))
-
-
-def cell_f1afc797():
-    # cell f1afc797
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(2, 3), BatchNorm(3, "support"), nn.ReLU(), BatchNorm(3, "support")
-    )
-    support, query = torch.randn(4, 2), torch.randn(6, 2)
-    with recording(net) as outer, recording(net[1]) as inner:
-        net(support)
-    assert list(outer) == ["1.mean", "1.var", "3.mean", "3.var"] and list(inner) == ["mean", "var"]
-    assert outer["1.mean"] is inner["mean"]
-
-    twin = copy.deepcopy(net)
-    torch.testing.assert_close(call(twin, {}, query, outer), call(net, {}, query, outer))
-    torch.testing.assert_close(net(query), twin(query))  # nothing has stayed behind
-    assert not any(list(layer.notes()) for layer in batch_norms(net))
-
-    def through(support):
-        return call(net, {}, query, support_statistics(net, {}, support)).square().sum()
-
-    assert grad(through)(support).abs().min() > 0
-    lifted = vmap(grad(through))(torch.stack([support, 2 * support]))
-    torch.testing.assert_close(lifted[0], grad(through)(support))
-
-
-def cell_524f0138():
-    # cell 524f0138
-    torch.manual_seed(0)
-    net = MLP([1, 40, 40, 1])
-    assert parameter_count(net) == (1 + 1) * 40 + (40 + 1) * 40 + (40 + 1) * 1 == 1761
-    assert MLP([784, 5])(torch.zeros(3, 1, 28, 28)).shape == (3, 5)  # images are flattened
-    x = torch.randn(4, 1)
-    first, second, last = net.layers
-    torch.testing.assert_close(net(x), last(F.relu(second(F.relu(first(x))))))
-
-    with pytest.raises(ValueError, match=r"sizes=\[3\], expected at least"):
-        MLP([3])
-    with pytest.raises(ValueError, match=r"sizes\[1\]=0"):
-        MLP([3, 0, 1])
-    with pytest.raises(ValueError, match=r"shape \(2, 1, 28, 28\) for an MLP of 10 inputs"):
-        MLP([10, 5])(torch.zeros(2, 1, 28, 28))
-    with pytest.raises(ValueError, match=r"shape \(7,\) for an MLP of 1 inputs"):
-        net(torch.zeros(7))
-
-
-def cell_1dbbedec():
-    # cell 1dbbedec
-    for channels, width in ((1, 64), (3, 64), (3, 32)):
-        blocks = 27 * width**2 + 9 * channels * width + 12 * width
-        for pool in ("max", "stride"):
-            assert parameter_count(Conv4(channels, width=width, pool=pool)) == blocks
-    assert parameter_count(Conv4()) == 111_936
-    assert parameter_count(Conv4(3, size=84)) == 113_088
-    assert parameter_count(Conv4(3, 5, 84, 32)) == 28_896 + (32 * 25 + 1) * 5 == 32_901
-
-
-def cell_ba90b674(device):
-    # cell ba90b674
-    for size, pool, sides, features in (
-        (28, "max", [28, 14, 7, 3], 64),
-        (28, "stride", [14, 7, 4, 2], 64),
-        (84, "max", [84, 42, 21, 10], 1600),
-    ):
-        net, seen = Conv4(1, size=size, pool=pool).to(device), []
-        for norm in net.norms:
-            norm.register_forward_hook(lambda layer, x, y, seen=seen: seen.append(y.shape[-1]))
-        z = net(torch.rand(2, 1, size, size, device=device))
-        assert (seen, net.features, z.shape[1]) == (sides, features, features)
-        print(f"{size} pixels, {pool:6s}: blocks of {seen}, embedding of {features}")
-
-
-def cell_cf7eee5b(device):
-    # cell cf7eee5b
-    torch.manual_seed(0)
-    images = torch.rand(4, 1, 28, 28, device=device).double()
-    for pool, stride in (("max", 1), ("stride", 2)):
-        net = Conv4(out=5, width=6, pool=pool).to(device).double()
-        x = images
-        for conv in net.convs:
-            x = F.conv2d(x, conv.weight, conv.bias, stride, padding=1)
-            x = F.batch_norm(x, None, None, training=True).relu()
-            x = F.max_pool2d(x, 2) if pool == "max" else x
-        z = x.flatten(1) if pool == "max" else F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0]
-        torch.testing.assert_close(net(images), net.head(z))
-
-
-def cell_b62c3d34():
-    # cell b62c3d34
-    sizes = [3, 64, 160, 320, 640]
-    blocks = [10 * a * b + 18 * b**2 + 8 * b for a, b in pairwise(sizes)]
-    assert blocks == [76_160, 564_480, 2_357_760, 9_425_920]
-    net = ResNet12()
-    assert parameter_count(net) == sum(blocks) == 12_424_320
-    assert ResNet12(1, 7, (2, 3, 4, 5))(torch.rand(2, 1, 20, 16)).shape == (2, 7)
-    with pytest.raises(ValueError, match="16 or more"):
-        net(torch.zeros(2, 3, 12, 12))
-    with pytest.raises(ValueError, match="expected four numbers"):
-        ResNet12(widths=(64, 128))
-    with pytest.raises(ValueError, match=r"widths\[2\]=0"):
-        ResNet12(widths=(4, 4, 0, 4))
-
-
-def cell_5029da8d():
-    # cell 5029da8d
-    torch.manual_seed(0)
-    net = ResNet12(3, widths=(4, 5, 6, 7)).double()
-    leaky, images = nn.LeakyReLU(0.1), torch.rand(4, 3, 33, 33, dtype=torch.float64)
-
-    def normalised(x):
-        return F.batch_norm(x, None, None, training=True)
-
-    def reference(x, block):
-        w1, w2, w3 = (conv.weight for conv in block.convs)
-        out = leaky(normalised(F.conv2d(x, w1, padding=1)))
-        out = leaky(normalised(F.conv2d(out, w2, padding=1)))
-        out = normalised(F.conv2d(out, w3, padding=1))
-        return F.max_pool2d(leaky(out + normalised(F.conv2d(x, block.shortcut.weight))), 2)
-
-    x = images
-    for block in net.blocks:
-        x = reference(x, block)
-    torch.testing.assert_close(net(images), F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0])
-
-
 def cell_b93e5d27():
     # cell b93e5d27
     y = torch.zeros(5, 2)
@@ -294,80 +73,65 @@ def cell_7a5b4814():
     return in_a_loop_and_lifted, ours
 
 
-def cell_0f9e3369(in_a_loop_and_lifted, ours):
-    # cell 0f9e3369
-    torch.manual_seed(0)
-    tasks, g = (
-        torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True),
-        torch.randn(5, 3).double(),
-    )
-    loop, lifted = in_a_loop_and_lifted(ours, tasks, g)
-
-    def mean(t):
-        return t.mean(-2, keepdim=True)
-
-    s = (mean((tasks - mean(tasks)) ** 2) + 1e-5).sqrt()
-    hat = (tasks - mean(tasks)) / s
-    formula = ((g - mean(g) - hat * mean(g * hat)) / s).detach()
-    torch.testing.assert_close(loop, formula)
-    torch.testing.assert_close(lifted, formula)
-
-
-def cell_d6d12e3b():
-    # cell d6d12e3b
-    torch.manual_seed(0)
-    support = Examples.of(torch.rand(4, 1, 28, 28), torch.tensor([0, 0, 1, 1]), way=2)
-    query = torch.rand(5, 1, 28, 28)
-    query[2, 0, 14, 14] = float("nan")
-    lost = {}
-    for stats in ("batch", "support", "running"):
-        learner = ProtoNet(Conv4(width=8, stats=stats)).eval()
-        lost[stats] = learner(support, query).isnan().any(1).tolist()
-    print(lost)
-    only_the_broken_one = [False, False, True, False, False]
-    assert all(lost["batch"]) and lost["support"] == lost["running"] == only_the_broken_one
-
-
-def cell_0f142b65():
-    # cell 0f142b65
-    torch.manual_seed(0)
-    theirs = nn.BatchNorm2d(3)
-    with torch.no_grad():
-        theirs(torch.rand(4, 3, 5, 5))
-    assert theirs.running_mean.abs().min() > 0  # it has learned from a forward pass
-
-    pictures = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
-    tasks = FewShot(pictures, way=2, shot=1, query=2)
-    learner = ProtoNet(Conv4(width=8, stats="running"))
-    before = copy.deepcopy(learner.state_dict())
-    for mode in (True, False):
-        evaluate(learner.train(mode), tasks, n=4)
-    assert all(torch.equal(before[k], v) for k, v in learner.state_dict().items())
-
-
 @pytest.mark.proves("eq-batch-mean", "eq-batch-variance", "eq-batch-norm")
 def test_batch_norm_by_hand():
-    cell_40818f7d()
+    # cell 40818f7d
+    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9])[:, None]
+    y = BatchNorm(1, eps=0.0)(x)
+    assert y.flatten().tolist() == [-1.5, -0.5, -0.5, -0.5, 0.0, 0.0, 1.0, 2.0]
+
+    torch.manual_seed(0)
+    x = 3 + 2 * torch.randn(10, 4, 5, 5, dtype=torch.float64)
+    layer = BatchNorm(4).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(4))
+        layer.bias.copy_(torch.rand(4))
+    wanted = F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=1e-5)
+    torch.testing.assert_close(layer(x), wanted, atol=1e-12, rtol=0)
+    print(y.flatten().tolist())
 
 
 @pytest.mark.proves("eq-batch-norm-jacobian")
 def test_one_value_moves_another():
-    cell_40818f7d()
-    cell_b388c28e()
+    # cell b388c28e
+    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], dtype=torch.float64)
+    layer = BatchNorm(1).double()
+    jacobian = jacrev(lambda x: layer(x[:, None])[:, 0])(x)
+
+    n, s = len(x), (x.var(correction=0) + layer.eps).sqrt()
+    hat = (x - x.mean()) / s
+    formula = (torch.eye(n) - 1 / n - torch.outer(hat, hat) / n) / s
+    torch.testing.assert_close(jacobian, formula)
+    print(jacobian[0].detach().numpy().round(3))  # what each input does to the first output
 
 
 @pytest.mark.proves("eq-batch-norm-gradient")
 def test_batch_norm_gradient():
-    cell_40818f7d()
-    cell_b388c28e()
-    cell_dbe27bab()
+    # cell dbe27bab
+    x = torch.tensor([2.0, 4, 4, 4, 5, 5, 7, 9], requires_grad=True)
+    g = torch.tensor([8.0, 0, 0, 0, 0, 0, 0, 0])
+    layer = BatchNorm(1, eps=0.0)
+    (by_hand,) = torch.autograd.grad(layer(x[:, None])[:, 0] @ g, x)
+    assert by_hand.tolist() == [2.375, -0.875, -0.875, -0.875, -0.5, -0.5, 0.25, 1.0]
+
+    torch.manual_seed(0)
+    x, g = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64)
+    layer = BatchNorm(3).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(3))
+    gamma = layer.weight.view(1, 3, 1, 1)
+
+    def mean(t):
+        return t.mean((0, 2, 3), keepdim=True)
+
+    s = (mean((x - mean(x)) ** 2) + layer.eps).sqrt()
+    hat = (x - mean(x)) / s
+    formula = gamma / s * (g - mean(g) - hat * mean(g * hat))
+    torch.testing.assert_close(grad(lambda x: (layer(x) * g).sum())(x), formula)
 
 
 @pytest.mark.proves("eq-batch-norm-scale", "eq-weight-scale")
 def test_weights_have_no_length():
-    cell_40818f7d()
-    cell_b388c28e()
-    cell_dbe27bab()
     # cell 4e13cdf3
     torch.manual_seed(0)
     x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
@@ -387,25 +151,75 @@ def test_weights_have_no_length():
 
 @pytest.mark.proves("eq-three-modes")
 def test_three_modes():
-    cell_1d6881cc()
+    # cell 1d6881cc
+    torch.manual_seed(0)
+    support, query = torch.randn(5, 3, 4, 4), 2 + 3 * torch.randn(7, 3, 4, 4)
+
+    def by_statistics_of(x, eps=1e-5):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        return (query - mean) / (var + eps).sqrt()
+
+    torch.testing.assert_close(BatchNorm(3, "batch")(query), by_statistics_of(query))
+
+    layer = BatchNorm(3, "support")
+    statistics = support_statistics(layer, {}, support)
+    torch.testing.assert_close(call(layer, {}, query, statistics), by_statistics_of(support))
+
+    layer = BatchNorm(3, "running")
+    torch.testing.assert_close(layer(query), by_statistics_of(query))  # in training
+    layer.eval()
+    torch.testing.assert_close(layer(query), query / (1 + 1e-5) ** 0.5)  # averages still 0 and 1
+    layer.mean += 1
+    torch.testing.assert_close(layer(query), (query - 1) / (1 + 1e-5) ** 0.5)
 
 
 @pytest.mark.proves("eq-running")
 def test_running_averages():
-    cell_1d6881cc()
-    cell_c95eeec3()
+    # cell c95eeec3
+    layer = BatchNorm(1, "running")
+
+    def seen_by_one_task(x):
+        with recording(layer, "running") as seen:
+            layer(x)
+        return seen
+
+    tasks = torch.tensor([[0.0, 2.0], [4.0, 8.0]])[..., None]
+    seen = vmap(seen_by_one_task)(tasks)
+    assert layer.mean.item() == 0 and layer.var.item() == 1  # nothing was written inside the lift
+    store_running(layer, {k: s.mean(0) for k, s in seen.items()})
+    torch.testing.assert_close(torch.stack([layer.mean, layer.var]), torch.tensor([[0.35], [1.15]]))
+    fast = BatchNorm(1, "running", momentum=1.0)  # forgets at once
+    store_running(fast, {k: s.mean(0).requires_grad_() for k, s in seen.items()})
+    assert not fast.mean.requires_grad and not fast.var.requires_grad
+    torch.testing.assert_close(torch.stack([fast.mean, fast.var]), torch.tensor([[3.5], [2.5]]))
 
 
 def test_statistics_are_plain():
-    cell_1d6881cc()
-    cell_c95eeec3()
-    cell_f1afc797()
+    # cell f1afc797
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(2, 3), BatchNorm(3, "support"), nn.ReLU(), BatchNorm(3, "support")
+    )
+    support, query = torch.randn(4, 2), torch.randn(6, 2)
+    with recording(net) as outer, recording(net[1]) as inner:
+        net(support)
+    assert list(outer) == ["1.mean", "1.var", "3.mean", "3.var"] and list(inner) == ["mean", "var"]
+    assert outer["1.mean"] is inner["mean"]
+
+    twin = copy.deepcopy(net)
+    torch.testing.assert_close(call(twin, {}, query, outer), call(net, {}, query, outer))
+    torch.testing.assert_close(net(query), twin(query))  # nothing has stayed behind
+    assert not any(list(layer.notes()) for layer in batch_norms(net))
+
+    def through(support):
+        return call(net, {}, query, support_statistics(net, {}, support)).square().sum()
+
+    assert grad(through)(support).abs().min() > 0
+    lifted = vmap(grad(through))(torch.stack([support, 2 * support]))
+    torch.testing.assert_close(lifted[0], grad(through)(support))
 
 
 def test_batch_norm_errors():
-    cell_1d6881cc()
-    cell_c95eeec3()
-    cell_f1afc797()
     # cell 9a0dbec9
     with pytest.raises(ValueError, match=r"expected \[n, 3, ...\]"):
         BatchNorm(3)(torch.zeros(5, 4))
@@ -426,25 +240,65 @@ def test_batch_norm_errors():
 
 
 def test_mlp():
-    cell_524f0138()
+    # cell 524f0138
+    torch.manual_seed(0)
+    net = MLP([1, 40, 40, 1])
+    assert parameter_count(net) == (1 + 1) * 40 + (40 + 1) * 40 + (40 + 1) * 1 == 1761
+    assert MLP([784, 5])(torch.zeros(3, 1, 28, 28)).shape == (3, 5)  # images are flattened
+    x = torch.randn(4, 1)
+    first, second, last = net.layers
+    torch.testing.assert_close(net(x), last(F.relu(second(F.relu(first(x))))))
+
+    with pytest.raises(ValueError, match=r"sizes=\[3\], expected at least"):
+        MLP([3])
+    with pytest.raises(ValueError, match=r"sizes\[1\]=0"):
+        MLP([3, 0, 1])
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 28, 28\) for an MLP of 10 inputs"):
+        MLP([10, 5])(torch.zeros(2, 1, 28, 28))
+    with pytest.raises(ValueError, match=r"shape \(7,\) for an MLP of 1 inputs"):
+        net(torch.zeros(7))
 
 
 @pytest.mark.proves("eq-conv4-parameters")
 def test_conv4_parameters():
-    cell_1dbbedec()
+    # cell 1dbbedec
+    for channels, width in ((1, 64), (3, 64), (3, 32)):
+        blocks = 27 * width**2 + 9 * channels * width + 12 * width
+        for pool in ("max", "stride"):
+            assert parameter_count(Conv4(channels, width=width, pool=pool)) == blocks
+    assert parameter_count(Conv4()) == 111_936
+    assert parameter_count(Conv4(3, size=84)) == 113_088
+    assert parameter_count(Conv4(3, 5, 84, 32)) == 28_896 + (32 * 25 + 1) * 5 == 32_901
 
 
 def test_conv4_shapes(device):
-    cell_524f0138()
-    cell_1dbbedec()
-    cell_ba90b674(device)
+    # cell ba90b674
+    for size, pool, sides, features in (
+        (28, "max", [28, 14, 7, 3], 64),
+        (28, "stride", [14, 7, 4, 2], 64),
+        (84, "max", [84, 42, 21, 10], 1600),
+    ):
+        net, seen = Conv4(1, size=size, pool=pool).to(device), []
+        for norm in net.norms:
+            norm.register_forward_hook(lambda layer, x, y, seen=seen: seen.append(y.shape[-1]))
+        z = net(torch.rand(2, 1, size, size, device=device))
+        assert (seen, net.features, z.shape[1]) == (sides, features, features)
+        print(f"{size} pixels, {pool:6s}: blocks of {seen}, embedding of {features}")
 
 
 def test_conv4_is_its_blocks(device):
-    cell_524f0138()
-    cell_1dbbedec()
-    cell_ba90b674(device)
-    cell_cf7eee5b(device)
+    # cell cf7eee5b
+    torch.manual_seed(0)
+    images = torch.rand(4, 1, 28, 28, device=device).double()
+    for pool, stride in (("max", 1), ("stride", 2)):
+        net = Conv4(out=5, width=6, pool=pool).to(device).double()
+        x = images
+        for conv in net.convs:
+            x = F.conv2d(x, conv.weight, conv.bias, stride, padding=1)
+            x = F.batch_norm(x, None, None, training=True).relu()
+            x = F.max_pool2d(x, 2) if pool == "max" else x
+        z = x.flatten(1) if pool == "max" else F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0]
+        torch.testing.assert_close(net(images), net.head(z))
 
 
 def test_image_errors():
@@ -464,40 +318,49 @@ def test_image_errors():
 
 
 @pytest.mark.proves("eq-resnet12-parameters")
-def test_resnet12_parameters(device):
-    cell_524f0138()
-    cell_1dbbedec()
-    cell_ba90b674(device)
-    cell_cf7eee5b(device)
-    cell_b62c3d34()
+def test_resnet12_parameters():
+    # cell b62c3d34
+    sizes = [3, 64, 160, 320, 640]
+    blocks = [10 * a * b + 18 * b**2 + 8 * b for a, b in pairwise(sizes)]
+    assert blocks == [76_160, 564_480, 2_357_760, 9_425_920]
+    net = ResNet12()
+    assert parameter_count(net) == sum(blocks) == 12_424_320
+    assert ResNet12(1, 7, (2, 3, 4, 5))(torch.rand(2, 1, 20, 16)).shape == (2, 7)
+    with pytest.raises(ValueError, match="16 or more"):
+        net(torch.zeros(2, 3, 12, 12))
+    with pytest.raises(ValueError, match="expected four numbers"):
+        ResNet12(widths=(64, 128))
+    with pytest.raises(ValueError, match=r"widths\[2\]=0"):
+        ResNet12(widths=(4, 4, 0, 4))
 
 
-def test_resnet12_equals_the_reference(device):
-    cell_524f0138()
-    cell_1dbbedec()
-    cell_ba90b674(device)
-    cell_cf7eee5b(device)
-    cell_b62c3d34()
-    cell_5029da8d()
+def test_resnet12_equals_the_reference():
+    # cell 5029da8d
+    torch.manual_seed(0)
+    net = ResNet12(3, widths=(4, 5, 6, 7)).double()
+    leaky, images = nn.LeakyReLU(0.1), torch.rand(4, 3, 33, 33, dtype=torch.float64)
+
+    def normalised(x):
+        return F.batch_norm(x, None, None, training=True)
+
+    def reference(x, block):
+        w1, w2, w3 = (conv.weight for conv in block.convs)
+        out = leaky(normalised(F.conv2d(x, w1, padding=1)))
+        out = leaky(normalised(F.conv2d(out, w2, padding=1)))
+        out = normalised(F.conv2d(out, w3, padding=1))
+        return F.max_pool2d(leaky(out + normalised(F.conv2d(x, block.shortcut.weight))), 2)
+
+    x = images
+    for block in net.blocks:
+        x = reference(x, block)
+    torch.testing.assert_close(net(images), F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0])
 
 
-def test_networks_fit_the_tasks(device):
-    cell_524f0138()
-    cell_1dbbedec()
-    cell_ba90b674(device)
-    cell_cf7eee5b(device)
-    cell_b62c3d34()
-    cell_5029da8d()
+def test_networks_fit_the_tasks():
     points, y = cell_b93e5d27()
 
 
-def test_networks_say_what_they_cannot_read(device):
-    cell_524f0138()
-    cell_1dbbedec()
-    cell_ba90b674(device)
-    cell_cf7eee5b(device)
-    cell_b62c3d34()
-    cell_5029da8d()
+def test_networks_say_what_they_cannot_read():
     points, y = cell_b93e5d27()
     # cell 1f7a80ce
     with pytest.raises(
@@ -517,12 +380,26 @@ def test_networks_say_what_they_cannot_read(device):
 @pytest.mark.proves("eq-gamma-gradient")
 def test_gamma_gradient():
     in_a_loop_and_lifted, ours = cell_7a5b4814()
-    cell_0f9e3369(in_a_loop_and_lifted, ours)
+    # cell 0f9e3369
+    torch.manual_seed(0)
+    tasks, g = (
+        torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, 3).double(),
+    )
+    loop, lifted = in_a_loop_and_lifted(ours, tasks, g)
+
+    def mean(t):
+        return t.mean(-2, keepdim=True)
+
+    s = (mean((tasks - mean(tasks)) ** 2) + 1e-5).sqrt()
+    hat = (tasks - mean(tasks)) / s
+    formula = ((g - mean(g) - hat * mean(g * hat)) / s).detach()
+    torch.testing.assert_close(loop, formula)
+    torch.testing.assert_close(lifted, formula)
 
 
 def test_meta_gradients_are_accurate():
     in_a_loop_and_lifted, ours = cell_7a5b4814()
-    cell_0f9e3369(in_a_loop_and_lifted, ours)
 
     # cell e5fe712d
     def meta_gradients(net, episodes, lift):
@@ -596,7 +473,18 @@ def test_joint_and_single_predictions(device):
 
 
 def test_a_broken_query_stays_alone():
-    cell_d6d12e3b()
+    # cell d6d12e3b
+    torch.manual_seed(0)
+    support = Examples.of(torch.rand(4, 1, 28, 28), torch.tensor([0, 0, 1, 1]), way=2)
+    query = torch.rand(5, 1, 28, 28)
+    query[2, 0, 14, 14] = float("nan")
+    lost = {}
+    for stats in ("batch", "support", "running"):
+        learner = ProtoNet(Conv4(width=8, stats=stats)).eval()
+        lost[stats] = learner(support, query).isnan().any(1).tolist()
+    print(lost)
+    only_the_broken_one = [False, False, True, False, False]
+    assert all(lost["batch"]) and lost["support"] == lost["running"] == only_the_broken_one
 
 
 def test_a_lonely_value_says_nothing():
@@ -610,13 +498,23 @@ def test_a_lonely_value_says_nothing():
 
 
 def test_scoring_changes_no_buffer():
-    cell_d6d12e3b()
-    cell_0f142b65()
+    # cell 0f142b65
+    torch.manual_seed(0)
+    theirs = nn.BatchNorm2d(3)
+    with torch.no_grad():
+        theirs(torch.rand(4, 3, 5, 5))
+    assert theirs.running_mean.abs().min() > 0  # it has learned from a forward pass
+
+    pictures = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
+    tasks = FewShot(pictures, way=2, shot=1, query=2)
+    learner = ProtoNet(Conv4(width=8, stats="running"))
+    before = copy.deepcopy(learner.state_dict())
+    for mode in (True, False):
+        evaluate(learner.train(mode), tasks, n=4)
+    assert all(torch.equal(before[k], v) for k, v in learner.state_dict().items())
 
 
 def test_running_averages_are_means_over_tasks():
-    cell_d6d12e3b()
-    cell_0f142b65()
     # cell 6e49e793
     torch.manual_seed(0)
     pictures = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})

@@ -59,7 +59,8 @@ def cell_fea88dcf():
     return heard_from, quiet, wave_run
 
 
-def cell_5b6b343b(wave_run):
+def test_the_log_and_the_folder():
+    heard_from, quiet, wave_run = cell_fea88dcf()
     # cell 5b6b343b
     room = tempfile.TemporaryDirectory()
     folder = Path(room.name) / "run"
@@ -89,7 +90,78 @@ def cell_5b6b343b(wave_run):
         wave_run(folder=folder)
 
 
-def cell_f612cd90(falling, heard_from, wave_run):
+def test_a_run_goes_on_where_it_was_left():
+    heard_from, quiet, wave_run = cell_fea88dcf()
+
+    # cell 25d3fb29
+    def without_clocks(run):
+        "The log of a run but for what a clock says."
+        clocks = ("seconds", "tasks_per_second", "settings")
+        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
+
+    def falling(taken):
+        "A schedule."
+        return 1 / (1 + taken)
+
+    room = tempfile.TemporaryDirectory()
+    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
+    folder = Path(room.name) / "run"
+    wave_run(steps=6, folder=folder, schedule=falling, every=3)
+    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
+    run, said = heard_from(
+        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
+    )
+    assert said == [f"{folder}: going on after step 6"]  # it does not start again
+    with quiet():
+        again = wave_run(
+            steps=9, folder=folder, schedule=falling, every=3, resume=True
+        )  # nothing to do
+    for other in (run, again):
+        assert without_clocks(other) == without_clocks(whole)
+        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
+        states = zip(
+            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in states)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == again.log
+
+
+def test_another_run_does_not_go_on():
+    heard_from, quiet, wave_run = cell_fea88dcf()
+
+    # cell 25d3fb29
+    def without_clocks(run):
+        "The log of a run but for what a clock says."
+        clocks = ("seconds", "tasks_per_second", "settings")
+        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
+
+    def falling(taken):
+        "A schedule."
+        return 1 / (1 + taken)
+
+    room = tempfile.TemporaryDirectory()
+    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
+    folder = Path(room.name) / "run"
+    wave_run(steps=6, folder=folder, schedule=falling, every=3)
+    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
+    run, said = heard_from(
+        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
+    )
+    assert said == [f"{folder}: going on after step 6"]  # it does not start again
+    with quiet():
+        again = wave_run(
+            steps=9, folder=folder, schedule=falling, every=3, resume=True
+        )  # nothing to do
+    for other in (run, again):
+        assert without_clocks(other) == without_clocks(whole)
+        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
+        states = zip(
+            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in states)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == again.log
     # cell f612cd90
     room = tempfile.TemporaryDirectory()
     folder = Path(room.name) / "run"
@@ -136,7 +208,9 @@ def cell_f612cd90(falling, heard_from, wave_run):
         fit(waves, Brooding(), steps=2, folder=Path(room.name) / "other", progress=False)
 
 
-def cell_f44ee589(heard_from, wave_run):
+def test_an_interrupted_run_keeps_what_it_learned():
+    heard_from, quiet, wave_run = cell_fea88dcf()
+
     # cell f44ee589
     def interrupt_at(step):
         "A schedule under which somebody presses Ctrl-C."
@@ -172,7 +246,41 @@ def cell_f44ee589(heard_from, wave_run):
     print(first)
 
 
-def cell_7b52ca61(quiet, wave_run, without_clocks):
+def test_a_full_disk_costs_only_what_came_after():
+    heard_from, quiet, wave_run = cell_fea88dcf()
+
+    # cell 25d3fb29
+    def without_clocks(run):
+        "The log of a run but for what a clock says."
+        clocks = ("seconds", "tasks_per_second", "settings")
+        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
+
+    def falling(taken):
+        "A schedule."
+        return 1 / (1 + taken)
+
+    room = tempfile.TemporaryDirectory()
+    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
+    folder = Path(room.name) / "run"
+    wave_run(steps=6, folder=folder, schedule=falling, every=3)
+    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
+    run, said = heard_from(
+        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
+    )
+    assert said == [f"{folder}: going on after step 6"]  # it does not start again
+    with quiet():
+        again = wave_run(
+            steps=9, folder=folder, schedule=falling, every=3, resume=True
+        )  # nothing to do
+    for other in (run, again):
+        assert without_clocks(other) == without_clocks(whole)
+        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
+        states = zip(
+            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in states)
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == again.log
     # cell 7b52ca61
     room = tempfile.TemporaryDirectory()
     folder = Path(room.name) / "run"
@@ -205,7 +313,9 @@ def cell_7b52ca61(quiet, wave_run, without_clocks):
     )
 
 
-def cell_6bbe4632(quiet, wave_run):
+def test_a_listener_hears_every_step_and_goes_on():
+    heard_from, quiet, wave_run = cell_fea88dcf()
+
     # cell 6bbe4632
     class Smooth:
         "A running mean of the loss."
@@ -235,251 +345,8 @@ def cell_6bbe4632(quiet, wave_run):
         wave_run(steps=8, folder=folder, resume=True)
 
 
-def test_the_log_and_the_folder():
-    heard_from, quiet, wave_run = cell_fea88dcf()
-    cell_5b6b343b(wave_run)
-
-
-def test_a_run_goes_on_where_it_was_left():
-    heard_from, quiet, wave_run = cell_fea88dcf()
-    cell_5b6b343b(wave_run)
-
-    # cell 25d3fb29
-    def without_clocks(run):
-        "The log of a run but for what a clock says."
-        clocks = ("seconds", "tasks_per_second", "settings")
-        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
-
-    def falling(taken):
-        "A schedule."
-        return 1 / (1 + taken)
-
-    room = tempfile.TemporaryDirectory()
-    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
-    folder = Path(room.name) / "run"
-    wave_run(steps=6, folder=folder, schedule=falling, every=3)
-    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    run, said = heard_from(
-        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    )
-    assert said == [f"{folder}: going on after step 6"]  # it does not start again
-    with quiet():
-        again = wave_run(
-            steps=9, folder=folder, schedule=falling, every=3, resume=True
-        )  # nothing to do
-    for other in (run, again):
-        assert without_clocks(other) == without_clocks(whole)
-        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
-        states = zip(
-            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
-        )
-        assert all(torch.equal(a, b) for a, b in states)
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == again.log
-
-
-def test_another_run_does_not_go_on():
-    heard_from, quiet, wave_run = cell_fea88dcf()
-    cell_5b6b343b(wave_run)
-
-    # cell 25d3fb29
-    def without_clocks(run):
-        "The log of a run but for what a clock says."
-        clocks = ("seconds", "tasks_per_second", "settings")
-        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
-
-    def falling(taken):
-        "A schedule."
-        return 1 / (1 + taken)
-
-    room = tempfile.TemporaryDirectory()
-    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
-    folder = Path(room.name) / "run"
-    wave_run(steps=6, folder=folder, schedule=falling, every=3)
-    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    run, said = heard_from(
-        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    )
-    assert said == [f"{folder}: going on after step 6"]  # it does not start again
-    with quiet():
-        again = wave_run(
-            steps=9, folder=folder, schedule=falling, every=3, resume=True
-        )  # nothing to do
-    for other in (run, again):
-        assert without_clocks(other) == without_clocks(whole)
-        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
-        states = zip(
-            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
-        )
-        assert all(torch.equal(a, b) for a, b in states)
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == again.log
-    cell_f612cd90(falling, heard_from, wave_run)
-
-
-def test_an_interrupted_run_keeps_what_it_learned():
-    heard_from, quiet, wave_run = cell_fea88dcf()
-    cell_5b6b343b(wave_run)
-
-    # cell 25d3fb29
-    def without_clocks(run):
-        "The log of a run but for what a clock says."
-        clocks = ("seconds", "tasks_per_second", "settings")
-        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
-
-    def falling(taken):
-        "A schedule."
-        return 1 / (1 + taken)
-
-    room = tempfile.TemporaryDirectory()
-    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
-    folder = Path(room.name) / "run"
-    wave_run(steps=6, folder=folder, schedule=falling, every=3)
-    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    run, said = heard_from(
-        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    )
-    assert said == [f"{folder}: going on after step 6"]  # it does not start again
-    with quiet():
-        again = wave_run(
-            steps=9, folder=folder, schedule=falling, every=3, resume=True
-        )  # nothing to do
-    for other in (run, again):
-        assert without_clocks(other) == without_clocks(whole)
-        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
-        states = zip(
-            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
-        )
-        assert all(torch.equal(a, b) for a, b in states)
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == again.log
-    cell_f612cd90(falling, heard_from, wave_run)
-    cell_f44ee589(heard_from, wave_run)
-
-
-def test_a_full_disk_costs_only_what_came_after():
-    heard_from, quiet, wave_run = cell_fea88dcf()
-    cell_5b6b343b(wave_run)
-
-    # cell 25d3fb29
-    def without_clocks(run):
-        "The log of a run but for what a clock says."
-        clocks = ("seconds", "tasks_per_second", "settings")
-        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
-
-    def falling(taken):
-        "A schedule."
-        return 1 / (1 + taken)
-
-    room = tempfile.TemporaryDirectory()
-    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
-    folder = Path(room.name) / "run"
-    wave_run(steps=6, folder=folder, schedule=falling, every=3)
-    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    run, said = heard_from(
-        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    )
-    assert said == [f"{folder}: going on after step 6"]  # it does not start again
-    with quiet():
-        again = wave_run(
-            steps=9, folder=folder, schedule=falling, every=3, resume=True
-        )  # nothing to do
-    for other in (run, again):
-        assert without_clocks(other) == without_clocks(whole)
-        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
-        states = zip(
-            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
-        )
-        assert all(torch.equal(a, b) for a, b in states)
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == again.log
-    cell_f612cd90(falling, heard_from, wave_run)
-    cell_f44ee589(heard_from, wave_run)
-    cell_7b52ca61(quiet, wave_run, without_clocks)
-
-
-def test_a_listener_hears_every_step_and_goes_on():
-    heard_from, quiet, wave_run = cell_fea88dcf()
-    cell_5b6b343b(wave_run)
-
-    # cell 25d3fb29
-    def without_clocks(run):
-        "The log of a run but for what a clock says."
-        clocks = ("seconds", "tasks_per_second", "settings")
-        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
-
-    def falling(taken):
-        "A schedule."
-        return 1 / (1 + taken)
-
-    room = tempfile.TemporaryDirectory()
-    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
-    folder = Path(room.name) / "run"
-    wave_run(steps=6, folder=folder, schedule=falling, every=3)
-    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    run, said = heard_from(
-        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    )
-    assert said == [f"{folder}: going on after step 6"]  # it does not start again
-    with quiet():
-        again = wave_run(
-            steps=9, folder=folder, schedule=falling, every=3, resume=True
-        )  # nothing to do
-    for other in (run, again):
-        assert without_clocks(other) == without_clocks(whole)
-        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
-        states = zip(
-            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
-        )
-        assert all(torch.equal(a, b) for a, b in states)
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == again.log
-    cell_f612cd90(falling, heard_from, wave_run)
-    cell_f44ee589(heard_from, wave_run)
-    cell_7b52ca61(quiet, wave_run, without_clocks)
-    cell_6bbe4632(quiet, wave_run)
-
-
 def test_patience_ends_a_run():
     heard_from, quiet, wave_run = cell_fea88dcf()
-    cell_5b6b343b(wave_run)
-
-    # cell 25d3fb29
-    def without_clocks(run):
-        "The log of a run but for what a clock says."
-        clocks = ("seconds", "tasks_per_second", "settings")
-        return [{k: v for k, v in row.items() if k not in clocks} for row in run.log]
-
-    def falling(taken):
-        "A schedule."
-        return 1 / (1 + taken)
-
-    room = tempfile.TemporaryDirectory()
-    whole = wave_run(steps=9, folder=Path(room.name) / "whole", schedule=falling, every=3)
-    folder = Path(room.name) / "run"
-    wave_run(steps=6, folder=folder, schedule=falling, every=3)
-    (folder / "log.jsonl").open("a").write('{"step": 7, "lo')  # the process died while it wrote
-    run, said = heard_from(
-        lambda: wave_run(steps=9, folder=folder, schedule=falling, every=3, resume=True)
-    )
-    assert said == [f"{folder}: going on after step 6"]  # it does not start again
-    with quiet():
-        again = wave_run(
-            steps=9, folder=folder, schedule=falling, every=3, resume=True
-        )  # nothing to do
-    for other in (run, again):
-        assert without_clocks(other) == without_clocks(whole)
-        assert (other.best_step, other.best.mean) == (whole.best_step, whole.best.mean)
-        states = zip(
-            other.learner.state_dict().values(), whole.learner.state_dict().values(), strict=True
-        )
-        assert all(torch.equal(a, b) for a, b in states)
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == again.log
-    cell_f612cd90(falling, heard_from, wave_run)
-    cell_f44ee589(heard_from, wave_run)
-    cell_7b52ca61(quiet, wave_run, without_clocks)
-    cell_6bbe4632(quiet, wave_run)
 
     # cell 5aa59422
     class Worse(MAML):

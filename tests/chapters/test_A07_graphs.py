@@ -19,7 +19,7 @@ from metabook.registry import log
 from metabook.training import Outer, fit
 
 
-def cell_5e1aa8ff():
+def test_a_step_asks_the_host_nothing():
     # cell 5e1aa8ff
     class HostIsAsked(TorchDispatchMode):
         "Raises where a value leaves the device, or a Python number enters it as a tensor."
@@ -51,10 +51,6 @@ def cell_5e1aa8ff():
             outer.turn(tasks.sample(2, generator))
         assert any((p != b).any() for p, b in zip(learner.parameters(), before, strict=True))
         assert outer.guard.verdict.wrong() is None
-
-
-def test_a_step_asks_the_host_nothing():
-    cell_5e1aa8ff()
 
 
 def test_without_a_graph_it_goes_on():
@@ -109,7 +105,6 @@ def test_a_replay_is_the_step():
 
 @pytest.mark.cuda
 def test_replays_are_recorded_by_shape():
-    cell_5e1aa8ff()
     # cell 8ae2022d
     if torch.cuda.is_available():  # "Run All" knows no marks
         generator = torch.Generator("cuda").manual_seed(0)

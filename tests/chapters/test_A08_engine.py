@@ -29,24 +29,6 @@ from metabook.scores import evaluate
 from metabook.structures import tree_map
 
 
-def cell_f5f68d65():
-    # cell f5f68d65
-    def spread(examples):
-        "The span of the targets, and how they move when x does."
-        y = examples.y - examples.y.mean(0)
-        slope = (examples.x * y).sum() / examples.x.square().sum()
-        return {"span": examples.y.amax(0) - examples.y.amin(0), "slope": slope}
-
-    batch = Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).support
-    singles = [spread(Examples(batch.x[i], batch.y[i])) for i in range(4)]
-    for lift in ("loop", "vmap"):
-        found = over_tasks(spread, batch, lift=lift)
-        for i, single in enumerate(singles):
-            torch.testing.assert_close(found["span"][i], single["span"])
-            torch.testing.assert_close(found["slope"][i], single["slope"])
-    {name: tuple(t.shape) for name, t in found.items()}
-
-
 def cell_aab042d7():
     # cell aab042d7
     class Normalised(torch.nn.Sequential):
@@ -67,36 +49,6 @@ def cell_aab042d7():
         torch.testing.assert_close(layer.mean, 0.75 * torch.zeros(2) + 0.25 * mean)
         torch.testing.assert_close(layer.var, 0.75 * torch.ones(2) + 0.25 * var)
     return Normalised, episodes
-
-
-def cell_b0e10e53():
-    # cell b0e10e53
-    class Halved(ProtoNet):
-        "Differentiates half of its criterion, and no more."
-
-        approximate = True
-
-        def loss(self, episode):
-            return super().loss(episode) / 2
-
-    y = one_hot(torch.arange(4) % 2, 2).expand(3, -1, -1)
-    episodes = Episode(*(Examples(torch.randn(3, 4, 2), y) for _ in range(2)))
-    learner = Halved(MLP([2, 5]))
-    whole = ProtoNet(learner.embed)
-    for lift in ("loop", "vmap"):
-        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
-        torch.testing.assert_close(found.losses, expected.losses.detach())
-        torch.testing.assert_close(found.differentiated, expected.losses / 2)
-        for m, factor in ((learner, 2), (whole, 1)):
-            m.zero_grad()
-            m.combine = lambda values: values.square().mean()  # weighs by the criterion
-            gradients(m, episodes, lift=lift)
-            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
-            if m is learner:
-                mine = slopes
-        torch.testing.assert_close(mine, slopes)
-    learner.approximate = False
-    assert grade(learner, episodes, Way("vmap")).surrogates is None
 
 
 def cell_d3840484():
@@ -128,43 +80,27 @@ def cell_8cef15e5():
     return refusal, x
 
 
-def cell_e21e64f5(refusal, x):
-    # cell e21e64f5
-    def branch(x):
-        return x if x.mean() > 0 else -x
-
-    def select(x):
-        return torch.where(x.mean() > 0, x, -x)
-
-    assert "data-dependent control flow" in refusal(branch, x)
-    assert not refusal(select, x)
-    torch.testing.assert_close(over_tasks(select, x), over_tasks(branch, x, lift="loop"))
-
-
-def cell_ffcdb7a0(refusal, x):
-    # cell ffcdb7a0
-    def positive_mean(x):
-        return x[x > 0].mean()
-
-    def weighted_mean(x):
-        mask = (x > 0).to(x)
-        return (mask * x).sum() / mask.sum()
-
-    print(refusal(positive_mean, x))
-    assert refusal(positive_mean, x)
-    torch.testing.assert_close(
-        over_tasks(weighted_mean, x), over_tasks(positive_mean, x, lift="loop")
-    )
-
-
 @pytest.mark.proves("eq-lift")
 def test_a_lift_gives_what_single_calls_give():
-    cell_f5f68d65()
+    # cell f5f68d65
+    def spread(examples):
+        "The span of the targets, and how they move when x does."
+        y = examples.y - examples.y.mean(0)
+        slope = (examples.x * y).sum() / examples.x.square().sum()
+        return {"span": examples.y.amax(0) - examples.y.amin(0), "slope": slope}
+
+    batch = Sinusoids(5, 10).sample(4, torch.Generator().manual_seed(0)).support
+    singles = [spread(Examples(batch.x[i], batch.y[i])) for i in range(4)]
+    for lift in ("loop", "vmap"):
+        found = over_tasks(spread, batch, lift=lift)
+        for i, single in enumerate(singles):
+            torch.testing.assert_close(found["span"][i], single["span"])
+            torch.testing.assert_close(found["slope"][i], single["slope"])
+    {name: tuple(t.shape) for name, t in found.items()}
 
 
 @pytest.mark.proves("eq-lift-gradient")
 def test_gradients_go_through_the_lift():
-    cell_f5f68d65()
     # cell c92f9a88
     learner = MAML(MLP([1, 8, 1]), lr=0.05, steps=2, kind="regression").double()
     episodes = Sinusoids(5, 10).sample(3, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
@@ -275,82 +211,36 @@ def test_weights_of_tasks():
 
 
 def test_surrogates_are_differentiated():
-    # cell 542b7e73
-    class Worst(MAML):
-        "Cares most for the task that went worst."
+    # cell b0e10e53
+    class Halved(ProtoNet):
+        "Differentiates half of its criterion, and no more."
 
-        def combine(self, losses):
-            return losses.logsumexp(0)
+        approximate = True
 
-    def gradient(learner, **how):
-        learner.zero_grad()
-        graded = gradients(learner, episodes, **how)
-        assert not graded.losses.requires_grad and graded.answers.shape[:2] == (5, 6)
-        return [p.grad.clone() for p in learner.parameters()]
+        def loss(self, episode):
+            return super().loss(episode) / 2
 
-    images = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
-    torch.manual_seed(0)
-    episodes = (
-        FewShot(images, 3, 1, 2).sample(5, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
-    )
-    for kind in (MAML, Worst):
-        learner = kind(Conv4(out=3, width=4, pool="stride"), steps=2).double()
-        learner.zero_grad()
-        values = torch.stack(
-            [learner.loss(tree_map(lambda t, i=i: t[i], episodes)) for i in range(5)]
-        )
-        learner.combine(values).backward()
-        wanted = [p.grad.clone() for p in learner.parameters()]
-        for how in (
-            dict(lift="loop"),
-            dict(lift="vmap"),
-            dict(lift="auto", chunk=2),
-            dict(chunk=1),
-        ):
-            torch.testing.assert_close(gradient(learner, **how), wanted, rtol=1e-8, atol=1e-12)
-    with pytest.raises(ValueError, match="chunk=0"):
-        gradients(learner, episodes, chunk=0)
-    cell_b0e10e53()
+    y = one_hot(torch.arange(4) % 2, 2).expand(3, -1, -1)
+    episodes = Episode(*(Examples(torch.randn(3, 4, 2), y) for _ in range(2)))
+    learner = Halved(MLP([2, 5]))
+    whole = ProtoNet(learner.embed)
+    for lift in ("loop", "vmap"):
+        found, expected = (grade(m, episodes, Way(lift)) for m in (learner, whole))
+        torch.testing.assert_close(found.losses, expected.losses.detach())
+        torch.testing.assert_close(found.differentiated, expected.losses / 2)
+        for m, factor in ((learner, 2), (whole, 1)):
+            m.zero_grad()
+            m.combine = lambda values: values.square().mean()  # weighs by the criterion
+            gradients(m, episodes, lift=lift)
+            slopes = [factor * p.grad for p in m.parameters() if p.grad is not None]
+            if m is learner:
+                mine = slopes
+        torch.testing.assert_close(mine, slopes)
+    learner.approximate = False
+    assert grade(learner, episodes, Way("vmap")).surrogates is None
 
 
 def test_chunks_change_nothing():
-    # cell 542b7e73
-    class Worst(MAML):
-        "Cares most for the task that went worst."
-
-        def combine(self, losses):
-            return losses.logsumexp(0)
-
-    def gradient(learner, **how):
-        learner.zero_grad()
-        graded = gradients(learner, episodes, **how)
-        assert not graded.losses.requires_grad and graded.answers.shape[:2] == (5, 6)
-        return [p.grad.clone() for p in learner.parameters()]
-
-    images = Classes.of({str(i): torch.rand(6, 1, 28, 28) for i in range(4)})
-    torch.manual_seed(0)
-    episodes = (
-        FewShot(images, 3, 1, 2).sample(5, torch.Generator().manual_seed(0)).to(dtype=torch.float64)
-    )
-    for kind in (MAML, Worst):
-        learner = kind(Conv4(out=3, width=4, pool="stride"), steps=2).double()
-        learner.zero_grad()
-        values = torch.stack(
-            [learner.loss(tree_map(lambda t, i=i: t[i], episodes)) for i in range(5)]
-        )
-        learner.combine(values).backward()
-        wanted = [p.grad.clone() for p in learner.parameters()]
-        for how in (
-            dict(lift="loop"),
-            dict(lift="vmap"),
-            dict(lift="auto", chunk=2),
-            dict(chunk=1),
-        ):
-            torch.testing.assert_close(gradient(learner, **how), wanted, rtol=1e-8, atol=1e-12)
-    with pytest.raises(ValueError, match="chunk=0"):
-        gradients(learner, episodes, chunk=0)
-    cell_b0e10e53()
-
     # cell e8fe771f
     class OwnLoss(ProtoNet):
         "Its loss is not only that of its predictions."
@@ -494,19 +384,39 @@ def test_no_graph_without_need():
 
 def test_values_do_not_decide():
     refusal, x = cell_8cef15e5()
-    cell_e21e64f5(refusal, x)
+
+    # cell e21e64f5
+    def branch(x):
+        return x if x.mean() > 0 else -x
+
+    def select(x):
+        return torch.where(x.mean() > 0, x, -x)
+
+    assert "data-dependent control flow" in refusal(branch, x)
+    assert not refusal(select, x)
+    torch.testing.assert_close(over_tasks(select, x), over_tasks(branch, x, lift="loop"))
 
 
 def test_sizes_come_from_shapes():
     refusal, x = cell_8cef15e5()
-    cell_e21e64f5(refusal, x)
-    cell_ffcdb7a0(refusal, x)
+
+    # cell ffcdb7a0
+    def positive_mean(x):
+        return x[x > 0].mean()
+
+    def weighted_mean(x):
+        mask = (x > 0).to(x)
+        return (mask * x).sum() / mask.sum()
+
+    print(refusal(positive_mean, x))
+    assert refusal(positive_mean, x)
+    torch.testing.assert_close(
+        over_tasks(weighted_mean, x), over_tasks(positive_mean, x, lift="loop")
+    )
 
 
 def test_nothing_is_drawn_inside():
     refusal, x = cell_8cef15e5()
-    cell_e21e64f5(refusal, x)
-    cell_ffcdb7a0(refusal, x)
 
     # cell f515edb5
     def noisy(x):

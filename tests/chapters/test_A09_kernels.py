@@ -20,24 +20,6 @@ from metabook import kernels
 from metabook.networks import Conv4, call, normalise
 
 
-def cell_e5f029c7():
-    # cell e5f029c7
-    assert [
-        v.item()
-        for v in kernels.merge(torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]]), [1, 2])
-    ] == [3, 4]
-    torch.manual_seed(0)
-    x = 1000 + torch.randn(5, 3, 8, 8)
-    parts = [x[:2], x[2:]]
-    means = torch.stack([p.mean((0, 2, 3)) for p in parts])
-    variances = torch.stack([p.var((0, 2, 3), correction=0) for p in parts])
-    mean, var = kernels.merge(means, variances, [2, 3])
-    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
-    torch.testing.assert_close(
-        var, x.double().var((0, 2, 3), correction=0).float(), rtol=1e-4, atol=0
-    )
-
-
 def cell_4fc1d47c():
     # cell 4fc1d47c
     def agree(f, g, arguments):
@@ -68,75 +50,6 @@ def cell_4fc1d47c():
     return agree, large_maps
 
 
-def cell_197c357c(agree, large_maps):
-    # cell 197c357c
-    class Unheard(torch.autograd.Function):
-        "The identity, and nothing comes back."
-
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, g):
-            return None
-
-    x, weight, bias = large_maps()
-    assert kernels.worthwhile(x) and not kernels.worthwhile(x[:1])
-    agree(
-        lambda *a: kernels.batch_norm(normalise, *a, 1e-5)[0],
-        lambda *a: normalise(*a, 1e-5)[0],
-        [x, weight, bias],
-    )
-    for found, wanted in zip(
-        kernels.batch_norm(normalise, x, weight, bias, 0.1),
-        normalise(x, weight, bias, 0.1),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, wanted)
-    x = x.requires_grad_()
-    Unheard.apply(kernels.batch_norm(normalise, x, weight, bias, 1e-5)[0]).sum().backward()
-    assert x.grad is None
-
-
-def cell_2ef86a99(large_maps):
-    # cell 2ef86a99
-    x, weight, bias = large_maps(n=3 * 24)
-    tasks = x.unflatten(0, (3, 24))
-
-    def inner_gradient(norm):
-        "Of one task: how its squared output changes with the scale, and how that depends on the maps."
-
-        def f(x, weight):
-            return grad(lambda w: norm(x, w, bias, 1e-5)[0].pow(3).sum())(weight)
-
-        return f
-
-    kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
-    lifted = vmap(kernel, (0, None))(tasks, weight)
-    torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
-
-
-def cell_cf8cbbe5(large_maps):
-    # cell cf8cbbe5
-    class Asked(TorchFunctionMode):
-        "Counts what it is asked about."
-
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            self.names.append(function.__name__)
-            return function(*args, **(kwargs or {}))
-
-    x, weight, bias = large_maps()
-    with kernels.lifting():
-        assert not kernels.worthwhile(x)
-    assert kernels.worthwhile(x)
-    with Asked() as mode:
-        mode.names = []
-        y, *_ = kernels.batch_norm(normalise, x, weight, bias, 1e-5)
-    assert mode.names == ["batch_norm"]
-    assert torch.equal(y, kernels.batch_norm(normalise, x, weight, bias, 1e-5)[0])
-
-
 def cell_db819fb9():
     # cell db819fb9
     def conv_block(x, filters, shift, weight, bias, eps, pool="max"):
@@ -146,35 +59,6 @@ def cell_db819fb9():
         return F.relu(F.max_pool2d(y, 2) if pool == "max" else y), mean, var
 
     return conv_block
-
-
-def cell_84d9a7a0(agree, conv_block):
-    # cell 84d9a7a0
-    torch.manual_seed(0)
-    for channels, pool in itertools.product((1, 3), ("max", "stride")):
-        images = torch.randn(6, channels, 9, 12).double()
-        filters = torch.randn(8, channels, 3, 3).double()
-        shift, weight, bias = torch.randn(3, 8).double()
-        arguments = [images, filters, shift, weight, bias]
-        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
-        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
-            torch.testing.assert_close(found, wanted)
-        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
-
-
-def cell_6aa068a2():
-    # cell 6aa068a2
-    torch.manual_seed(0)
-    smooth = F.interpolate(torch.rand(40, 1, 4, 4), size=(28, 28), mode="bicubic")
-    edge = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]).view(1, 1, 3, 3)
-    arguments = smooth, edge, torch.full((1,), 1e4), torch.ones(1), torch.zeros(1)
-    exact = kernels.first_block(*(a.double() for a in arguments), 1e-12)[0]
-    error = ((kernels.first_block(*arguments, 1e-12)[0] - exact).norm() / exact.norm()).item()
-    in_single = partial(lambda f, p: [m.double() for m in f(p.float())], kernels.moments)
-    with mock.patch.object(kernels, "moments", in_single):
-        single = ((kernels.first_block(*arguments, 1e-12)[0] - exact).norm() / exact.norm()).item()
-    print(f"relative error {error:.1e}, in single precision {single:.1e}")
-    assert error < 1e-4 < single
 
 
 def test_layout_changes_no_number():
@@ -222,36 +106,99 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.proves("eq-pooled-statistics")
 def test_statistics_of_portions_merge():
-    cell_e5f029c7()
+    # cell e5f029c7
+    assert [
+        v.item()
+        for v in kernels.merge(torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [2.0]]), [1, 2])
+    ] == [3, 4]
+    torch.manual_seed(0)
+    x = 1000 + torch.randn(5, 3, 8, 8)
+    parts = [x[:2], x[2:]]
+    means = torch.stack([p.mean((0, 2, 3)) for p in parts])
+    variances = torch.stack([p.var((0, 2, 3), correction=0) for p in parts])
+    mean, var = kernels.merge(means, variances, [2, 3])
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(
+        var, x.double().var((0, 2, 3), correction=0).float(), rtol=1e-4, atol=0
+    )
 
 
 def test_the_kernel_is_its_definition():
-    cell_e5f029c7()
     agree, large_maps = cell_4fc1d47c()
-    cell_197c357c(agree, large_maps)
+
+    # cell 197c357c
+    class Unheard(torch.autograd.Function):
+        "The identity, and nothing comes back."
+
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    x, weight, bias = large_maps()
+    assert kernels.worthwhile(x) and not kernels.worthwhile(x[:1])
+    agree(
+        lambda *a: kernels.batch_norm(normalise, *a, 1e-5)[0],
+        lambda *a: normalise(*a, 1e-5)[0],
+        [x, weight, bias],
+    )
+    for found, wanted in zip(
+        kernels.batch_norm(normalise, x, weight, bias, 0.1),
+        normalise(x, weight, bias, 0.1),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+    x = x.requires_grad_()
+    Unheard.apply(kernels.batch_norm(normalise, x, weight, bias, 1e-5)[0]).sum().backward()
+    assert x.grad is None
 
 
 def test_the_kernel_lifts():
-    cell_e5f029c7()
     agree, large_maps = cell_4fc1d47c()
-    cell_197c357c(agree, large_maps)
-    cell_2ef86a99(large_maps)
+    # cell 2ef86a99
+    x, weight, bias = large_maps(n=3 * 24)
+    tasks = x.unflatten(0, (3, 24))
+
+    def inner_gradient(norm):
+        "Of one task: how its squared output changes with the scale, and how that depends on the maps."
+
+        def f(x, weight):
+            return grad(lambda w: norm(x, w, bias, 1e-5)[0].pow(3).sum())(weight)
+
+        return f
+
+    kernel, plain = (inner_gradient(n) for n in (partial(kernels.batch_norm, normalise), normalise))
+    lifted = vmap(kernel, (0, None))(tasks, weight)
+    torch.testing.assert_close(lifted, torch.stack([plain(x, weight) for x in tasks]))
 
 
 def test_helpers_save_detours():
-    cell_e5f029c7()
     agree, large_maps = cell_4fc1d47c()
-    cell_197c357c(agree, large_maps)
-    cell_2ef86a99(large_maps)
-    cell_cf8cbbe5(large_maps)
+
+    # cell cf8cbbe5
+    class Asked(TorchFunctionMode):
+        "Counts what it is asked about."
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    x, weight, bias = large_maps()
+    with kernels.lifting():
+        assert not kernels.worthwhile(x)
+    assert kernels.worthwhile(x)
+    with Asked() as mode:
+        mode.names = []
+        y, *_ = kernels.batch_norm(normalise, x, weight, bias, 1e-5)
+    assert mode.names == ["batch_norm"]
+    assert torch.equal(y, kernels.batch_norm(normalise, x, weight, bias, 1e-5)[0])
 
 
 def test_the_kernel_in_bfloat16():
-    cell_e5f029c7()
     agree, large_maps = cell_4fc1d47c()
-    cell_197c357c(agree, large_maps)
-    cell_2ef86a99(large_maps)
-    cell_cf8cbbe5(large_maps)
     # cell 646ab370
     x, weight, bias = (t.float() for t in large_maps())
     x = 2 * x  # a variance of 4
@@ -272,21 +219,36 @@ def test_the_kernel_in_bfloat16():
 def test_the_first_block_is_the_block():
     agree, large_maps = cell_4fc1d47c()
     conv_block = cell_db819fb9()
-    cell_84d9a7a0(agree, conv_block)
+    # cell 84d9a7a0
+    torch.manual_seed(0)
+    for channels, pool in itertools.product((1, 3), ("max", "stride")):
+        images = torch.randn(6, channels, 9, 12).double()
+        filters = torch.randn(8, channels, 3, 3).double()
+        shift, weight, bias = torch.randn(3, 8).double()
+        arguments = [images, filters, shift, weight, bias]
+        both = [partial(f, pool=pool) for f in (kernels.first_block, conv_block)]
+        for found, wanted in zip(*(f(*arguments, 0.1) for f in both), strict=True):
+            torch.testing.assert_close(found, wanted)
+        agree(*(lambda *a, f=f: f(*a, 1e-5)[0] for f in both), arguments)
 
 
 def test_the_first_block_keeps_its_digits():
-    agree, large_maps = cell_4fc1d47c()
-    conv_block = cell_db819fb9()
-    cell_84d9a7a0(agree, conv_block)
-    cell_6aa068a2()
+    # cell 6aa068a2
+    torch.manual_seed(0)
+    smooth = F.interpolate(torch.rand(40, 1, 4, 4), size=(28, 28), mode="bicubic")
+    edge = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]).view(1, 1, 3, 3)
+    arguments = smooth, edge, torch.full((1,), 1e4), torch.ones(1), torch.zeros(1)
+    exact = kernels.first_block(*(a.double() for a in arguments), 1e-12)[0]
+    error = ((kernels.first_block(*arguments, 1e-12)[0] - exact).norm() / exact.norm()).item()
+    in_single = partial(lambda f, p: [m.double() for m in f(p.float())], kernels.moments)
+    with mock.patch.object(kernels, "moments", in_single):
+        single = ((kernels.first_block(*arguments, 1e-12)[0] - exact).norm() / exact.norm()).item()
+    print(f"relative error {error:.1e}, in single precision {single:.1e}")
+    assert error < 1e-4 < single
 
 
 def test_the_first_block_lifts():
-    agree, large_maps = cell_4fc1d47c()
     conv_block = cell_db819fb9()
-    cell_84d9a7a0(agree, conv_block)
-    cell_6aa068a2()
     # cell cbc7d0b8
     tasks = torch.randn(2, 24, 1, 28, 28).double()
     each = (torch.randn(2, 8, 1, 3, 3).double(), *torch.randn(3, 2, 8).double())

@@ -35,35 +35,6 @@ def cell_d405ef6a():
     return few
 
 
-def cell_68f7d866(few):
-    # cell 68f7d866
-    for name, cls in methods().items():
-        learner = make_learner(name, recipe_for(name, "omniglot"), few)
-        assert isinstance(learner, cls) and learner.config["name"] == name
-    with pytest.raises(ValueError, match="unknown method 'mamel': did you mean 'maml'"):
-        make_learner("mamel", Recipe(), Sinusoids())
-    with pytest.raises(ValueError, match="unknown argument of maml 'rate'"):
-        make_learner("maml", Recipe("mlp", method={"rate": 1}), Sinusoids())
-
-
-def cell_c5477fae(few):
-    # cell c5477fae
-    work = Path(tempfile.mkdtemp())
-    first = make_learner("pretrained", recipe_for("pretrained", "omniglot"), few, base=3)
-    save(work / "first", first)
-    second = make_learner(
-        "finetune", recipe_for("finetune", "omniglot"), few, network_of(work / "first")
-    )
-    for old, new in zip(first.embed.parameters(), second.embed.parameters(), strict=True):
-        assert torch.equal(old, new)
-    save(work / "headed", make_learner("maml", recipe_for("maml", "omniglot"), few))
-    with pytest.raises(ValueError, match="maml needs a network with an output for each class"):
-        make_learner("maml", recipe_for("maml", "omniglot"), few, first.embed)
-    with pytest.raises(ValueError, match="ends in a head"):
-        network_of(work / "headed")
-    shutil.rmtree(work)
-
-
 def test_a_recipe_names_networks():
     # cell 8c17e0d2
     recipe = Recipe(net={"pool": "stride", "width": 16})
@@ -100,19 +71,37 @@ def test_unknown_data_gets_the_nearest_name():
 
 def test_every_method_can_be_made_from_words():
     few = cell_d405ef6a()
-    cell_68f7d866(few)
+    # cell 68f7d866
+    for name, cls in methods().items():
+        learner = make_learner(name, recipe_for(name, "omniglot"), few)
+        assert isinstance(learner, cls) and learner.config["name"] == name
+    with pytest.raises(ValueError, match="unknown method 'mamel': did you mean 'maml'"):
+        make_learner("mamel", Recipe(), Sinusoids())
+    with pytest.raises(ValueError, match="unknown argument of maml 'rate'"):
+        make_learner("maml", Recipe("mlp", method={"rate": 1}), Sinusoids())
 
 
 def test_a_learner_starts_from_a_trained_network():
     few = cell_d405ef6a()
-    cell_68f7d866(few)
-    cell_c5477fae(few)
+    # cell c5477fae
+    work = Path(tempfile.mkdtemp())
+    first = make_learner("pretrained", recipe_for("pretrained", "omniglot"), few, base=3)
+    save(work / "first", first)
+    second = make_learner(
+        "finetune", recipe_for("finetune", "omniglot"), few, network_of(work / "first")
+    )
+    for old, new in zip(first.embed.parameters(), second.embed.parameters(), strict=True):
+        assert torch.equal(old, new)
+    save(work / "headed", make_learner("maml", recipe_for("maml", "omniglot"), few))
+    with pytest.raises(ValueError, match="maml needs a network with an output for each class"):
+        make_learner("maml", recipe_for("maml", "omniglot"), few, first.embed)
+    with pytest.raises(ValueError, match="ends in a head"):
+        network_of(work / "headed")
+    shutil.rmtree(work)
 
 
 def test_a_method_of_two_networks_is_made_from_words():
     few = cell_d405ef6a()
-    cell_68f7d866(few)
-    cell_c5477fae(few)
     # cell e06b9f5c
     with mock.patch.dict(methods()):  # afterwards nobody knows it
 

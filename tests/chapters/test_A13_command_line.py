@@ -30,7 +30,23 @@ def cell_f2c41e78():
     return typed
 
 
-def cell_00719a23(typed):
+def test_settings_read_json_or_text():
+    # cell e862ee20
+    assert settings(["lr=0.4", "first_order=True", "pool=stride", "widths=[8, 16]"], "--set") == {
+        "lr": 0.4,
+        "first_order": True,
+        "pool": "stride",
+        "widths": [8, 16],
+    }
+    with pytest.raises(ValueError, match="--set lr: expected NAME=VALUE"):
+        settings(["lr"], "--set")
+    assert networks_said(["other=mlp", "conv4"]) == {"*": "conv4", "other": "mlp"}
+    with pytest.raises(ValueError, match="expected one for all networks of the method"):
+        networks_said(["mlp", "conv4"])
+
+
+def test_methods_and_data_are_listed():
+    typed = cell_f2c41e78()
     # cell 00719a23
     assert "protonet" in typed("methods") and "conv4" in typed("methods")
     assert "digest" in typed("data", "check", "sinusoids")
@@ -38,7 +54,20 @@ def cell_00719a23(typed):
     assert json.loads(typed("data", "list", "--json"))["glyphs"]["present"]
 
 
-def cell_fa411053(typed):
+def test_what_the_engine_takes_is_told_from_its_fields():
+    # cell 5b0e93d7
+    told_so = engine_words()
+    for word in ("lift=auto|loop|vmap (auto)", "precision=float32|tf32|bfloat16 (tf32)"):
+        assert word in told_so
+    for word in ("chunk=NUMBER (null)", "recompute=true|false (false)", "check=true|false (true)"):
+        assert word in told_so
+    assert [part.partition("=")[0] for part in told_so.split(", ")] == [
+        f.name for f in fields(Engine)
+    ]
+
+
+def test_train_evaluate_classify():
+    typed = cell_f2c41e78()
     # cell fa411053
     work = Path(tempfile.mkdtemp())
     small = ["--net", "width=8", "--steps", 4, "--batch", 2, "--train-way", 5]
@@ -71,7 +100,8 @@ def cell_fa411053(typed):
     shutil.rmtree(work)
 
 
-def cell_0a234393(typed):
+def test_a_training_goes_on():
+    typed = cell_f2c41e78()
     # cell 0a234393
     work = Path(tempfile.mkdtemp())
     words = [
@@ -97,56 +127,8 @@ def cell_0a234393(typed):
     shutil.rmtree(work)
 
 
-def test_settings_read_json_or_text():
-    # cell e862ee20
-    assert settings(["lr=0.4", "first_order=True", "pool=stride", "widths=[8, 16]"], "--set") == {
-        "lr": 0.4,
-        "first_order": True,
-        "pool": "stride",
-        "widths": [8, 16],
-    }
-    with pytest.raises(ValueError, match="--set lr: expected NAME=VALUE"):
-        settings(["lr"], "--set")
-    assert networks_said(["other=mlp", "conv4"]) == {"*": "conv4", "other": "mlp"}
-    with pytest.raises(ValueError, match="expected one for all networks of the method"):
-        networks_said(["mlp", "conv4"])
-
-
-def test_methods_and_data_are_listed():
-    typed = cell_f2c41e78()
-    cell_00719a23(typed)
-
-
-def test_what_the_engine_takes_is_told_from_its_fields():
-    # cell 5b0e93d7
-    told_so = engine_words()
-    for word in ("lift=auto|loop|vmap (auto)", "precision=float32|tf32|bfloat16 (tf32)"):
-        assert word in told_so
-    for word in ("chunk=NUMBER (null)", "recompute=true|false (false)", "check=true|false (true)"):
-        assert word in told_so
-    assert [part.partition("=")[0] for part in told_so.split(", ")] == [
-        f.name for f in fields(Engine)
-    ]
-
-
-def test_train_evaluate_classify():
-    typed = cell_f2c41e78()
-    cell_00719a23(typed)
-    cell_fa411053(typed)
-
-
-def test_a_training_goes_on():
-    typed = cell_f2c41e78()
-    cell_00719a23(typed)
-    cell_fa411053(typed)
-    cell_0a234393(typed)
-
-
 def test_sinusoids_from_the_command_line():
     typed = cell_f2c41e78()
-    cell_00719a23(typed)
-    cell_fa411053(typed)
-    cell_0a234393(typed)
     # cell a1c1dc36
     work = Path(tempfile.mkdtemp())
     typed("train", "maml", "--data", "sinusoids", "--steps", 20, "--out", work / "run")

@@ -31,49 +31,6 @@ def cell_1dde32f8():
     return wave, waves
 
 
-def cell_94256d06(waves):
-    # cell 94256d06
-    frames = waves.frames()
-    sizes = [len(values) for values in waves.grids.values()]
-    assert len(frames) == 3 * 4
-
-    for places in [(0, 0), (0, 3), (1, 0), (2, 3)]:
-        number = sum(i * int(np.prod(sizes[k + 1 :])) for k, i in enumerate(places))
-        assert frames[number] == waves.frame(*places)
-
-    assert frames[11].alt == "A sine wave of height 3, shifted by 1.5."
-
-
-def cell_4a759b73(waves):
-    # cell 4a759b73
-    live = waves.live()
-    *sliders, picture = live.children
-    assert [slider.description for slider in sliders] == ["height", "shift"]
-    sliders[0].index, sliders[1].index = 2, 3
-    assert waves.frame(2, 3).image in picture.value
-    assert 'alt="A sine wave of height 3, shifted by 1.5."' in picture.value
-
-
-def cell_c6b3ee41(wave, waves):
-    # cell c6b3ee41
-    page = waves.html()
-    data = json.loads(re.search(r'json">(.*)</script>', page)[1])
-    images = [re.search(r'src="([^"]*)"', page)[1], *data["images"]]
-    assert [images[number] for number, _ in data["frames"]] == [f.image for f in waves.frames()]
-
-    flat = Explore(wave, height=[0], shift=[0.0, 1.0, 2.0])  # three times the same figure
-    assert json.loads(re.search(r'json">(.*)</script>', flat.html())[1])["images"] == []
-
-
-def cell_e2aad91f(waves):
-    # cell e2aad91f
-    page = waves.html()
-    assert page.count('<input type="range"') == 2  # the browser's own sliders know the arrow keys
-    assert 'aria-label="height"' in page and 'aria-valuetext="1"' in page
-    assert "onclick" not in page and "<script>" not in page  # no code in the page
-    assert len(page) < 12 * 20_000
-
-
 def test_style_is_set_for_every_later_figure():
     cell_567d6182()
     # cell 1f07e6fa
@@ -95,13 +52,21 @@ def test_style_is_set_for_every_later_figure():
 def test_frames_stand_in_the_order_of_the_formula():
     cell_567d6182()
     wave, waves = cell_1dde32f8()
-    cell_94256d06(waves)
+    # cell 94256d06
+    frames = waves.frames()
+    sizes = [len(values) for values in waves.grids.values()]
+    assert len(frames) == 3 * 4
+
+    for places in [(0, 0), (0, 3), (1, 0), (2, 3)]:
+        number = sum(i * int(np.prod(sizes[k + 1 :])) for k, i in enumerate(places))
+        assert frames[number] == waves.frame(*places)
+
+    assert frames[11].alt == "A sine wave of height 3, shifted by 1.5."
 
 
 def test_every_frame_is_described():
     cell_567d6182()
     wave, waves = cell_1dde32f8()
-    cell_94256d06(waves)
     # cell 8cd03ade
     alts = [
         frame.alt
@@ -136,30 +101,42 @@ def test_a_function_is_called_once_for_each_frame():
 def test_the_live_face_shows_the_frame_of_its_sliders():
     cell_567d6182()
     wave, waves = cell_1dde32f8()
-    cell_4a759b73(waves)
+    # cell 4a759b73
+    live = waves.live()
+    *sliders, picture = live.children
+    assert [slider.description for slider in sliders] == ["height", "shift"]
+    sliders[0].index, sliders[1].index = 2, 3
+    assert waves.frame(2, 3).image in picture.value
+    assert 'alt="A sine wave of height 3, shifted by 1.5."' in picture.value
 
 
 def test_the_page_holds_every_frame_once():
     cell_567d6182()
     wave, waves = cell_1dde32f8()
-    cell_4a759b73(waves)
-    cell_c6b3ee41(wave, waves)
+    # cell c6b3ee41
+    page = waves.html()
+    data = json.loads(re.search(r'json">(.*)</script>', page)[1])
+    images = [re.search(r'src="([^"]*)"', page)[1], *data["images"]]
+    assert [images[number] for number, _ in data["frames"]] == [f.image for f in waves.frames()]
+
+    flat = Explore(wave, height=[0], shift=[0.0, 1.0, 2.0])  # three times the same figure
+    assert json.loads(re.search(r'json">(.*)</script>', flat.html())[1])["images"] == []
 
 
 def test_a_page_is_usable_without_a_mouse_and_small():
     cell_567d6182()
     wave, waves = cell_1dde32f8()
-    cell_4a759b73(waves)
-    cell_c6b3ee41(wave, waves)
-    cell_e2aad91f(waves)
+    # cell e2aad91f
+    page = waves.html()
+    assert page.count('<input type="range"') == 2  # the browser's own sliders know the arrow keys
+    assert 'aria-label="height"' in page and 'aria-valuetext="1"' in page
+    assert "onclick" not in page and "<script>" not in page  # no code in the page
+    assert len(page) < 12 * 20_000
 
 
 def test_jupyter_gets_a_widget_and_a_page_gets_html():
     cell_567d6182()
     wave, waves = cell_1dde32f8()
-    cell_4a759b73(waves)
-    cell_c6b3ee41(wave, waves)
-    cell_e2aad91f(waves)
     # cell d7e19055
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("METABOOK_FRAMES", raising=False)

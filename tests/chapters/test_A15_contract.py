@@ -74,107 +74,6 @@ def cell_5d98c66f():
     return Smoother, fails, pictures, sinusoids
 
 
-def cell_abcd3ed6(Smoother, fails):
-    # cell abcd3ed6
-    class Branching(Smoother):
-        def predict(self, state, x):
-            return (
-                super().predict(state, x) if x.mean() > 0 else state[1].mean(0).expand(len(x), -1)
-            )
-
-    assert not fails(loop_equals_vmap, Smoother())
-    assert not fails(loop_equals_vmap, MAML(MLP([1, 8, 1]), 0.01, kind="regression"))
-    found = fails(loop_equals_vmap, Branching())
-    assert "vmap refuses" in found
-    print(found)
-
-
-def cell_2dbe8d3c(Smoother, fails, sinusoids):
-    # cell 2dbe8d3c
-    class Cut(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z.detach(), y
-
-    class Unused(Smoother):
-        def __init__(self):
-            super().__init__()
-            self.spare = nn.Parameter(torch.zeros(1))
-
-    class Kinked(Smoother):
-        "Its only parameter stands next to a kink: the larger step jumps over it."
-
-        def __init__(self):
-            super().__init__()
-            self.embed.requires_grad_(False)
-            self.level = nn.Parameter(torch.tensor(3e-7))
-
-        def predict(self, state, x):
-            return super().predict(state, x) + self.level.abs()
-
-    assert gradients_are_true(Case.of(Kinked(), sinusoids, 3, 0)) is None
-    for check in (gradients_arrive, gradients_are_true):
-        assert check(Case.of(Smoother(), sinusoids, 3, 0)) is None
-    assert "not the derivative, at embed.weight" in fails(gradients_are_true, Cut())
-    assert "no gradient for spare" in fails(gradients_arrive, Unused())
-    print(fails(gradients_are_true, Cut()))
-
-
-def cell_4cde9c5b(Smoother, fails):
-    # cell 4cde9c5b
-    class Counting(Smoother):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("tasks", torch.zeros(()))
-
-        def adapt(self, support):
-            self.tasks += 1
-            return super().adapt(support)
-
-    class CountingInTraining(Counting):
-        def adapt(self, support):
-            return super().adapt(support) if self.training else Smoother.adapt(self, support)
-
-    class Remembering(Smoother):
-        def adapt(self, support):
-            self.latest = super().adapt(support)
-            return ()
-
-        def predict(self, state, x):
-            return super().predict(self.latest, x)
-
-    class Noisy(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z + 0.1 * torch.randn_like(z), y
-
-    class Autograd(Smoother):
-        def adapt(self, support):
-            z, y = super().adapt(support)
-            return z - torch.autograd.grad(z.square().sum(), z, create_graph=True)[0] / 4, y
-
-    quiet = (nothing_is_written, state_is_complete, adapting_is_deterministic, works_without_grad)
-    assert not any(fails(check, Smoother()) for check in quiet)
-    assert "tasks changed" in fails(nothing_is_written, Counting())
-    assert "training=True" in fails(nothing_is_written, CountingInTraining())
-    assert "in between" in fails(state_is_complete, Remembering())
-    assert "two adaptations" in fails(adapting_is_deterministic, Noisy())
-    assert "torch.func.grad" in fails(works_without_grad, Autograd())
-    print(fails(nothing_is_written, Counting()))
-
-
-def cell_2532a1f9(pictures):
-    # cell 2532a1f9
-    learner = ProtoNet(MLP([16, 8, 4]))
-    before = snapshot(learner)
-    verdicts = check_learner(learner, pictures)
-    assert list(verdicts) == [check.__name__ for check in CHECKS]
-    assert set(verdicts.values()) == {"passed"}
-    after = snapshot(learner)
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    verdicts
-
-
 def test_how_far_apart():
     # cell 3a974f30
     one, same = {"z": torch.tensor([1.0, 2.0])}, {"z": torch.tensor([1.0, 2.0 + 1e-9]).double()}
@@ -217,19 +116,56 @@ def test_wrong_kinds_and_shapes_are_found():
 
 def test_what_does_not_lift_is_found():
     Smoother, fails, pictures, sinusoids = cell_5d98c66f()
-    cell_abcd3ed6(Smoother, fails)
+
+    # cell abcd3ed6
+    class Branching(Smoother):
+        def predict(self, state, x):
+            return (
+                super().predict(state, x) if x.mean() > 0 else state[1].mean(0).expand(len(x), -1)
+            )
+
+    assert not fails(loop_equals_vmap, Smoother())
+    assert not fails(loop_equals_vmap, MAML(MLP([1, 8, 1]), 0.01, kind="regression"))
+    found = fails(loop_equals_vmap, Branching())
+    assert "vmap refuses" in found
+    print(found)
 
 
 def test_gradients_that_are_not_derivatives_are_found():
     Smoother, fails, pictures, sinusoids = cell_5d98c66f()
-    cell_abcd3ed6(Smoother, fails)
-    cell_2dbe8d3c(Smoother, fails, sinusoids)
+
+    # cell 2dbe8d3c
+    class Cut(Smoother):
+        def adapt(self, support):
+            z, y = super().adapt(support)
+            return z.detach(), y
+
+    class Unused(Smoother):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Parameter(torch.zeros(1))
+
+    class Kinked(Smoother):
+        "Its only parameter stands next to a kink: the larger step jumps over it."
+
+        def __init__(self):
+            super().__init__()
+            self.embed.requires_grad_(False)
+            self.level = nn.Parameter(torch.tensor(3e-7))
+
+        def predict(self, state, x):
+            return super().predict(state, x) + self.level.abs()
+
+    assert gradients_are_true(Case.of(Kinked(), sinusoids, 3, 0)) is None
+    for check in (gradients_arrive, gradients_are_true):
+        assert check(Case.of(Smoother(), sinusoids, 3, 0)) is None
+    assert "not the derivative, at embed.weight" in fails(gradients_are_true, Cut())
+    assert "no gradient for spare" in fails(gradients_arrive, Unused())
+    print(fails(gradients_are_true, Cut()))
 
 
 def test_what_is_approximate_says_so():
     Smoother, fails, pictures, sinusoids = cell_5d98c66f()
-    cell_abcd3ed6(Smoother, fails)
-    cell_2dbe8d3c(Smoother, fails, sinusoids)
 
     # cell 892c3c13
     class Undeclared(MAML):
@@ -303,12 +239,51 @@ def test_learners_for_one_size_only_are_found():
 
 def test_what_happens_behind_the_scenes_is_found():
     Smoother, fails, pictures, sinusoids = cell_5d98c66f()
-    cell_4cde9c5b(Smoother, fails)
+
+    # cell 4cde9c5b
+    class Counting(Smoother):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("tasks", torch.zeros(()))
+
+        def adapt(self, support):
+            self.tasks += 1
+            return super().adapt(support)
+
+    class CountingInTraining(Counting):
+        def adapt(self, support):
+            return super().adapt(support) if self.training else Smoother.adapt(self, support)
+
+    class Remembering(Smoother):
+        def adapt(self, support):
+            self.latest = super().adapt(support)
+            return ()
+
+        def predict(self, state, x):
+            return super().predict(self.latest, x)
+
+    class Noisy(Smoother):
+        def adapt(self, support):
+            z, y = super().adapt(support)
+            return z + 0.1 * torch.randn_like(z), y
+
+    class Autograd(Smoother):
+        def adapt(self, support):
+            z, y = super().adapt(support)
+            return z - torch.autograd.grad(z.square().sum(), z, create_graph=True)[0] / 4, y
+
+    quiet = (nothing_is_written, state_is_complete, adapting_is_deterministic, works_without_grad)
+    assert not any(fails(check, Smoother()) for check in quiet)
+    assert "tasks changed" in fails(nothing_is_written, Counting())
+    assert "training=True" in fails(nothing_is_written, CountingInTraining())
+    assert "in between" in fails(state_is_complete, Remembering())
+    assert "two adaptations" in fails(adapting_is_deterministic, Noisy())
+    assert "torch.func.grad" in fails(works_without_grad, Autograd())
+    print(fails(nothing_is_written, Counting()))
 
 
 def test_what_cannot_be_saved_is_found():
     Smoother, fails, pictures, sinusoids = cell_5d98c66f()
-    cell_4cde9c5b(Smoother, fails)
     # cell 8781cebf
     assert "@register" in fails(survives_saving, Smoother())
     good = ProtoNet(MLP([16, 4, 3]))
@@ -320,12 +295,19 @@ def test_what_cannot_be_saved_is_found():
 
 def test_a_good_learner_passes_the_battery():
     Smoother, fails, pictures, sinusoids = cell_5d98c66f()
-    cell_2532a1f9(pictures)
+    # cell 2532a1f9
+    learner = ProtoNet(MLP([16, 8, 4]))
+    before = snapshot(learner)
+    verdicts = check_learner(learner, pictures)
+    assert list(verdicts) == [check.__name__ for check in CHECKS]
+    assert set(verdicts.values()) == {"passed"}
+    after = snapshot(learner)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    verdicts
 
 
 def test_all_failures_are_reported_together():
     Smoother, fails, pictures, sinusoids = cell_5d98c66f()
-    cell_2532a1f9(pictures)
 
     # cell 2588c107
     class Wrong(Smoother):

@@ -61,7 +61,43 @@ def cell_291e6ef6():
     return predictions, some_learners, tasks_for
 
 
-def cell_00063326(fresh, predictions, some_learners):
+def cell_bd42338f(fresh):
+    # cell bd42338f
+    def broken(damage):
+        "A trained folder after something happened to it."
+        folder = save(
+            fresh(), MAML(MLP([2, 8, 3])), layout=7
+        )  # a name that is taken changes nothing
+        damage(folder)
+        return folder
+
+    def edit(folder, change):
+        "Change the configuration of a trained folder and leave its parameters alone."
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return broken, edit
+
+
+def test_a_failed_write_leaves_the_old_file():
+    fresh = cell_18000005()
+    # cell 1b537d9d
+    folder = fresh()
+    write_atomically(folder / "a.txt", b"old")
+
+    original, os.replace = os.replace, lambda *paths: (_ for _ in ()).throw(OSError("power cut"))
+    try:
+        with pytest.raises(OSError, match="power cut"):
+            write_atomically(folder / "a.txt", b"new")
+    finally:
+        os.replace = original
+    assert (folder / "a.txt").read_bytes() == b"old" and len(list(folder.iterdir())) == 1
+
+
+def test_every_network_comes_back_bit_by_bit():
+    fresh = cell_18000005()
+    predictions, some_learners, tasks_for = cell_291e6ef6()
     # cell 00063326
     for learner in some_learners():
         before = torch.get_rng_state()
@@ -72,7 +108,9 @@ def cell_00063326(fresh, predictions, some_learners):
         assert plain("learner", again) == plain("learner", learner)
 
 
-def cell_3d90be17(fresh):
+def test_each_part_keeps_its_precision():
+    fresh = cell_18000005()
+
     # cell 3d90be17
     @register("half-and-half", NETWORKS)
     class HalfAndHalf(torch.nn.Module):
@@ -95,7 +133,8 @@ def cell_3d90be17(fresh):
     assert torch.equal(loaded.embed(points), halves.embed(points))
 
 
-def cell_516a67d6(fresh):
+def test_shared_and_reordered_tensors_are_saved():
+    fresh = cell_18000005()
     # cell 516a67d6
     tied = MAML(MLP([2, 2, 2, 2]))
     tied.net.layers[1].weight = tied.net.layers[0].weight
@@ -105,7 +144,9 @@ def cell_516a67d6(fresh):
         assert all(torch.equal(value, again[name]) for name, value in learner.state_dict().items())
 
 
-def cell_0e4f6b52(fresh):
+def test_what_cannot_be_loaded_is_not_trained():
+    fresh = cell_18000005()
+
     # cell 0e4f6b52
     @register("reads-a-value", NETWORKS)
     class ReadsAValue(torch.nn.Module):
@@ -133,7 +174,9 @@ def cell_0e4f6b52(fresh):
         save(fresh(), learner)
 
 
-def cell_64b8f0e1(fresh):
+def test_a_learner_that_holds_a_learner_comes_back():
+    fresh = cell_18000005()
+
     # cell 64b8f0e1
     @register("tempered")
     class Cautious(Learner):
@@ -159,26 +202,38 @@ def cell_64b8f0e1(fresh):
     )
 
 
-def cell_bd42338f(fresh):
-    # cell bd42338f
-    def broken(damage):
-        "A trained folder after something happened to it."
-        folder = save(
-            fresh(), MAML(MLP([2, 8, 3])), layout=7
-        )  # a name that is taken changes nothing
-        damage(folder)
-        return folder
+def test_an_adapted_learner_is_exported():
+    predictions, some_learners, tasks_for = cell_291e6ef6()
 
-    def edit(folder, change):
-        "Change the configuration of a trained folder and leave its parameters alone."
-        config = json.loads((folder / "config.json").read_text())
-        change(config)
-        (folder / "config.json").write_text(json.dumps(config))
+    # cell 7f3a95d2
+    class Served(torch.nn.Module):
+        "A learner and what it learned about one task."
 
-    return broken, edit
+        def __init__(self, learner, support):
+            super().__init__()
+            self.learner, self.state = learner.eval(), learner.adapt(support)
+
+        def forward(self, x):
+            return self.learner.predict(self.state, x)
+
+    support = next(tasks_for(MLP([2, 8, 3])).freeze(1).episodes()).support
+    with torch.no_grad():
+        served = Served(MAML(MLP([2, 8, 3])), support._replace(x=support.x[0], y=support.y[0]))
+        some = {"x": {0: torch.export.Dim("n", min=1, max=1000)}}
+        program = torch.export.export(served, (torch.randn(4, 2),), dynamic_shapes=some)
+        called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+        assert called and all(name.startswith("aten.") for name in called)  # PyTorch's own
+        for n in (1, 4, 100):
+            x = torch.randn(n, 2)
+            torch.testing.assert_close(program.module()(x), served(x))
+    with pytest.raises(RuntimeError, match=r"expected torch\.export"):
+        torch.jit.trace(served, torch.randn(4, 2))
 
 
-def cell_d8d93a81(broken, edit, fresh):
+def test_damage_is_noticed_and_named():
+    fresh = cell_18000005()
+    broken, edit = cell_bd42338f(fresh)
+
     # cell d8d93a81
     def truncate(folder):
         path = folder / "learner.safetensors"
@@ -209,7 +264,10 @@ def cell_d8d93a81(broken, edit, fresh):
             metabook.load(broken(damage))
 
 
-def cell_c5a79e16(fresh):
+def test_half_an_update_is_undone():
+    fresh = cell_18000005()
+    broken, edit = cell_bd42338f(fresh)
+
     # cell c5a79e16
     def update(folder, *fail, after=False):
         "Save another learner; the renames of these numbers fail, or fail once they are done."
@@ -257,114 +315,10 @@ def cell_c5a79e16(fresh):
     assert metabook.load(folder).lr == 0.6 and not hidden.exists()
 
 
-def test_a_failed_write_leaves_the_old_file():
-    fresh = cell_18000005()
-    # cell 1b537d9d
-    folder = fresh()
-    write_atomically(folder / "a.txt", b"old")
-
-    original, os.replace = os.replace, lambda *paths: (_ for _ in ()).throw(OSError("power cut"))
-    try:
-        with pytest.raises(OSError, match="power cut"):
-            write_atomically(folder / "a.txt", b"new")
-    finally:
-        os.replace = original
-    assert (folder / "a.txt").read_bytes() == b"old" and len(list(folder.iterdir())) == 1
-
-
-def test_every_network_comes_back_bit_by_bit():
-    fresh = cell_18000005()
-    predictions, some_learners, tasks_for = cell_291e6ef6()
-    cell_00063326(fresh, predictions, some_learners)
-
-
-def test_each_part_keeps_its_precision():
-    fresh = cell_18000005()
-    predictions, some_learners, tasks_for = cell_291e6ef6()
-    cell_00063326(fresh, predictions, some_learners)
-    cell_3d90be17(fresh)
-
-
-def test_shared_and_reordered_tensors_are_saved():
-    fresh = cell_18000005()
-    predictions, some_learners, tasks_for = cell_291e6ef6()
-    cell_00063326(fresh, predictions, some_learners)
-    cell_3d90be17(fresh)
-    cell_516a67d6(fresh)
-
-
-def test_what_cannot_be_loaded_is_not_trained():
-    fresh = cell_18000005()
-    predictions, some_learners, tasks_for = cell_291e6ef6()
-    cell_00063326(fresh, predictions, some_learners)
-    cell_3d90be17(fresh)
-    cell_516a67d6(fresh)
-    cell_0e4f6b52(fresh)
-
-
-def test_a_learner_that_holds_a_learner_comes_back():
-    fresh = cell_18000005()
-    predictions, some_learners, tasks_for = cell_291e6ef6()
-    cell_00063326(fresh, predictions, some_learners)
-    cell_3d90be17(fresh)
-    cell_516a67d6(fresh)
-    cell_0e4f6b52(fresh)
-    cell_64b8f0e1(fresh)
-
-
-def test_an_adapted_learner_is_exported():
-    fresh = cell_18000005()
-    predictions, some_learners, tasks_for = cell_291e6ef6()
-    cell_00063326(fresh, predictions, some_learners)
-    cell_3d90be17(fresh)
-    cell_516a67d6(fresh)
-    cell_0e4f6b52(fresh)
-    cell_64b8f0e1(fresh)
-
-    # cell 7f3a95d2
-    class Served(torch.nn.Module):
-        "A learner and what it learned about one task."
-
-        def __init__(self, learner, support):
-            super().__init__()
-            self.learner, self.state = learner.eval(), learner.adapt(support)
-
-        def forward(self, x):
-            return self.learner.predict(self.state, x)
-
-    support = next(tasks_for(MLP([2, 8, 3])).freeze(1).episodes()).support
-    with torch.no_grad():
-        served = Served(MAML(MLP([2, 8, 3])), support._replace(x=support.x[0], y=support.y[0]))
-        some = {"x": {0: torch.export.Dim("n", min=1, max=1000)}}
-        program = torch.export.export(served, (torch.randn(4, 2),), dynamic_shapes=some)
-        called = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-        assert called and all(name.startswith("aten.") for name in called)  # PyTorch's own
-        for n in (1, 4, 100):
-            x = torch.randn(n, 2)
-            torch.testing.assert_close(program.module()(x), served(x))
-    with pytest.raises(RuntimeError, match=r"expected torch\.export"):
-        torch.jit.trace(served, torch.randn(4, 2))
-
-
-def test_damage_is_noticed_and_named():
-    fresh = cell_18000005()
-    broken, edit = cell_bd42338f(fresh)
-    cell_d8d93a81(broken, edit, fresh)
-
-
-def test_half_an_update_is_undone():
-    fresh = cell_18000005()
-    broken, edit = cell_bd42338f(fresh)
-    cell_d8d93a81(broken, edit, fresh)
-    cell_c5a79e16(fresh)
-
-
 def test_an_error_while_writing_keeps_the_earlier_folder():
     fresh = cell_18000005()
     predictions, some_learners, tasks_for = cell_291e6ef6()
     broken, edit = cell_bd42338f(fresh)
-    cell_d8d93a81(broken, edit, fresh)
-    cell_c5a79e16(fresh)
     # cell 74b3ee62
     learner = MAML(MLP([2, 8, 3]))
     folder = save(fresh(), learner)

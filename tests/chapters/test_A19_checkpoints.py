@@ -39,7 +39,7 @@ def cell_7f37a553():
     return fresh
 
 
-def cell_e6e99f56():
+def test_what_is_packed_comes_out_again():
     # cell e6e99f56
     state = {"a": {0: torch.ones(2), 1: [1.5, None]}, "a.0": torch.zeros(3), "items": True, 3: {}}
     tensors = {}
@@ -51,23 +51,8 @@ def cell_e6e99f56():
         pack({"a": object()}, {})
 
 
-def cell_43ac94ca():
-    # cell 43ac94ca
-    def heard(f):
-        "What `f` does, and what the library said meanwhile."
-        said = []
-        handler = logging.Handler()
-        handler.emit = lambda record: said.append(record.getMessage())
-        logging.getLogger("metabook").addHandler(handler)
-        try:
-            return f(), said
-        finally:
-            logging.getLogger("metabook").removeHandler(handler)
-
-    return heard
-
-
-def cell_6d0d32a8(fresh):
+def test_the_last_checkpoints_are_kept():
+    fresh = cell_7f37a553()
     # cell 6d0d32a8
     folder = fresh()
     assert newest_checkpoint(folder) is None
@@ -85,7 +70,21 @@ def cell_6d0d32a8(fresh):
     assert names == ["step-00000006.json.mine", "step-00000007.json", "step-00000007.safetensors"]
 
 
-def cell_458d04f8(fresh, heard):
+def test_damage_is_told_and_the_one_before_is_used():
+    fresh = cell_7f37a553()
+
+    # cell 43ac94ca
+    def heard(f):
+        "What `f` does, and what the library said meanwhile."
+        said = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("metabook").addHandler(handler)
+        try:
+            return f(), said
+        finally:
+            logging.getLogger("metabook").removeHandler(handler)
+
     # cell 458d04f8
     def cut(path):
         path.write_bytes(path.read_bytes()[:-3])
@@ -119,7 +118,8 @@ def cell_458d04f8(fresh, heard):
             heard(lambda f=folder: newest_checkpoint(f))
 
 
-def cell_3e81edb8(fresh):
+def test_one_process_at_a_time():
+    fresh = cell_7f37a553()
     # cell 3e81edb8
     folder = fresh()
     refused = pytest.raises(FileExistsError, match="another process is training into")
@@ -129,42 +129,12 @@ def cell_3e81edb8(fresh):
         pass
 
 
-def cell_7614b6d9():
+def test_the_dice_fall_as_they_would_have():
     # cell 7614b6d9
     before = random_state()
     first = torch.rand(3)
     restore_random(before)
     assert torch.equal(first, torch.rand(3))
-
-
-def test_what_is_packed_comes_out_again():
-    cell_e6e99f56()
-
-
-def test_the_last_checkpoints_are_kept():
-    fresh = cell_7f37a553()
-    cell_6d0d32a8(fresh)
-
-
-def test_damage_is_told_and_the_one_before_is_used():
-    fresh = cell_7f37a553()
-    cell_e6e99f56()
-    heard = cell_43ac94ca()
-    cell_6d0d32a8(fresh)
-    cell_458d04f8(fresh, heard)
-
-
-def test_one_process_at_a_time():
-    fresh = cell_7f37a553()
-    cell_e6e99f56()
-    heard = cell_43ac94ca()
-    cell_6d0d32a8(fresh)
-    cell_458d04f8(fresh, heard)
-    cell_3e81edb8(fresh)
-
-
-def test_the_dice_fall_as_they_would_have():
-    cell_7614b6d9()
 
 
 def test_what_differs_is_named():
@@ -184,12 +154,6 @@ def test_what_differs_is_named():
 
 def test_a_killed_run_goes_on_to_the_bit():
     fresh = cell_7f37a553()
-    cell_e6e99f56()
-    heard = cell_43ac94ca()
-    cell_6d0d32a8(fresh)
-    cell_458d04f8(fresh, heard)
-    cell_3e81edb8(fresh)
-    cell_7614b6d9()
     # cell 520d4a14
     JOB = """
     import os, signal, sys, torch, metabook.checkpoints

@@ -14,24 +14,6 @@ from metabook.datasets import CIFARFS, FC100, SPLITS, DataError, Glyphs, MiniIma
 from metabook.sources import SOURCES, check, present, source_of
 
 
-def cell_94b8d3e1():
-    # cell 94b8d3e1
-    with tempfile.TemporaryDirectory() as folder:
-        for split in SPLITS:
-            for name in ("a", "b"):
-                (place := Path(folder, split, split + name)).mkdir(parents=True)
-                for i in range(3):
-                    Image.new("L", (20, 20), 80 * i).save(place / f"{i}.png")
-        mine = source_of({"data": folder, "size": 16, "channels": 1})
-        few = mine.unseen({"way": 2, "shot": 1}, "val", torch.device("cpu"))
-        assert list(few.classes.names) == ["vala", "valb"] and few.query == 2
-        assert mine.preprocessing(few)["size"] == 16 and not mine.preprocessing(few)["invert"]
-        assert (
-            mine.reading == {"size": 16, "channels": 1} and mine.family == SOURCES["glyphs"].family
-        )
-    assert source_of({"data": "omniglot"}) is SOURCES["omniglot"]
-
-
 def test_sources_can_be_asked_for():
     # cell edb00619
     assert present("glyphs") and set(check("glyphs")) == set(SPLITS)
@@ -71,11 +53,24 @@ def test_sources_describe_themselves():
 
 
 def test_a_folder_is_a_source():
-    cell_94b8d3e1()
+    # cell 94b8d3e1
+    with tempfile.TemporaryDirectory() as folder:
+        for split in SPLITS:
+            for name in ("a", "b"):
+                (place := Path(folder, split, split + name)).mkdir(parents=True)
+                for i in range(3):
+                    Image.new("L", (20, 20), 80 * i).save(place / f"{i}.png")
+        mine = source_of({"data": folder, "size": 16, "channels": 1})
+        few = mine.unseen({"way": 2, "shot": 1}, "val", torch.device("cpu"))
+        assert list(few.classes.names) == ["vala", "valb"] and few.query == 2
+        assert mine.preprocessing(few)["size"] == 16 and not mine.preprocessing(few)["invert"]
+        assert (
+            mine.reading == {"size": 16, "channels": 1} and mine.family == SOURCES["glyphs"].family
+        )
+    assert source_of({"data": "omniglot"}) is SOURCES["omniglot"]
 
 
 def test_sources_are_fetched_over_https_from_their_authors():
-    cell_94b8d3e1()
     # cell 5d9af786
     remotes = {remote for source in SOURCES.values() for remote in source.remotes}
     assert all(remote.url.startswith("https://") for remote in remotes)

@@ -20,29 +20,6 @@ from metabook.prototypes import ProtoNet
 from metabook.training import fit
 
 
-def cell_200eca57():
-    # cell 200eca57
-    torch.manual_seed(0)
-    classes = Classes.of({str(i): torch.randn(12, 1, 28, 28) * (i + 1) + i for i in range(8)})
-    many = FewShot(classes, 5, 2, 6).sample(24)
-    asked = [tuple(part[i] for part in (*many.support[:2], many.query.x)) for i in range(24)]
-    METHODS = {
-        "protonet": lambda: ProtoNet(Conv4(width=8, stats="support")),
-        "maml": lambda: MAML(Conv4(out=5, width=8, stats="support"), steps=2),
-    }
-    for name, method in METHODS.items():
-        learner = method().eval()
-
-        def ask(task, learner=learner):
-            return learner(Examples(*task[:2]), task[2])
-
-        alone = [ask(task) for task in asked]
-        with ThreadPoolExecutor(8) as pool:
-            together = list(pool.map(ask, asked))
-        for found in (together, [ask(task) for task in asked]):
-            assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True)), name
-
-
 def test_places_are_filled_and_given_back():
     # cell 93f5100d
     class Twice(nn.Module):
@@ -79,11 +56,29 @@ def test_places_are_filled_and_given_back():
 
 
 def test_threads_take_turns():
-    cell_200eca57()
+    # cell 200eca57
+    torch.manual_seed(0)
+    classes = Classes.of({str(i): torch.randn(12, 1, 28, 28) * (i + 1) + i for i in range(8)})
+    many = FewShot(classes, 5, 2, 6).sample(24)
+    asked = [tuple(part[i] for part in (*many.support[:2], many.query.x)) for i in range(24)]
+    METHODS = {
+        "protonet": lambda: ProtoNet(Conv4(width=8, stats="support")),
+        "maml": lambda: MAML(Conv4(out=5, width=8, stats="support"), steps=2),
+    }
+    for name, method in METHODS.items():
+        learner = method().eval()
+
+        def ask(task, learner=learner):
+            return learner(Examples(*task[:2]), task[2])
+
+        alone = [ask(task) for task in asked]
+        with ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(ask, asked))
+        for found in (together, [ask(task) for task in asked]):
+            assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True)), name
 
 
 def test_training_is_refused_to_others():
-    cell_200eca57()
     # cell 392432c3
     learner = ProtoNet(MLP([3, 4]))
     task = Examples(torch.randn(4, 3), torch.eye(2).repeat(2, 1)), torch.randn(2, 3)
