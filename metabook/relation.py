@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from .checks import check_match, check_network
 from .episodes import Examples
 from .learners import Learner
-from .networks import Statistics, call, recording, support_statistics
+from .networks import MLP, Statistics, call, recording, support_statistics
 from .registry import lookup, register
 
 # %% auto #0
-__all__ = ['ERRORS', 'POOLS', 'pooled', 'all_pairs', 'RelationNet']
+__all__ = ['ERRORS', 'POOLS', 'pooled', 'all_pairs', 'check_embeddings', 'check_reads', 'RelationNet']
 
 # %% ../nbs/14_relation.ipynb #14re0013
 ERRORS = "squared", "cross-entropy"
@@ -47,6 +47,26 @@ def all_pairs(
     pairs = torch.cat([c.expand(shape), z[:, None].expand(shape)], 2)
     return pairs.flatten(0, 1)
 
+
+def check_embeddings(embed: nn.Module, z: Tensor, x: Tensor) -> None:
+    "Raise `ValueError` unless a network gives a row or a map for each example."
+    if not isinstance(z, Tensor) or z.ndim < 2 or z.shape[0] != x.shape[0]:
+        found = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise ValueError(
+            f"embed={type(embed).__name__}(...) gives {found} for {x.shape[0]} examples, expected a row of numbers or a "
+            f"map for each, [{x.shape[0]}, d] or [{x.shape[0]}, d, height, width]: let it return these alone"
+        )
+
+
+def check_reads(relation: nn.Module, pairs: Float[Tensor, "n d *space"]) -> None:
+    "Raise `ValueError` for an MLP that is built for embeddings of another length; other modules say it themselves."
+    if isinstance(relation, MLP) and relation.layers[0].in_features != (d := pairs[0].numel()):
+        sizes = [d, *(layer.out_features for layer in relation.layers)]
+        raise ValueError(
+            f"relation=MLP(...) of {relation.layers[0].in_features} inputs, but two embeddings have {d} numbers: expected "
+            f"sizes={sizes}; on the command line --net relation.sizes={str(sizes).replace(' ', '')}"
+        )
+
 # %% ../nbs/14_relation.ipynb #14re0015
 @register("relation")
 class RelationNet(Learner):
@@ -57,8 +77,8 @@ class RelationNet(Learner):
     module's bias to find log(way - 1), as the authors do.  The module reads [class, query]; where it normalises by the
     support set, these are the pairs of support examples with classes.
 
-    Raises `TypeError` for a network that is none, `ValueError` for an unknown error or pool, and for a
-    relation module that gives another shape than one number for each pair.
+    Raises `TypeError` for a network that is none, `ValueError` for an unknown error or pool, an embedding
+    that is neither rows nor maps, and a module that reads other pairs or gives other than one number for each.
     """
 
     head = False
@@ -80,7 +100,10 @@ class RelationNet(Learner):
 
     @classmethod
     def takes(cls, support: Examples) -> dict[str, tuple[Examples, int | None]]:
-        "The embedding reads the examples; the relation module a pair of embeddings of 64 numbers."
+        """The embedding reads the examples; the relation module a pair of embeddings, taken to be 64 numbers each.
+
+        No network is built yet that could tell.  A module of another size is refused at the first task.
+        """
         y = torch.ones(1, 1)
         return {"embed": (support, None), "relation": (Examples(y.new_zeros(1, 2 * 64), y), 1)}
 
@@ -88,8 +111,10 @@ class RelationNet(Learner):
         "The embedding of each class, and the statistics by which queries and pairs are normalised."
         with recording(self.embed) as statistics:
             z = call(self.embed, {}, support.x)
+        check_embeddings(self.embed, z, support.x)
         c = pooled(z, support.y, self.pool)
-        return c, statistics, support_statistics(self.relation, {}, all_pairs(c, z))
+        check_reads(self.relation, pairs := all_pairs(c, z))
+        return c, statistics, support_statistics(self.relation, {}, pairs)
 
     def predict(
         self, state: tuple[Tensor, Statistics, Statistics], x: Shaped[Tensor, "n *features"]
@@ -98,10 +123,11 @@ class RelationNet(Learner):
         c, statistics, of_pairs = state
         z = call(self.embed, {}, x, statistics)
         logits = call(self.relation, {}, all_pairs(c, z), of_pairs)
-        if logits.shape != (wanted := (len(z) * len(c), 1)):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if found != (wanted := (len(z) * len(c), 1)):
             raise ValueError(
-                f"relation={type(self.relation).__name__}(...) gives shape {tuple(logits.shape)}, expected one number "
-                f"for each pair, {wanted}: end it with nn.Linear(..., 1)"
+                f"relation={type(self.relation).__name__}(...) gives {found}, expected one number for each pair, "
+                f"{wanted}: end it with nn.Linear(..., 1)"
             )
         odds = len(c) - 1 if self.base_rate else 1  # against the same class, before a look
         return logits.view(len(z), len(c)) - math.log(odds)

@@ -15,7 +15,7 @@ from metabook.episodes import Examples, FewShot, one_hot
 from metabook.networks import MLP, BatchNorm, Conv4
 from metabook.prototypes import ProtoNet
 from metabook.relation import RelationNet, all_pairs, pooled
-from metabook.testing import check_learner
+from metabook.testing import CHECKS, check_learner
 
 
 def cell_14re0008():
@@ -27,18 +27,6 @@ def cell_14re0008():
         return -0.5 * math.log(1 - share**2) + share / 4 * (farness - nearness)
 
     return log_ratio
-
-
-def cell_14re0021():
-    # cell 14re0021
-    with pytest.raises(ValueError, match="did you mean 'squared'"):
-        RelationNet(nn.Identity(), nn.Linear(4, 1), error="square")
-    with pytest.raises(ValueError, match="unknown pool"):
-        RelationNet(nn.Identity(), nn.Linear(4, 1), pool="product")
-    two = Examples(torch.randn(4, 2), one_hot(torch.arange(4) % 2, 2))
-    with pytest.raises(ValueError, match="expected one number for each pair"):
-        RelationNet(nn.Identity(), nn.Linear(4, 3))(two, two.x)
-    return two
 
 
 def cell_14re0024():
@@ -80,6 +68,12 @@ def test_the_base_rate_of_the_task():
         x = torch.randn(6, 2)
         difference = plain(support, x) - started(support, x)
         torch.testing.assert_close(difference, torch.full((6, way), math.log(way - 1)))
+    loose = RelationNet(
+        nn.Identity(), module, "cross-entropy"
+    )  # it does not see what all classes of a query share
+    logits, y, shift = torch.randn(6, 3), one_hot(torch.arange(6) % 3, 3), torch.randn(6, 1)
+    torch.testing.assert_close(loose.criterion(logits + shift, y), loose.criterion(logits, y))
+    assert (plain.criterion(logits + shift, y) - plain.criterion(logits, y)).abs() > 1e-3
 
 
 @pytest.mark.proves("eq-relation-odds", "eq-relation-posterior")
@@ -139,42 +133,45 @@ def test_one_step_of_the_paper():
 
 def test_keeps_the_contract(device):
     # cell 14re0020
-    noise = Classes(torch.rand(96, 1, 16, 16), sizes=torch.full((8,), 12))
-    tiny = FewShot(noise, way=3, shot=2, query=3)
-    for stats, error, pool in (
-        ("batch", "squared", "mean"),
-        ("support", "cross-entropy", "sum"),
-        ("running", "squared", "sum"),
-    ):
-        net = Conv4(size=16, width=4, stats=stats)
-        check_learner(RelationNet(net, MLP([8, 6, 1]), error, pool).to(device), tiny)
-
-
-def test_what_is_refused():
-    two = cell_14re0021()
-
-
-def test_pairs_normalised_by_the_support_set():
-    two = cell_14re0021()
-
-    # cell 14re0022
     class Normalised(nn.Module):
         "A relation module with a normalisation of its own."
 
         def __init__(self, stats):
             super().__init__()
-            self.norm, self.last = BatchNorm(4, stats), nn.Linear(4, 1)
+            self.norm, self.last = BatchNorm(8, stats), nn.Linear(8, 1)
 
         def forward(self, pairs):
             return self.last(self.norm(pairs[:, :, None, None])[:, :, 0, 0])
 
-    def moves(stats):
-        "How much a query's logits depend on who is asked with it."
-        learner = RelationNet(nn.Identity(), Normalised(stats)).eval()
-        state = learner.adapt(two)
-        return (learner.predict(state, two.x)[:1] - learner.predict(state, two.x[:1])).abs().max()
+    noise = Classes(torch.rand(96, 1, 16, 16), sizes=torch.full((8,), 12))
+    tiny = FewShot(noise, way=3, shot=2, query=3)
+    unnamed = [c for c in CHECKS if c.__name__ != "survives_saving"]  # for a class of this page
+    for stats, module, error, pool, checks in (
+        ("batch", MLP([8, 6, 1]), "squared", "mean", CHECKS),
+        ("running", MLP([8, 6, 1]), "cross-entropy", "sum", CHECKS),
+        ("support", Normalised("support"), "squared", "mean", unnamed),
+    ):
+        learner = RelationNet(Conv4(size=16, width=4, stats=stats), module, error, pool).to(device)
+        check_learner(learner, tiny, checks=checks)
+        assert learner.transductive == (stats == "batch")
+    assert not RelationNet.head  # nothing in the networks has the size of the way
 
-    assert moves("batch") > 1e-3 > 1e-5 > moves("support")
+
+def test_what_is_refused():
+    # cell 14re0021
+    with pytest.raises(ValueError, match="did you mean 'squared'"):
+        RelationNet(nn.Identity(), nn.Linear(4, 1), error="square")
+    with pytest.raises(ValueError, match="unknown pool"):
+        RelationNet(nn.Identity(), nn.Linear(4, 1), pool="product")
+    two = Examples(torch.randn(4, 2), one_hot(torch.arange(4) % 2, 2))
+    with pytest.raises(ValueError, match="expected one number for each pair"):
+        RelationNet(nn.Identity(), nn.Linear(4, 3))(two, two.x)
+    with pytest.raises(ValueError, match=r"relation.sizes=\[4,8,1\]"):
+        RelationNet(nn.Identity(), MLP([128, 8, 1]))(two, two.x)
+    with pytest.raises(
+        ValueError, match=r"shape \(4,\) for 4 examples, expected a row of numbers or a map"
+    ):
+        RelationNet(nn.Flatten(0), nn.Linear(4, 1))(Examples(two.x[:, :1], two.y), two.x[:, :1])
 
 
 @pytest.mark.proves("eq-relation-mahalanobis", "eq-relation-gauss")
@@ -243,6 +240,16 @@ def test_roles_matter():
     assert (forth - back).abs().item() > 1e-3
     distance = Mahalanobis(4)
     torch.testing.assert_close(distance(all_pairs(a, b)), distance(all_pairs(b, a)))
+
+
+def test_a_sigmoid_too_many():
+    # cell 14re0062
+    # The module's numbers lie between 0 and 1, the logits between -log 4 and 1 - log 4, the scores between 1/5 and
+    # e / (e + 4) = 0.40.  Most pairs should score 0, so everything is pushed to 1/5, and nothing is learned.
+    twice = RelationNet(nn.Identity(), nn.Sequential(nn.Linear(4, 1), nn.Sigmoid()))
+    extreme = 1e4 * torch.randn(50, 2)
+    scores_of = twice(Examples(torch.randn(5, 2), torch.eye(5)), extreme).sigmoid()
+    assert abs(scores_of.min() - 0.2) < 1e-4 and abs(scores_of.max() - math.e / (math.e + 4)) < 1e-4
 
 
 def test_a_symmetric_module():

@@ -42,6 +42,7 @@ from metabook.networks import MLP, BatchNorm, Conv4, ResNet12
 from metabook.pgn import PGN
 from metabook.prototypes import ProtoNet
 from metabook.registry import NETWORKS, methods
+from metabook.relation import RelationNet
 from metabook.saving import save
 from metabook.scores import calibration, evaluate, paired
 from metabook.step_sizes import MAMLpp, MetaSGD
@@ -1110,6 +1111,32 @@ RUNS = {
         lambda _: reproduction.reproduce("maml-glyphs-5way-1shot", "cpus"),
         *(ValueError, "budget", "'cpus'", "known are cpu, gpu", "did you mean 'cpu'"),
     ),
+    "a relation module for embeddings of another length": Row(
+        lambda _: RelationNet(FEATURES, MLP([128, 8, 1])).adapt(Examples(INPUTS, Y)),
+        *(
+            ValueError,
+            "relation",
+            "128 inputs",
+            "two embeddings have 16",
+            "relation.sizes=[16,8,1]",
+        ),
+    ),
+    "a relation module that gives two numbers": Row(
+        lambda _: RelationNet(FEATURES, MLP([16, 2]))(Examples(INPUTS, Y), INPUTS),
+        *(ValueError, "relation", "(18, 2)", "one number for each pair", "nn.Linear(..., 1)"),
+    ),
+    "an embedding that is one number for all": Row(
+        lambda _: RelationNet(nn.Flatten(0), MLP([2, 1])).adapt(Examples(INPUTS, Y)),
+        *(ValueError, "embed", "(24,)", "a row of numbers or a map for each", "return these alone"),
+    ),
+    "an unknown way to pool": Row(
+        lambda _: RelationNet(FEATURES, MLP([16, 1]), pool="means"),
+        *(ValueError, "pool", "'means'", "known are mean, sum", "did you mean 'mean'"),
+    ),
+    "an unknown error of scores": Row(
+        lambda _: RelationNet(FEATURES, MLP([16, 1]), error="square"),
+        *(ValueError, "error", "'square'", "known are", "did you mean 'squared'"),
+    ),
 }
 
 ROWS = EPISODES | misfits() | METHODS | DATA | RUNS
@@ -1360,6 +1387,10 @@ LINES = {
     "support without folders": Line(
         kept("classify {run} {image} --support {run}"),
         *("run", "holds no folders", "the images of each class", "put"),
+    ),
+    "a relation module for embeddings of another length": Line(
+        line("train relation --net embed.width=8 --steps 1 --device cpu --out {at}/run"),
+        *("relation", "128 inputs", "two embeddings have 16", "--net relation.sizes=[16,64,1]"),
     ),
 }
 # What is said where the words themselves are wrong: by typer, which names the value of few of them.
