@@ -13,9 +13,52 @@ from torch.nn import functional as F
 from metabook.classes import Classes
 from metabook.closed_form import RidgeHead, ridge
 from metabook.episodes import Examples, FewShot, Sinusoids, one_hot
+from metabook.linear_world import posterior
 from metabook.networks import MLP, Conv4
 from metabook.prototypes import prototypes
 from metabook.testing import check_learner
+
+
+def cell_15cf0014():
+    # cell 15cf0014
+    support = Examples(torch.randn(6, 2), one_hot(torch.arange(6) % 3, 3))
+    query = torch.randn(4, 2)
+    learner = RidgeHead(nn.Identity(), penalty=0.2, scale=7.0)
+    wide = torch.cat([support.x, torch.ones(6, 1)], 1)
+    w = torch.linalg.solve(wide.T @ wide + 6 * 0.2 * torch.eye(3), wide.T @ support.y)
+    torch.testing.assert_close(learner(support, query), 7 * (query @ w[:2] + w[2]))
+
+    sure = F.one_hot(torch.tensor([0]), 5).float()
+    assert abs(sure.softmax(1).max().item() - math.e / (math.e + 4)) < 1e-6  # 0.40: never sure
+    logits = learner(support, query)
+    torch.testing.assert_close(
+        (logits + 3).softmax(1), logits.softmax(1)
+    )  # one number added to all
+    return support
+
+
+def cell_15cf0045():
+    # cell 15cf0045
+    def price(w, z, signs, penalty):
+        "Mean cross-entropy of two classes, signs +1 and -1, and the penalty."
+        return F.softplus(-signs * (z @ w)).mean() + penalty * w.square().sum()
+
+    def newton_step(w, z, signs, penalty):
+        "To the bottom of the bowl that touches the price at w."
+        p = torch.sigmoid(z @ w)
+        curvature = z.T @ ((p * (1 - p))[:, None] * z) / len(z) + 2 * penalty * torch.eye(
+            len(w)
+        ).to(z)
+        return w - torch.linalg.solve(curvature, grad(price)(w, z, signs, penalty))
+
+    torch.manual_seed(0)
+    embeddings = torch.randn(20, 4).double()
+    signs = torch.sign(embeddings[:, 0] + 0.3 * torch.randn(20))
+    answer, newton = torch.zeros(4, dtype=torch.float64), 0
+    while grad(price)(answer, embeddings, signs, 0.1).norm() > 1e-8:
+        answer, newton = newton_step(answer, embeddings, signs, 0.1), newton + 1
+        assert newton <= 6  # each step about doubles the number of digits
+    return answer, embeddings, newton, newton_step, signs
 
 
 @pytest.mark.proves("eq-ridge-solution", "eq-ridge-dual")
@@ -38,29 +81,46 @@ def test_solves_by_hand_and_leaves_no_gradient():
 
 @pytest.mark.proves("eq-ridge-logits")
 def test_logits_are_a_scaled_fit():
-    # cell 15cf0014
-    support = Examples(torch.randn(6, 2), one_hot(torch.arange(6) % 3, 3))
-    query = torch.randn(4, 2)
-    learner = RidgeHead(nn.Identity(), penalty=0.2, scale=7.0)
-    wide = torch.cat([support.x, torch.ones(6, 1)], 1)
-    w = torch.linalg.solve(wide.T @ wide + 6 * 0.2 * torch.eye(3), wide.T @ support.y)
-    torch.testing.assert_close(learner(support, query), 7 * (query @ w[:2] + w[2]))
+    support = cell_15cf0014()
 
-    sure = F.one_hot(torch.tensor([0]), 5).float()
-    assert abs(sure.softmax(1).max().item() - math.e / (math.e + 4)) < 1e-6  # 0.40: never sure
-    logits = learner(support, query)
-    torch.testing.assert_close(
-        (logits + 3).softmax(1), logits.softmax(1)
-    )  # one number added to all
+
+def test_agrees_with_the_released_code():
+    # cell 5c1e82e4
+    def released(z, y, queries, penalty, scale, shift):
+        "In the order of the authors' code: features and targets over the root of n, an inverse, a scale and a shift."
+        n, d = z.shape
+        x, y = torch.cat([z, torch.ones(n, 1).to(z)], 1) / n**0.5, y / n**0.5
+        if n > d + 1:
+            wb = torch.linalg.inv(x.T @ x + penalty * torch.eye(d + 1).to(z)) @ x.T @ y
+        else:
+            wb = x.T @ torch.linalg.inv(x @ x.T + penalty * torch.eye(n).to(z)) @ y
+        return scale * (queries @ wb[:d] + wb[d]) + shift
+
+    torch.manual_seed(0)
+    net = MLP([3, 8, 6]).double()
+    for shot in (1, 4):  # three examples, fewer than the seven features, and twelve
+        shown, asked = torch.randn(3 * shot, 3).double(), torch.randn(5, 3).double()
+        answers = one_hot(torch.arange(3 * shot) % 3, 3).double()
+        ours = RidgeHead(net, penalty=50.0, scale=10.0).double()(Examples(shown, answers), asked)
+        theirs = released(net(shown), answers, net(asked), 50.0, 10.0, 0.0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)  # 50 and 10 are float32
+        losses = [F.cross_entropy(logits, torch.arange(5) % 3) for logits in (ours, theirs + 0.7)]
+        updates = [torch.autograd.grad(loss, list(net.parameters())) for loss in losses]
+        for a, b in zip(*updates, strict=True):  # the meta-gradient, and the shift is not seen
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
 def test_keeps_the_contract(device):
+    support = cell_15cf0014()
     # cell 15cf0015
     noise = Classes(torch.rand(96, 1, 16, 16), sizes=torch.full((8,), 12))
     for stats in ("batch", "support", "running"):
         learner = RidgeHead(Conv4(size=16, width=4, stats=stats))
         check_learner(learner.to(device), FewShot(noise, way=3, shot=2, query=3))
     check_learner(RidgeHead(MLP([1, 16, 8]), kind="regression").to(device), Sinusoids(5, 5))
+    assert (
+        RidgeHead.takes(support)["embed"][1] is None
+    )  # an embedding: nothing has the size of the way
 
 
 def test_what_is_refused():
@@ -68,6 +128,15 @@ def test_what_is_refused():
     for wrong in ({"penalty": 0.0}, {"scale": -1.0}, {"penalty": float("nan")}):
         with pytest.raises(ValueError, match="expected a positive number"):
             RidgeHead(nn.Identity(), **wrong)
+
+
+def test_a_network_of_few_digits_is_solved_with_more():
+    # cell f682b263
+    rounded = Examples(torch.randn(6, 8).bfloat16(), one_hot(torch.arange(6) % 3, 3))
+    learner, few = RidgeHead(nn.Identity()), torch.randn(4, 8).bfloat16()
+    found = learner.predict(learner.adapt(rounded), few)
+    exact = learner(Examples(rounded.x.float(), rounded.y), few.float())
+    torch.testing.assert_close(found, exact)  # the values are rounded, the arithmetic is not
 
 
 @pytest.mark.proves("eq-ridge-filters", "eq-ridge-infinite")
@@ -99,7 +168,7 @@ def test_leaving_one_out():
         3.0,
     )
     fitted = z @ ridge(z, y, total / 12)
-    P = z @ torch.linalg.solve(z.T @ z + total * torch.eye(4, dtype=z.dtype), z.T)
+    P = z @ ridge(z, torch.eye(12, dtype=z.dtype), total / 12)  # its columns are targets, too
     shortcut = (y - fitted) / (1 - P.diagonal())[:, None]
     for i in range(12):
         rest = torch.arange(12) != i
@@ -115,6 +184,10 @@ def test_a_penalised_bias_is_pulled_to_zero():
     torch.testing.assert_close(answers, torch.full_like(answers, 0.5))
     repaired = 1 + z[:, :3] @ ridge(z[:, :3], y - y.mean(), 1.0)
     torch.testing.assert_close(repaired, y)
+    biases = ridge(z, one_hot(torch.arange(8) % 4, 4).double(), 1.0)[-1]
+    torch.testing.assert_close(
+        biases, torch.full_like(biases, 1 / 8)
+    )  # 1/4, halved, for each class
 
 
 def test_a_support_set_that_stands_twice_gives_the_same_map():
@@ -128,6 +201,12 @@ def test_a_support_set_that_stands_twice_gives_the_same_map():
     assert not torch.allclose(
         by_the_sum(z.repeat(2, 1), y.repeat(2, 1), 0.4), by_the_sum(z, y, 0.4)
     )
+
+    x, targets = torch.randn(6, 3).double(), torch.randn(6, 1).double()
+    weights, _ = posterior(
+        x, targets, torch.zeros(3).double(), 4 * torch.eye(3).double(), noise=0.5
+    )
+    torch.testing.assert_close(ridge(x, targets, 0.5**2 / 4 / 6)[:, 0], weights)
 
 
 def test_float32_needs_a_penalty():
@@ -162,17 +241,20 @@ def test_the_linear_kernel_gives_the_same_head():
 
 
 def test_newton_steps_reach_the_logistic_head():
-    # cell 15cf0045
-    def price(w, z, signs, penalty):
-        "Mean cross-entropy of two classes, signs +1 and -1, and the penalty."
-        return F.softplus(-signs * (z @ w)).mean() + penalty * w.square().sum()
+    answer, embeddings, newton, newton_step, signs = cell_15cf0045()
 
-    torch.manual_seed(0)
-    z, penalty = torch.randn(20, 4).double(), 0.1
-    signs = torch.sign(z[:, 0] + 0.3 * torch.randn(20))
-    w, newton = torch.zeros(4, dtype=torch.float64), 0
-    while (g := grad(price)(w, z, signs, penalty)).norm() > 1e-8:
-        p = torch.sigmoid(z @ w)
-        curvature = z.T @ ((p * (1 - p))[:, None] * z) / 20 + 2 * penalty * torch.eye(4).double()
-        w, newton = w - torch.linalg.solve(curvature, g), newton + 1
-        assert newton <= 6  # each step about doubles the number of digits
+
+def test_the_last_step_has_the_whole_gradient():
+    answer, embeddings, newton, newton_step, signs = cell_15cf0045()
+    # cell aeaab839
+    # At the bottom the gradient of the price is zero and stays zero when the embeddings move.  One Newton step answers a
+    # move of the gradient by minus its inverse curvature: that is the implicit function theorem.  How the bottom was
+    # reached does not matter, and nothing of the walk is kept in memory.
+    moving = embeddings.clone().requires_grad_()
+    w = torch.zeros(4, dtype=torch.float64)
+    for _ in range(newton + 1):
+        w = newton_step(w, moving, signs, 0.1)
+    (through_all,) = torch.autograd.grad(w[0], moving)
+    (through_one,) = torch.autograd.grad(newton_step(answer, moving, signs, 0.1)[0], moving)
+    torch.testing.assert_close(through_one, through_all)
+    assert through_one.abs().max() > 0.01

@@ -29,6 +29,7 @@ from metabook import datasets, processes, recipes, registry, reproduction, savin
 from metabook.checks import check_every_class
 from metabook.classes import Classes
 from metabook.cli import main
+from metabook.closed_form import RidgeHead
 from metabook.datasets import DataError
 from metabook.engine import gradients
 from metabook.episodes import Episode, Examples, FewShot, Sinusoids, VariedWayShot
@@ -640,6 +641,21 @@ METHODS = {
     "statistics of nothing": Row(
         lambda _: BatchNorm(3)(torch.zeros(0, 3)),
         *(ValueError, "batch", "(0, 3)", "it has no statistics", "bring examples"),
+    ),
+    "a penalty of nothing": Row(
+        lambda _: RidgeHead(FEATURES, penalty=0.0),
+        *(ValueError, "penalty", "=0.0", "expected a positive number", "penalty=1.0"),
+    ),
+    "logits turned round": Row(
+        lambda _: RidgeHead(FEATURES, scale=-1.0),
+        *(ValueError, "scale", "=-1.0", "expected a positive number", "scale=1.0"),
+    ),
+    "a head of an unknown kind": Row(
+        lambda _: RidgeHead(FEATURES, kind="regresion"),
+        *(ValueError, "kind", "'regresion'", "classification, regression", "mean 'regression'"),
+    ),
+    "a network in words": Row(
+        lambda _: RidgeHead("conv4"), TypeError, "embed", "conv4", "a network", "embed=Conv4"
     ),
 }
 
