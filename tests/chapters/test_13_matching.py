@@ -48,6 +48,7 @@ def test_attention_by_hand():
         unit(z_query), unit(z), y, scale=7.0
     )  # one head, no weights
     torch.testing.assert_close(p, head)
+    assert match(torch.zeros(1, 2), torch.eye(2).double()).dtype == torch.float32  # the network's
 
 
 @pytest.mark.proves("eq-match-limits", "eq-match-variance")
@@ -110,6 +111,16 @@ def test_a_simplex_is_the_best():
     x = u @ z.T - (u * z).sum(1)  # row j, column k; zero where they are equal
     gap = -((u - u.mean(0)) * (z - z.mean(0))).sum() / 4
     torch.testing.assert_close(x.sum() / 20, gap)
+
+    for own, others in ((1, 4), (1, 5), (5, 1)):  # one query, the best that cosines allow
+        ends = one_hot(torch.tensor([0] * own + [1] * others), 2)
+        z = torch.tensor([1.0] * own + [-1.0] * others)[:, None]
+        p = (
+            MatchingNet(AsIs(1), scale=1.0)(Examples(z, ends), torch.ones(1, 1))
+            .softmax(1)[0, 0]
+            .item()
+        )
+        assert abs(p - own * math.e**2 / (own * math.e**2 + others)) < 1e-6
     round(floor(5, 1.0), 3), round(math.exp(-floor(5, 1.0)), 3), floor(5, 0.1)
 
 
@@ -147,11 +158,47 @@ def test_context_as_published():
         torch.testing.assert_close(found, h)
 
 
+def test_the_answer_of_the_reference():
+    AsIs = cell_13ma0006()
+    # cell cc329ac0
+    # The answer of the code of Chen et al. 2019, step by step, in our words and with as many reads as examples.  Its
+    # rectified cosines are cosines here: all of them are positive.
+    learner = MatchingNet(AsIs(3), context=True, reads=6, scale=10.0).double()
+    z, asked = 2 + torch.rand(6, 3).double(), 2 + torch.rand(4, 3).double()
+    y = one_hot(torch.tensor([0, 1, 2, 0, 1, 2]), 3).double()
+
+    def lstm_of(cell, inputs):
+        made = nn.LSTMCell(inputs, 3).double()
+        i, f, o, new = cell.W.detach().chunk(4)
+        made.weight_ih.data, made.weight_hh.data = torch.cat([i, f, new, o]).split([inputs, 3], 1)
+        made.bias_ih.data.zero_(), made.bias_hh.data.zero_()
+        return made
+
+    def read(cell, rows):
+        state, shown = None, []
+        for row in rows:
+            state = cell(row[None], state)
+            shown.append(state[0])
+        return torch.cat(shown)
+
+    context = learner.context
+    backwards = read(lstm_of(context.back, 3), z.flip(0)).flip(0)
+    G = z + read(lstm_of(context.ahead, 3), z) + backwards
+    cell, h, c = lstm_of(context.reader, 6), asked, torch.zeros(4, 3).double()
+    for _ in range(len(G)):
+        h, c = cell(torch.cat([asked, (h @ G.T).softmax(1) @ G], 1), (h, c))
+        h = h + asked
+    cosines = (h / h.norm(dim=1, keepdim=True)) @ (G / G.norm(dim=1, keepdim=True)).T
+    assert cosines.min() > 0
+    p = (10 * cosines.relu()).softmax(1) @ y
+    torch.testing.assert_close(learner(Examples(z, y), asked).softmax(1), p, atol=1e-6, rtol=1e-6)
+
+
 def test_what_is_refused():
     AsIs = cell_13ma0006()
     # cell 13ma0017
     for wrong in ({"scale": 0.0}, {"reads": 0}):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*expected"):
             MatchingNet(AsIs(), **wrong)
     with pytest.raises(ValueError, match="did you mean 'cosine'"):
         MatchingNet(AsIs(), "cosin")
@@ -253,3 +300,14 @@ def test_a_context_without_order():
         Sociable(MLP([3, 8, 4])), FewShot(vectors, way=3, shot=2, query=3), checks=promises
     )
     assert found["support_is_a_set"] == "passed"
+
+
+def test_a_sum_of_cosines_is_a_class_mean():
+    AsIs = cell_13ma0006()
+    # cell 8d2fa346
+    z, query = torch.randn(10, 4), torch.randn(3, 4)
+    y = one_hot(torch.arange(10) % 2, 2)
+    logits = (unit(query) @ unit(z).T) @ y
+    torch.testing.assert_close(logits, 5 * unit(query) @ prototypes(unit(z), y).T)
+    p = MatchingNet(AsIs(4), scale=1.0)(Examples(z[:2], y[:2]), query).softmax(1)
+    torch.testing.assert_close(p, (unit(query) @ unit(z[:2]).T).softmax(1))  # one shot

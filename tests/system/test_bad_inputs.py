@@ -36,6 +36,7 @@ from metabook.episodes import Episode, Examples, FewShot, Sinusoids, VariedWaySh
 from metabook.explore import Explore
 from metabook.learners import Learner
 from metabook.maml import MAML
+from metabook.matching import MatchingNet
 from metabook.meta_gradients import ANIL, ImplicitMAML, Reptile
 from metabook.meta_lstm import LSTMOptimizer, MetaLSTM
 from metabook.meta_transfer import HardTasks, MetaTransfer
@@ -656,6 +657,28 @@ METHODS = {
     ),
     "a network in words": Row(
         lambda _: RidgeHead("conv4"), TypeError, "embed", "conv4", "a network", "embed=Conv4"
+    ),
+    "a scale that hears nobody": Row(
+        lambda _: MatchingNet(FEATURES, scale=0.0),
+        *(ValueError, "scale", "=0.0", "expected a positive number", "scale=1.0"),
+    ),
+    "a query that never reads": Row(
+        lambda _: MatchingNet(FEATURES, context=True, reads=0),
+        *(ValueError, "reads", "=0", AT_LEAST_1, "reads=1"),
+    ),
+    "a distance that matching does not know": Row(
+        lambda _: MatchingNet(FEATURES, distance="cos"),
+        *(ValueError, "distance", "'cos'", "known are cosine, plain", "did you mean 'cosine'"),
+    ),
+    "context for embeddings of unknown length": Row(
+        lambda _: MatchingNet(nn.Flatten(), context=True),
+        *(
+            ValueError,
+            "context=True",
+            "Flatten",
+            "how long its embeddings are",
+            "its attribute features",
+        ),
     ),
 }
 
