@@ -3,9 +3,15 @@
 # %% ../nbs/A13_command_line.ipynb #60268737
 from __future__ import annotations
 
+import ast
+import inspect
+import io
 import json
 import os
+import re
 import sys
+import textwrap
+import tokenize
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -298,8 +304,42 @@ Out = Annotated[
     Path | None, typer.Option(help="The folder to write; runs/METHOD-DATA-... if not said.")
 ]
 
+# %% ../nbs/A13_command_line.ipynb #945a23a4
+def meanings(method: type) -> dict[str, str]:
+    "What the comments in its source say of each argument of a method."
+    text = textwrap.dedent(inspect.getsource(method.__init__))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    said = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    said = {line: comment.replace("`None`", "null") for line, comment in said.items()}
+    return {a.arg: said.get(a.end_lineno, "") for a in ast.parse(text).body[0].args.args}
+
+
+def arguments(name: str) -> str:
+    "What a method is, and what `--set` gives it: each argument as it is where nobody says it."
+    method = methods()[name]
+    said, known = meanings(method), inspect.signature(method).parameters.values()
+    rows = {p.name: f"{p.name}={written(p.default)}" for p in known if p.default is not p.empty}
+    width = max(map(len, rows.values()), default=0)
+    lines = [f"  {row:{width}}  {said[key]}".rstrip() for key, row in rows.items()]
+    text = method.__doc__ or ""
+    about = [text.partition("\n")[0].partition("  Source")[0], *re.findall("Sources?: .+", text)]
+    return "\n".join([*about, f"\n--set for {name}, with what holds where it is not said:", *lines])
+
+
+class OfAMethod(typer.core.TyperCommand):
+    "A command whose help also tells of the method that stands in its line."
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["typed"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        for name in [word for word in ctx.meta["typed"] if word in methods()][:1]:
+            typer.echo(arguments(name))
+
 # %% ../nbs/A13_command_line.ipynb #51b76744
-@app.command()
+@app.command(cls=OfAMethod)
 def train(
     method: Annotated[str, typer.Argument(help="A name of `metabook methods`.")],
     data: DataName = "glyphs",
@@ -324,7 +364,7 @@ def train(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Meta-train a method and write a trained folder.
+    """Meta-train a method and write a trained folder.  `metabook train METHOD --help` tells its arguments.
 
     What is not said comes from the method's recipe for that data.  Several processes share the tasks
     of each step: torchrun --nproc-per-node 2 -m metabook train ...

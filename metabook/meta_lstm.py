@@ -209,6 +209,6 @@ class MetaLSTM(_LearnedUpdate):
 
 @register("lstm-optimizer")
 class LSTMOptimizer(_LearnedUpdate):
-    "An LSTM gives each parameter a rate and a direction; see `RateAndDirection`."
+    "An LSTM gives each parameter a `RateAndDirection`.  Source: of the family of Andrychowicz et al. 2016."
 
     rule = RateAndDirection

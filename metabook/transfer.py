@@ -97,6 +97,8 @@ class Pretrained(Learner):
     `logits="cosine"`).  A class without a support example has no mean, and its logit is NaN: inside a
     lift nobody may look at values, so look before, with `metabook.checks.check_every_class`.
 
+    Source: Chen et al. 2019 for both heads in training.
+
     Raises `ValueError` for an unknown head, for base classes with an `embed` that does not say its
     `features` or normalises by the support set, and for an empty support set without base classes.
     """
@@ -203,8 +205,9 @@ class FineTune(Pretrained, InnerLoop):
 
     Training starts at the nearest centroid, so `steps=0` answers as `Pretrained` does.  A linear head
     is trained on features that are centred and scaled by the support set's `spread`: there the loss
-    falls at any rate below 4, and the answers do not depend on the features' units.  Source: Chen et al.
-    2019, whose heads start at random and see mini-batches, with momentum and weight decay.
+    falls at any rate below 4, and the answers do not depend on the features' units.
+
+    Source: Chen et al. 2019, whose heads start at random and see mini-batches, with momentum and weight decay.
 
     A class without a support example makes every logit NaN, with `steps=0` its own only: inside a lift
     nobody may look at values, so look before, with `metabook.checks.check_every_class`.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import fields
@@ -12,8 +14,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from metabook.cli import app, engine_words, networks_said, settings
+from metabook.cli import app, arguments, engine_words, meanings, networks_said, settings
 from metabook.engine import Engine
+from metabook.registry import methods
 from metabook.sources import SOURCES
 
 
@@ -64,6 +67,22 @@ def test_what_the_engine_takes_is_told_from_its_fields():
     assert [part.partition("=")[0] for part in told_so.split(", ")] == [
         f.name for f in fields(Engine)
     ]
+
+
+def test_help_tells_the_arguments_of_a_method():
+    typed = cell_f2c41e78()
+    # cell 20db0405
+    maml = " ".join(typed("train", "maml", "--help").split())
+    assert "lr=0.4 inner rate alpha" in maml and "Source: Finn et al. 2017" in maml
+    assert "net=" not in maml  # a network is no value: it has --network and --net
+    assert "--set for" not in typed("train", "--help")
+    for name, method in methods().items():
+        if method.__module__.startswith("metabook."):
+            assert all(meanings(method).get(key) for key in inspect.signature(method).parameters), (
+                name
+            )
+            assert re.search("Sources?: .*[12][0-9]{3}", arguments(name)), name
+            assert arguments(name) in typed("train", name, "--help")
 
 
 def test_train_evaluate_classify():
