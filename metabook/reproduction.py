@@ -86,50 +86,64 @@ BERTINETTO = "Bertinetto et al. 2019, as listed by Lee et al. 2019"
 TOGETHER = "queries normalised together"
 
 # %% ../nbs/A12_reproduction.ipynb #e2ec5da3
-PUBLISHED: dict[tuple[str, str, int], Published] = {
-    ("maml", "omniglot", 1): Published(98.7, 0.4, FINN, f"strided, 64 filters, {TOGETHER}"),
-    ("maml", "miniimagenet", 1): Published(48.70, 1.84, FINN, f"32 filters, {TOGETHER}"),
-    ("maml", "miniimagenet", 5): Published(63.11, 0.92, FINN, f"32 filters, {TOGETHER}"),
-    ("maml", "cifarfs", 1): Published(58.9, 1.9, BERTINETTO, "32 filters"),
-    ("maml", "cifarfs", 5): Published(71.5, 1.0, BERTINETTO, "32 filters"),
-    ("meta-sgd", "omniglot", 1): Published(99.5, None, LI, "one step"),
-    ("meta-sgd", "miniimagenet", 1): Published(50.47, 1.87, LI, "one step"),
-    ("meta-sgd", "miniimagenet", 5): Published(64.03, 0.94, LI, "one step"),
-    ("maml++", "omniglot", 1): Published(99.47, None, ANTONIOU, f"five networks, {TOGETHER}"),
-    ("maml++", "miniimagenet", 1): Published(
+PUBLISHED: dict[tuple[str, str, int, int], Published] = {  # of a method, data, ways and shots
+    ("maml", "omniglot", 5, 1): Published(98.7, 0.4, FINN, f"strided, 64 filters, {TOGETHER}"),
+    ("maml", "miniimagenet", 5, 1): Published(48.70, 1.84, FINN, f"32 filters, {TOGETHER}"),
+    ("maml", "miniimagenet", 5, 5): Published(63.11, 0.92, FINN, f"32 filters, {TOGETHER}"),
+    ("maml", "cifarfs", 5, 1): Published(58.9, 1.9, BERTINETTO, "32 filters"),
+    ("maml", "cifarfs", 5, 5): Published(71.5, 1.0, BERTINETTO, "32 filters"),
+    ("meta-sgd", "omniglot", 5, 1): Published(99.5, None, LI, "one step"),
+    ("meta-sgd", "miniimagenet", 5, 1): Published(50.47, 1.87, LI, "one step"),
+    ("meta-sgd", "miniimagenet", 5, 5): Published(64.03, 0.94, LI, "one step"),
+    ("maml++", "omniglot", 5, 1): Published(99.47, None, ANTONIOU, f"five networks, {TOGETHER}"),
+    ("maml++", "miniimagenet", 5, 1): Published(
         52.15, 0.26, ANTONIOU, f"five networks of 48 filters, {TOGETHER}"
     ),
-    ("maml++", "miniimagenet", 5): Published(
+    ("maml++", "miniimagenet", 5, 5): Published(
         68.32, 0.44, ANTONIOU, f"five networks of 48 filters, {TOGETHER}"
     ),
-    ("reptile", "omniglot", 1): Published(95.39, 0.09, NICHOL, "12 training shots"),
-    ("reptile", "miniimagenet", 1): Published(47.07, 0.26, NICHOL, "32 filters, 12 training shots"),
-    ("reptile", "miniimagenet", 5): Published(62.74, 0.37, NICHOL, "32 filters, 15 training shots"),
-    ("anil", "miniimagenet", 1): Published(46.7, 0.4, RAGHU, "the protocol of MAML, they say"),
-    ("anil", "miniimagenet", 5): Published(61.5, 0.5, RAGHU, "the protocol of MAML, they say"),
-    ("protonet", "omniglot", 1): Published(98.8, None, SNELL, "trained on 60-way tasks"),
-    ("protonet", "miniimagenet", 1): Published(49.42, 0.78, SNELL, "trained on 30-way tasks"),
-    ("protonet", "miniimagenet", 5): Published(68.20, 0.66, SNELL, "trained on 20-way tasks"),
-    ("protonet", "cifarfs", 1): Published(55.5, 0.7, BERTINETTO, "64 filters"),
-    ("protonet", "cifarfs", 5): Published(72.0, 0.6, BERTINETTO, "64 filters"),
-    ("ridge-head", "cifarfs", 1): Published(65.3, 0.2, BERTINETTO, "96 to 512 filters"),
-    ("ridge-head", "cifarfs", 5): Published(79.4, 0.1, BERTINETTO, "96 to 512 filters"),
-    ("matching", "omniglot", 1): Published(98.1, None, VINYALS, "no temperature"),
-    ("matching", "miniimagenet", 1): Published(43.40, 0.78, RAVI, "without context"),
-    ("matching", "miniimagenet", 5): Published(51.09, 0.71, RAVI, "without context"),
-    ("relation", "omniglot", 1): Published(99.6, 0.2, SUNG, f"compares maps, {TOGETHER}"),
-    ("relation", "miniimagenet", 1): Published(50.44, 0.82, SUNG, f"compares maps, {TOGETHER}"),
-    ("relation", "miniimagenet", 5): Published(65.32, 0.70, SUNG, f"compares maps, {TOGETHER}"),
-    ("relation", "cifarfs", 1): Published(55.0, 1.0, BERTINETTO, "64 to 256 filters"),
-    ("relation", "cifarfs", 5): Published(69.3, 0.8, BERTINETTO, "64 to 256 filters"),
-    ("meta-lstm", "miniimagenet", 1): Published(43.44, 0.77, RAVI, "32 filters"),
-    ("meta-lstm", "miniimagenet", 5): Published(60.60, 0.71, RAVI, "32 filters"),
-    ("finetune", "miniimagenet", 1): Published(42.11, 0.71, CHEN, "linear head, augmented images"),
-    ("finetune", "miniimagenet", 5): Published(62.53, 0.69, CHEN, "linear head, augmented images"),
-    ("meta-transfer", "miniimagenet", 1): Published(61.2, 1.8, SUN, "ResNet-12, hard tasks"),
-    ("meta-transfer", "miniimagenet", 5): Published(75.5, 0.8, SUN, "ResNet-12, hard tasks"),
-    ("meta-transfer", "fc100", 1): Published(45.1, 1.8, SUN, "ResNet-12, hard tasks"),
-    ("meta-transfer", "fc100", 5): Published(57.6, 0.9, SUN, "ResNet-12, hard tasks"),
+    ("reptile", "omniglot", 5, 1): Published(95.39, 0.09, NICHOL, "12 training shots"),
+    ("reptile", "miniimagenet", 5, 1): Published(
+        47.07, 0.26, NICHOL, "32 filters, 12 training shots"
+    ),
+    ("reptile", "miniimagenet", 5, 5): Published(
+        62.74, 0.37, NICHOL, "32 filters, 15 training shots"
+    ),
+    ("anil", "miniimagenet", 5, 1): Published(46.7, 0.4, RAGHU, "the protocol of MAML, they say"),
+    ("anil", "miniimagenet", 5, 5): Published(61.5, 0.5, RAGHU, "the protocol of MAML, they say"),
+    ("protonet", "omniglot", 5, 1): Published(98.8, None, SNELL, "trained on 60-way tasks"),
+    ("protonet", "miniimagenet", 5, 1): Published(49.42, 0.78, SNELL, "trained on 30-way tasks"),
+    ("protonet", "miniimagenet", 5, 5): Published(68.20, 0.66, SNELL, "trained on 20-way tasks"),
+    ("protonet", "cifarfs", 5, 1): Published(55.5, 0.7, BERTINETTO, "64 filters"),
+    ("protonet", "cifarfs", 5, 5): Published(72.0, 0.6, BERTINETTO, "64 filters"),
+    ("ridge-head", "cifarfs", 5, 1): Published(65.3, 0.2, BERTINETTO, "96 to 512 filters"),
+    ("ridge-head", "cifarfs", 5, 5): Published(79.4, 0.1, BERTINETTO, "96 to 512 filters"),
+    ("matching", "omniglot", 5, 1): Published(98.1, None, VINYALS, "no temperature"),
+    ("matching", "miniimagenet", 5, 1): Published(43.40, 0.78, RAVI, "without context"),
+    ("matching", "miniimagenet", 5, 5): Published(51.09, 0.71, RAVI, "without context"),
+    ("relation", "omniglot", 5, 1): Published(99.6, 0.2, SUNG, f"compares maps, {TOGETHER}"),
+    ("relation", "miniimagenet", 5, 1): Published(50.44, 0.82, SUNG, f"compares maps, {TOGETHER}"),
+    ("relation", "miniimagenet", 5, 5): Published(65.32, 0.70, SUNG, f"compares maps, {TOGETHER}"),
+    ("relation", "cifarfs", 5, 1): Published(55.0, 1.0, BERTINETTO, "64 to 256 filters"),
+    ("relation", "cifarfs", 5, 5): Published(69.3, 0.8, BERTINETTO, "64 to 256 filters"),
+    ("meta-lstm", "miniimagenet", 5, 1): Published(43.44, 0.77, RAVI, "32 filters"),
+    ("meta-lstm", "miniimagenet", 5, 5): Published(60.60, 0.71, RAVI, "32 filters"),
+    ("finetune", "miniimagenet", 5, 1): Published(
+        42.11, 0.71, CHEN, "linear head, augmented images"
+    ),
+    ("finetune", "miniimagenet", 5, 5): Published(
+        62.53, 0.69, CHEN, "linear head, augmented images"
+    ),
+    ("meta-transfer", "miniimagenet", 5, 1): Published(61.2, 1.8, SUN, "ResNet-12, hard tasks"),
+    ("meta-transfer", "miniimagenet", 5, 5): Published(75.5, 0.8, SUN, "ResNet-12, hard tasks"),
+    ("meta-transfer", "fc100", 5, 1): Published(45.1, 1.8, SUN, "ResNet-12, hard tasks"),
+    ("meta-transfer", "fc100", 5, 5): Published(57.6, 0.9, SUN, "ResNet-12, hard tasks"),
+    ("maml", "omniglot", 20, 1): Published(95.8, 0.3, FINN, f"five steps, {TOGETHER}"),
+    ("meta-sgd", "omniglot", 20, 1): Published(95.93, 0.38, LI, "one step"),
+    ("reptile", "omniglot", 20, 1): Published(88.14, 0.15, NICHOL, "more training shots"),
+    ("protonet", "omniglot", 20, 1): Published(96.0, None, SNELL, "trained on 60-way tasks"),
+    ("matching", "omniglot", 20, 1): Published(93.8, None, VINYALS, "no temperature"),
+    ("relation", "omniglot", 20, 1): Published(97.6, 0.2, SUNG, f"compares maps, {TOGETHER}"),
 }
 
 # %% ../nbs/A12_reproduction.ipynb #07c323bf
@@ -263,6 +277,16 @@ ROWS = (
 
 # %% ../nbs/A12_reproduction.ipynb #96323a9b
 COLOUR_IMAGES = ("cifarfs", "fc100", "miniimagenet")
+TWENTY_WAYS = (
+    "maml",
+    "meta-sgd",
+    "reptile",
+    "anil",
+    "protonet",
+    "ridge-head",
+    "matching",
+    "relation",
+)
 
 # %% ../nbs/A12_reproduction.ipynb #847e8389
 BUDGETS = {"cpu": RECIPES, "gpu": PAPER}
@@ -270,16 +294,17 @@ BUDGETS = {"cpu": RECIPES, "gpu": PAPER}
 # %% ../nbs/A12_reproduction.ipynb #9a7ae8c3
 @dataclass(frozen=True)
 class Reproduction:
-    "A row of a table: a method on a data set, 5-way, and the seeds it is run with."
+    "A row of a table: a method on a data set, and the seeds it is run with."
 
     method: str
     data: str
     shot: int = 1
     seeds: tuple[int, ...] = (0,)
+    way: int = 5
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.data}-5way-{self.shot}shot"
+        return f"{self.method}-{self.data}-{self.way}way-{self.shot}shot"
 
     def recipe(self, budget: str) -> Recipe:
         "The recipe of a budget: for this data, for its family and this shot, or for its family."
@@ -292,13 +317,14 @@ class Reproduction:
 
     @property
     def published(self) -> Published | None:
-        return PUBLISHED.get((self.method, self.data, self.shot))
+        return PUBLISHED.get((self.method, self.data, self.way, self.shot))
 
 # %% ../nbs/A12_reproduction.ipynb #b1938fe5
 REPRODUCTIONS = {
     row.name: row
     for row in [
         *(Reproduction(method, "omniglot") for method in ROWS),
+        *(Reproduction(method, "omniglot", way=20) for method in TWENTY_WAYS),
         *itertools.starmap(Reproduction, itertools.product(ROWS, COLOUR_IMAGES, (1, 5))),
         *(Reproduction(method, "glyphs", seeds=(0, 1, 2)) for method in ROWS),
     ]
@@ -378,17 +404,17 @@ class Attempt:
         return self.steps is not None or self.tasks != TEST_TASKS
 
     @property
-    def shot(self) -> int:
-        "Of the validation tasks; pre-training knows no shot, so there one run serves all."
-        return 1 if self.recipe.tasks == "batches" or not self.recipe.steps else self.row.shot
+    def taught(self) -> Reproduction:
+        "The row whose training it is: pre-training knows neither way nor shot, so there one run serves all."
+        alone = self.recipe.tasks == "batches" or not self.recipe.steps
+        return replace(self.row, way=5, shot=1) if alone else self.row
 
     @property
     def folder(self) -> Path:
         "Where it is trained."
-        name = replace(self.row, shot=self.shot).name
         kind = "trials" if self.trial else self.budget
         network = "+".join(self.recipe.networks.values())
-        return self.runs / kind / network / name / f"seed{self.seed}"
+        return self.runs / kind / network / self.taught.name / f"seed{self.seed}"
 
     def start(self) -> Path | None:
         "The trained folder that it starts from: made where it is missing."
@@ -403,7 +429,7 @@ class Attempt:
         "Configuration of the trained folder: made, gone on with, or found where it was finished."
         start = self.start()
         if not self.finished():
-            task = {"data": self.row.data, "way": 5, "shot": self.shot}
+            task = {"data": self.row.data, "way": self.taught.way, "shot": self.taught.shot}
             what = self.row.method, self.recipe, task, self.device, self.seed
             looks = min(self.tasks, VALIDATION_TASKS)  # a trial is short in this, too
             run_recipe(*what, self.folder, start=start, resume=True, validation=looks)
@@ -427,7 +453,7 @@ class Attempt:
         "A row of evidence: the scores on frozen test tasks, and all that went into them."
         config = self.train()
         learner = load(self.folder).to(self.device)
-        task = {"data": self.row.data, "way": 5, "shot": self.row.shot}
+        task = {"data": self.row.data, "way": self.row.way, "shot": self.row.shot}
         frozen = unseen_tasks(task, "test", self.device).freeze(self.tasks)
         how = {"batch": 8, "progress": progress}  # eight tasks at once fit the caches
         began = time.perf_counter()

@@ -29,8 +29,8 @@ def test_every_method_has_its_rows():
     book = {name for name, cls in methods().items() if cls.__module__.startswith("metabook.")}
     assert set(ROWS) == book
     assert {row.method for row in REPRODUCTIONS.values()} == book
-    for method, data, shot in PUBLISHED:
-        assert f"{method}-{data}-5way-{shot}shot" in REPRODUCTIONS
+    for method, data, way, shot in PUBLISHED:
+        assert f"{method}-{data}-{way}way-{shot}shot" in REPRODUCTIONS
     for row in REPRODUCTIONS.values():
         for budget in BUDGETS:
             recipe = row.recipe(budget)
