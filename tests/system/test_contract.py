@@ -64,9 +64,11 @@ def build(name: str, kind: str, network: str, **how: int) -> Learner:
     outputs = WAY if kind == "classification" else 1
     head = outputs if method.head else None
     net = NETWORKS[network](head) if kind == "classification" else MLP([1, 12, head or 6])
-    given = {"kind": kind} if "kind" in inspect.signature(method).parameters else {}
+    takes = inspect.signature(method).parameters
+    given = {"kind": kind} if "kind" in takes else {}
+    given |= {"steps": 2} if "steps" in takes else {}  # no promise is about their number
     features = net(torch.rand(2, 1, SIZE, SIZE) if kind == "classification" else torch.rand(2, 1))
-    return learner_on(name, net, features.shape[1], **given, **how)
+    return learner_on(name, net, features.shape[1], **given | how)
 
 
 def flaws(learner: Learner, tasks: Tasks) -> set[str]:

@@ -384,10 +384,18 @@ def test_the_dark_mode_is_a_click_away_and_remembered(address, tab):
     assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
-def test_every_link_within_the_site_leads_somewhere(site):
-    soups = {
-        name: BeautifulSoup((site / name).read_text("utf-8"), "html.parser") for name in pages(site)
-    }
+def parsed(html: str) -> BeautifulSoup:
+    return BeautifulSoup(html, "html.parser")
+
+
+@pytest.fixture(scope="module")
+def soups(site) -> dict[str, BeautifulSoup]:
+    """Every page, parsed once."""
+    return {name: parsed((site / name).read_text("utf-8")) for name in pages(site)}
+
+
+@pytest.mark.xdist_group("soups")
+def test_every_link_within_the_site_leads_somewhere(site, soups):
     targets = {name: {tag["id"] for tag in soup.find_all(id=True)} for name, soup in soups.items()}
     broken = []
     for name, soup in soups.items():
@@ -410,9 +418,9 @@ THEIR = re.compile(
 )
 
 
-def scripts(html: str) -> Iterator[str]:
+def scripts(page: BeautifulSoup) -> Iterator[str]:
     """Scripts of a page that lie elsewhere, stand in a tag, or stand in the page and are not the theme's."""
-    for tag in BeautifulSoup(html, "html.parser").find_all(True):
+    for tag in page.find_all(True):
         yield from (f"{key} of {tag.name}" for key in tag.attrs if key.lower().startswith("on"))
         for key in ("src", "href", "action"):
             address = tag.get(key, "").strip().lower()
@@ -424,8 +432,9 @@ def scripts(html: str) -> Iterator[str]:
             yield f"script: {tag.text.strip()[:60]}"
 
 
-def test_pages_hold_no_script_from_elsewhere_and_no_handler_in_a_tag(site):
-    found = {name: list(scripts((site / name).read_text("utf-8"))) for name in pages(site)}
+@pytest.mark.xdist_group("soups")
+def test_pages_hold_no_script_from_elsewhere_and_no_handler_in_a_tag(soups):
+    found = {name: list(scripts(page)) for name, page in soups.items()}
     assert {name: those for name, those in found.items() if those} == {}
 
 
@@ -442,9 +451,9 @@ def test_pages_hold_no_script_from_elsewhere_and_no_handler_in_a_tag(site):
     ],
 )
 def test_a_script_that_should_not_be_there_is_found(html):
-    assert len(list(scripts(html))) == 1
+    assert len(list(scripts(parsed(html)))) == 1
     allowed = "<script src='_static/x.js'></script><script type='application/json'>{}</script>"
-    assert not list(scripts(f"{allowed}<a href='https://example.org'>there</a>"))
+    assert not list(scripts(parsed(f"{allowed}<a href='https://example.org'>there</a>")))
 
 
 def test_a_page_offers_its_notebook_as_it_was_written(site):
