@@ -71,7 +71,7 @@ def test_the_base_rate_of_the_task():
     loose = RelationNet(
         nn.Identity(), module, "cross-entropy"
     )  # it does not see what all classes of a query share
-    logits, y, shift = torch.randn(6, 3), one_hot(torch.arange(6) % 3, 3), torch.randn(6, 1)
+    logits, y, shift = torch.randn(6, 3), one_hot(torch.arange(6) % 3, 3), torch.full((6, 1), 3.0)
     torch.testing.assert_close(loose.criterion(logits + shift, y), loose.criterion(logits, y))
     assert (plain.criterion(logits + shift, y) - plain.criterion(logits, y)).abs() > 1e-3
 
