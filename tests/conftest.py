@@ -48,6 +48,11 @@ def devices(config: pytest.Config) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    if config.getoption("dist", "no") == "loadgroup" and not hasattr(pytest.Item, "_nodeid"):
+        # pytest-xdist 3.8 writes groups there: without them each worker would make every expensive setup, and pass.
+        raise pytest.UsageError(
+            f"pytest {pytest.__version__} does not let tests be grouped: install pytest<9.2"
+        )
     if "cuda" in devices(config) and not torch.cuda.is_available():
         asked = config.getoption("--device")
         raise pytest.UsageError(f"--device {asked}: torch finds no CUDA device here")
