@@ -107,11 +107,11 @@ def test_renaming_keeps_all_but_the_names_and_does_it_once():
 
 
 def test_methods_are_compared_on_the_same_episodes():
-    episodes: dict[tuple[str, int], set[str]] = {}
+    episodes: dict[tuple[str, int, int], set[str]] = {}
     for report in reports():
         row = REPRODUCTIONS[report["name"]]
         found = {score["episodes"] for r in report["rows"] for score in scores_of(r)}
-        episodes.setdefault((row.data, row.shot), set()).update(found)
+        episodes.setdefault((row.data, row.way, row.shot), set()).update(found)
     assert {key: len(hashes) for key, hashes in episodes.items()} == dict.fromkeys(episodes, 1)
 
 
