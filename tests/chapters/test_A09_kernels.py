@@ -289,9 +289,10 @@ def test_only_a_plain_block_is_replaced():
         put(nn.Conv2d(1, 64, 3, padding=1, bias=False)),
     ):
         assert not replaced(change)
-    everywhere = nn.modules.module.register_module_forward_hook(lambda *call: None)
-    assert not replaced()
-    everywhere.remove()
+    with nn.modules.module.register_module_forward_hook(
+        lambda *call: None
+    ):  # gone after it, whatever fails
+        assert not replaced()
     assert replaced()
 
 
