@@ -442,6 +442,19 @@ def check_network(**networks: Any) -> None:
                 f"{name}=Conv4(out=5)"
             )
 
+
+def length_of(
+    network: nn.Module,
+    or_else: str = "",  # what helps besides
+) -> int:
+    "How long its embeddings are: its attribute `features`.  Raises `ValueError` where it does not say so."
+    if not isinstance(length := getattr(network, "features", None), int):
+        raise ValueError(
+            f"{type(network).__name__} does not say how long its embeddings are: set its attribute features to the "
+            f"number{or_else and f', or {or_else}'}"
+        )
+    return length
+
 # %% ../nbs/A01_checks.ipynb #190677cd
 def check_rate(
     lr: float,  # inner rate

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from .checks import check_above_zero, check_network, check_positive
+from .checks import check_above_zero, check_network, check_positive, length_of
 from .episodes import Examples
 from .learners import Learner
 from .meta_lstm import CoordinateLSTM
@@ -61,7 +61,7 @@ class MatchingNet(Learner):
         lookup(distance, DISTANCES, "distance")
         self.embed, self.distance, self.balanced = embed, distance, balanced
         self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
-        self.context = FullContext(length_of(embed), reads) if context else None
+        self.context = FullContext(length_of(embed, "context=False"), reads) if context else None
         self.order_invariant = not context
 
     def adapt(self, support: Examples) -> tuple[Tensor, Tensor, Statistics]:
@@ -78,16 +78,6 @@ class MatchingNet(Learner):
         z = embedded(self.embed, {}, x, statistics)
         z = z if self.context is None else self.context.query(z, u)
         return match(-self.log_scale.exp() * DISTANCES[self.distance](z, u), y, self.balanced)
-
-# %% ../nbs/13_matching.ipynb #13ma0013
-def length_of(embed: nn.Module) -> int:
-    "How long its embeddings are.  Raises `ValueError` where it does not say so."
-    if not isinstance(length := getattr(embed, "features", None), int):
-        raise ValueError(
-            f"{type(embed).__name__} does not say how long its embeddings are, and context=True needs the number: set "
-            "its attribute features, or leave out context"
-        )
-    return length
 
 # %% ../nbs/13_matching.ipynb #13ma0026
 class FullContext(nn.Module):

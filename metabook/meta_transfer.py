@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Generator, Tensor, nn
 from torch.func import grad
 
-from .checks import check_network, check_positive, check_rate
+from .checks import check_network, check_positive, check_rate, length_of
 from .episodes import Episode, Examples, FewShot, Frozen, Picks, Tasks
 from .learners import InnerLoop
 from .lending import turn
@@ -63,12 +63,7 @@ def untouched(net: nn.Module) -> tuple[nn.ParameterList, nn.ParameterList]:
 def first_rows(net: nn.Module, way: int, like: Tensor) -> nn.Linear:
     "Rows at which heads start.  Raises `ValueError` where `net` does not say its `features`."
     check_positive(way=way)
-    if not isinstance(getattr(net, "features", None), int):
-        raise ValueError(
-            f"{type(net).__name__} does not say how long its embeddings are: set its attribute "
-            "features to the number, or leave out way"
-        )
-    return nn.Linear(net.features, way, device=like.device, dtype=like.dtype)
+    return nn.Linear(length_of(net, "leave out way"), way, device=like.device, dtype=like.dtype)
 
 # %% ../nbs/19_meta_transfer.ipynb #c3b7a95d
 @register("meta-transfer")

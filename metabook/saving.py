@@ -236,7 +236,8 @@ class OtherLayout(ValueError):
 def check_layout(path: Path, config: dict[str, Any], expected: int = VERSION) -> None:
     "Raise `OtherLayout` for a file of another layout than this version writes."
     found, wrote = config["layout"], config.get("metabook", "unknown")
-    if found != expected and not (expected == VERSION and found in [*RENAMED]):
+    older = found in [*RENAMED]  # by equality: a damaged file may hold what has no hash
+    if found != expected and not (expected == VERSION and older):
         raise OtherLayout(
             f"{path} has layout {found}, this metabook reads layout {expected}: install the "
             f"version of metabook that wrote it ({wrote}) or a newer one"

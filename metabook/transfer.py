@@ -10,7 +10,14 @@ from jaxtyping import Float, Shaped
 from torch import Generator, Tensor, nn
 from torch.func import grad
 
-from .checks import check_class_data, check_network, check_positive, check_rate, check_steps
+from metabook.checks import (
+    check_class_data,
+    check_network,
+    check_positive,
+    check_rate,
+    check_steps,
+    length_of,
+)
 from .classes import Classes, summary
 from .episodes import ClassTasks, Examples, Picks
 from .learners import InnerLoop, Learner
@@ -172,13 +179,9 @@ def base_layer(embed: nn.Module, classes: int) -> nn.Linear:
             'embed normalises by the support set (stats="support"), and pre-training has none: '
             'build it with stats="running"'
         )
-    if not isinstance(getattr(embed, "features", None), int):
-        raise ValueError(
-            f"{type(embed).__name__} does not say how long its embeddings are: set its attribute "
-            "features to the number"
-        )
+    length = length_of(embed)
     like = next(embed.parameters(), torch.empty(0))  # the defaults, for an embed without any
-    return nn.Linear(embed.features, classes, device=like.device, dtype=like.dtype)
+    return nn.Linear(length, classes, device=like.device, dtype=like.dtype)
 
 # %% ../nbs/07_transfer.ipynb #0d472e8f
 def spread(z: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, ""]]:

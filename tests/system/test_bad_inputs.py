@@ -674,7 +674,7 @@ METHODS = {
         lambda _: MatchingNet(nn.Flatten(), context=True),
         *(
             ValueError,
-            "context=True",
+            "context=False",
             "Flatten",
             "how long its embeddings are",
             "its attribute features",
